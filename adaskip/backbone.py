@@ -1,0 +1,193 @@
+"""The decoder's layers and token groups of any Hugging Face model: the one file that knows model internals.
+
+Nothing here is a table of architectures. Layers are found by structure (the module list of the decoder as long as
+``num_hidden_layers``), vision tokens by the placeholder ids that the configuration names, and what cannot be routed
+soundly is refused with the reason, before anything is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adaskip.errors import BackboneError, DataError
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_ROUTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A routable model, described.
+
+    Attributes:
+        model: the Hugging Face object itself, untouched.
+        path: dotted name of the layer list inside it.
+        layers: the decoder layers, in order.
+        width: hidden size of the decoder.
+        vision_ids: placeholder token ids of images and videos; empty for a language model.
+    """
+
+    model: PreTrainedModel
+    path: str
+    layers: tuple[nn.Module, ...] = field(repr=False)
+    width: int = 0
+    vision_ids: tuple[int, ...] = ()
+
+    @property
+    def config(self) -> Any:
+        """The decoder's own configuration."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first decoder layer lives."""
+        return next(self.layers[0].parameters()).device
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which positions of a chunk are real and which are vision."""
+
+    valid: Tensor  # bool (b t)
+    vision: Tensor | None  # bool (b t); None for a model without vision tokens
+
+    def kinds(self, among: Tensor) -> Tensor:
+        """bool (b k t): the kinds of token pooled apart (text, and vision where the model has it), within ``among``."""
+        among = among & self.valid
+        if self.vision is None:
+            return among.unsqueeze(1)
+        return torch.stack([among & ~self.vision, among & self.vision], dim=1)
+
+
+def inspect_backbone(model: nn.Module) -> Backbone:
+    """Find the decoder layers of a causal language or image-text-to-text model.
+
+    Raises:
+        BackboneError: the object is no such model, or routing it would be unsound; says which and why.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise BackboneError(
+            f"expected a transformers PreTrainedModel, got {name}; "
+            "load one with AutoModelForCausalLM or AutoModelForImageTextToText.from_pretrained(...)"
+        )
+    if model.config.is_encoder_decoder:
+        raise BackboneError(f"{name}: an encoder-decoder model cannot be routed; expected a decoder-only model")
+    if not model.can_generate():
+        raise BackboneError(
+            f"{name}: expected a model with a language-model head that can generate; "
+            "load it with AutoModelForCausalLM or AutoModelForImageTextToText instead of AutoModel"
+        )
+    decoder = model.get_decoder()
+    config = model.config.get_text_config(decoder=True)
+    n_layers = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (path, module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not path.count(".")
+    ]
+    if len(lists) != 1:
+        found = ", ".join(path for path, _ in lists) or "none"
+        raise BackboneError(
+            f"{name}: expected one list of {n_layers} decoder layers inside {type(decoder).__name__}, found {found}"
+        )
+    inner, layers = lists[0]
+    _refuse_unsound(name, config, tuple(layers))
+    outer = next(path for path, module in model.named_modules() if module is decoder)
+    ids = tuple(dict.fromkeys(i for key in _PLACEHOLDERS if (i := getattr(model.config, key, None)) is not None))
+    return Backbone(model, f"{outer}.{inner}".strip("."), tuple(layers), config.hidden_size, ids)
+
+
+def _refuse_unsound(name: str, config: Any, layers: tuple[nn.Module, ...]) -> None:
+    for path, module in layers[0].named_modules():
+        if getattr(module, "is_causal", True) is False:
+            raise BackboneError(
+                f"{name}: its attention ({path}) is not causal, so it is no decoder; "
+                "expected a causal language model (for BERT-likes: config.is_decoder=True)"
+            )
+    if getattr(config, "is_decoder", True) is False:
+        raise BackboneError(f"{name}: config.is_decoder is False, so it is no decoder; expected a causal language model")
+    other = set(getattr(config, "layer_types", None) or ()) - _ROUTABLE_LAYERS
+    if other:
+        raise BackboneError(
+            f"{name}: layers of type {', '.join(sorted(other))} carry a state from token to token that a skip would break; "
+            f"expected only {', '.join(sorted(_ROUTABLE_LAYERS))}"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise BackboneError(f"{name}: its layers share keys and values, so one cannot leave without another; not routable")
+
+
+def read_tokens(backbone: Backbone, inputs: dict[str, Any], need_vision: bool) -> Tokens:
+    """The token masks of one call's model inputs.
+
+    Args:
+        backbone: the described model.
+        inputs: keyword arguments of the model's ``forward``.
+        need_vision: whether the routing speaks of vision tokens, so that they must be known.
+
+    Raises:
+        DataError: the inputs do not tell what is needed.
+    """
+    ids, embeds, attention = (inputs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask"))
+    if ids is None and embeds is None:
+        raise DataError("model inputs: expected input_ids or inputs_embeds, got neither")
+    source = ids if ids is not None else embeds
+    shape = source.shape[:2]
+    if attention is None:
+        valid = torch.ones(shape, dtype=torch.bool, device=source.device)
+    elif attention.dim() == 2:
+        valid = attention[:, -shape[1] :].bool()
+    else:
+        raise DataError(
+            f"attention_mask: expected shape (batch, tokens), got {tuple(attention.shape)}; pass the tokenizer's mask"
+        )
+    if not backbone.vision_ids:
+        return Tokens(valid, None)
+    if ids is not None:
+        vision = torch.isin(ids, torch.tensor(backbone.vision_ids, device=ids.device))
+    elif (types := inputs.get("mm_token_type_ids")) is not None:
+        vision = types[:, -shape[1] :] != 0
+    elif need_vision:
+        raise DataError("model inputs: vision tokens cannot be told apart in inputs_embeds; pass input_ids as well")
+    else:
+        vision = torch.zeros(shape, dtype=torch.bool, device=source.device)
+    return Tokens(valid, vision & valid)
+
+
+def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of ``module.forward``, by name."""
+    if not args:
+        return kwargs
+    names = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def fingerprint(backbone: Backbone) -> dict[str, Any]:
+    """What identifies a backbone: its shape, and a digest of values sampled from every weight.
+
+    Eight evenly spaced values of each parameter, as bfloat16, so that a checkpoint loaded in float32 or bfloat16 has
+    the same digest; a fine-tuned copy has another.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(backbone.model.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        # a router may be saved from a model that already carries adapters or wrappers: names count, order does not
+        picks = torch.linspace(0, flat.numel() - 1, min(8, flat.numel()), dtype=torch.float64).long()
+        values = flat[picks.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return {
+        "class": type(backbone.model).__name__,
+        "model_type": backbone.model.config.model_type,
+        "layers": len(backbone.layers),
+        "width": backbone.width,
+        "vocabulary": backbone.config.vocab_size,
+        "weights": digest.hexdigest()[:32],
+    }

@@ -1,0 +1,39 @@
+"""Errors a user can act on: what was expected, what arrived, where, and what to type next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdaSkipError(Exception):
+    """Base of every error adaskip raises on purpose; the CLI prints its text without a traceback and exits 2."""
+
+
+class ConfigError(AdaSkipError, ValueError):
+    """A recipe, override or argument is wrong. All faults found are listed at once."""
+
+
+class BackboneError(AdaSkipError):
+    """The model cannot be routed, or is not the one a router was trained on."""
+
+
+class DataError(AdaSkipError):
+    """A batch or a data file does not hold what the configuration needs."""
+
+
+class CheckpointError(AdaSkipError):
+    """Files on disk are missing, damaged, or belong to something else."""
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """A short suffix naming the closest valid word, or the valid words when none is close.
+
+    >>> did_you_mean("kep", ["keep", "group"])
+    "did you mean 'keep'?"
+    >>> did_you_mean("zzz", ["keep", "group"])
+    'valid: group, keep'
+    """
+    valid = sorted(valid)
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"

@@ -1,0 +1,159 @@
+"""Who runs where: the data contract between whoever decides and whoever executes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError, did_you_mean
+
+Scope = Literal["prompt"]
+Unit = Literal["block"]
+Group = Literal["all", "vision"]
+KV = Literal["absent"]
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """What the routers decide and how they are built.
+
+    Args:
+        scope: ``prompt``: each layer's router looks at the prompt once, at prefill; generated tokens follow.
+        unit: ``block``: the whole decoder layer (attention and MLP).
+        group: the positions that leave the layer: ``all`` tokens of a row, or only its ``vision`` tokens.
+        kv: ``absent``: what skips a layer is not in that layer at all, so nothing can attend to it there.
+        hidden: width of each router's hidden layer.
+        keep_bias: every router's logit before training; positive, so that training starts from the dense model.
+        threshold: a layer runs where its router's logit exceeds this value.
+
+    Raises:
+        ConfigError: a value outside its set or range; all faults at once.
+    """
+
+    scope: Scope = "prompt"
+    unit: Unit = "block"
+    group: Group = "all"
+    kv: KV = "absent"
+    hidden: int = 64
+    keep_bias: float = 2.0
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = get_args(hint)
+            if allowed and getattr(self, name) not in allowed:
+                hint_text = did_you_mean(str(getattr(self, name)), allowed)
+                faults.append(f"{name}: expected {' | '.join(allowed)}, got {getattr(self, name)!r}; {hint_text}")
+        if self.hidden < 1:
+            faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
+        if not self.keep_bias > self.threshold:
+            faults.append(f"keep_bias: expected more than threshold ({self.threshold}), got {self.keep_bias!r}")
+        if faults:
+            raise ConfigError("RouterConfig: " + "; ".join(faults))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RouterConfig:
+        """The inverse of `to_dict`; unknown keys are an error."""
+        valid = [f.name for f in fields(cls)]
+        if unknown := [key for key in values if key not in valid]:
+            raise ConfigError("RouterConfig: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """A hand-written, input-independent choice of layers.
+
+    Args:
+        skip: layers the group leaves out, counted from 0.
+        enter: the group is absent from the first ``enter`` layers (late entry).
+        leave: the group is absent after the first ``leave`` layers (early exit); ``None``: it stays to the end.
+        group: the positions the plan speaks of.
+
+    >>> SkipPlan.static([1, 3]).keep(5).tolist()
+    [True, False, True, False, True]
+    >>> SkipPlan.early_exit(2).keep(4).tolist()
+    [True, True, False, False]
+    """
+
+    skip: tuple[int, ...] = ()
+    enter: int = 0
+    leave: int | None = None
+    group: Group = "all"
+
+    @classmethod
+    def static(cls, skip: Iterable[int], group: Group = "all") -> SkipPlan:
+        """Leave out exactly these layers."""
+        return cls(skip=tuple(sorted(set(skip))), group=group)
+
+    @classmethod
+    def late_entry(cls, layers: int, group: Group = "vision") -> SkipPlan:
+        """Be absent from the first ``layers`` layers."""
+        return cls(enter=layers, group=group)
+
+    @classmethod
+    def early_exit(cls, layers: int, group: Group = "vision") -> SkipPlan:
+        """Be absent after the first ``layers`` layers."""
+        return cls(leave=layers, group=group)
+
+    def keep(self, n_layers: int) -> Tensor:
+        """bool (l): whether the group runs each layer.
+
+        Raises:
+            ConfigError: the plan names a layer the model does not have.
+        """
+        wrong = [layer for layer in self.skip if not 0 <= layer < n_layers]
+        bounds = {"enter": self.enter, "leave": n_layers if self.leave is None else self.leave}
+        wrong_bounds = [f"{name}={value}" for name, value in bounds.items() if not 0 <= value <= n_layers]
+        if wrong or wrong_bounds:
+            named = ", ".join([*(f"layer {layer}" for layer in wrong), *wrong_bounds])
+            raise ConfigError(
+                f"SkipPlan: {named} is outside the model: it has {n_layers} layers, 0 to {n_layers - 1}"
+            )
+        runs = torch.arange(n_layers)
+        kept = (runs >= self.enter) & (runs < bounds["leave"])
+        kept[list(self.skip)] = False
+        return kept
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decisions of one request, and what they cost.
+
+    ``keep`` is a fact of the row alone: it depends neither on padding nor on the other rows of the batch.
+    """
+
+    keep: Tensor  # bool (l b): row b's group runs layer l
+    group: Group
+    logits: Tensor | None = None  # float32 (l b): the routers' outputs; None for a hand-written plan
+    gates: Tensor | None = None  # float32 (l b): gates that carry the gradient; None outside training
+    executed: Tensor | None = None  # float64 (b): decoder FLOPs really spent on each row
+    dense: Tensor | None = None  # float64 (b): decoder FLOPs of the same tokens with every layer run
+
+    @property
+    def keep_rate(self) -> Tensor:
+        """float64 (b): executed over dense decoder FLOPs of each row."""
+        if self.executed is None or self.dense is None:
+            raise ConfigError("Routing.keep_rate: no request has run under this routing yet; call the model first")
+        return self.executed / self.dense
+
+    def select(self, rows: Tensor) -> Routing:
+        """The routing of the given rows (long, repeats allowed), in that order."""
+        pick = {name: value.index_select(-1, rows) for name, value in self._tensors().items()}
+        return Routing(group=self.group, **pick)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def __str__(self) -> str:
+        """One line a row; ``#`` is a layer that ran, ``.`` one that was skipped."""
+        return "\n".join("".join("#" if kept else "." for kept in row) for row in self.keep.T.tolist())

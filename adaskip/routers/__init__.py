@@ -1,0 +1,1 @@
+"""Routers: pooled prompt features -> one keep logit per layer -> gates."""

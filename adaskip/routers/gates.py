@@ -1,0 +1,30 @@
+"""From logits to gates: what executes is always a hard 0 or 1; what the gradient sees is soft."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hard(logits: Tensor, threshold: float = 0.0) -> Tensor:
+    """bool, same shape: run the layer where the logit exceeds the threshold."""
+    return logits > threshold
+
+
+def straight_through(
+    logits: Tensor, threshold: float = 0.0, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Gates that are exactly 0 or 1 forward and have the slope of a sigmoid backward.
+
+    With a generator the decision is drawn: logistic noise is added to the logit first (a binary Gumbel-softmax), so
+    that training explores. Without one it is `hard`.
+
+    >>> straight_through(torch.tensor([2.0, -1.0]))
+    tensor([1., 0.])
+    """
+    if generator is not None:
+        # drawn on the generator's device, so that a run is the same wherever the router lives
+        uniform = torch.rand(logits.shape, generator=generator, device=generator.device).clamp(1e-6, 1 - 1e-6)
+        logits = logits + uniform.logit().to(logits.device)
+    soft = torch.sigmoid((logits - threshold) / temperature)
+    return hard(logits, threshold).to(soft.dtype) + (soft - soft.detach())

@@ -1,0 +1,255 @@
+"""Attach routers to a Hugging Face model, and the handle that owns them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adaskip.backbone import Backbone, bind_arguments, inspect_backbone
+from adaskip.errors import BackboneError, ConfigError
+from adaskip.plan import RouterConfig, Routing, SkipPlan
+from adaskip.routers.heads import build_heads
+from adaskip.runtime.forward import Mode, Observer, Runtime
+
+_MARK = "_adaskip"
+
+
+class _Slot:
+    """What a patched layer remembers: its number, the shared runtime, and a forward it had of its own before."""
+
+    def __init__(self, index: int, runtime: Runtime, inner: Any) -> None:
+        self.index, self.runtime, self.inner = index, runtime, inner
+
+
+def _layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    slot: _Slot = getattr(self, _MARK)
+    call = slot.inner or types.MethodType(type(self).forward, self)
+    return slot.runtime.run(slot.index, self, call, args, kwargs)
+
+
+def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    runtime: Runtime = getattr(model, _MARK)
+    return (), runtime.open(bind_arguments(model, args, kwargs))
+
+
+def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    getattr(model, _MARK).close(failed=output is None)
+
+
+class RoutedModel(nn.Module):
+    """A frozen Hugging Face model with a router on every decoder layer.
+
+    ``backbone`` is the Hugging Face object itself, still of its own class: calling it, its ``generate``, hooks and
+    everything else that takes a PreTrainedModel work on it and follow the routing. Made by `attach` or `from_pretrained`.
+
+    In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise skipped
+    work is really left out.
+    """
+
+    def __init__(self, described: Backbone, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None):
+        super().__init__()
+        self.backbone: PreTrainedModel = described.model
+        self.routers = heads
+        self.config = config
+        self.plan = plan
+        self.described = described
+        self.runtime = Runtime(described, config, heads, plan)
+        self._handles: list[Any] = []
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, *, prompt_mask: Tensor | None = None, routing: Routing | Tensor | None = None, **inputs: Any
+    ) -> Any:
+        """The backbone's forward, routed.
+
+        Args:
+            prompt_mask: bool (b t), what the routers may look at; default: the real tokens before the first label that
+                is not -100, or all of them. Needed when a whole answer is read without a cache.
+            routing: decisions to follow instead of the routers' own: a `Routing` or its ``keep``, bool (l b).
+            **inputs: what the processor or tokenizer returned.
+
+        Returns:
+            The backbone's own output object; the decisions are in `routing`.
+        """
+        keep = routing.keep if isinstance(routing, Routing) else routing
+        if keep is not None and keep.shape[0] != len(self.described.layers):
+            raise ConfigError(
+                f"routing: expected keep of shape (layers={len(self.described.layers)}, batch), got {tuple(keep.shape)}"
+            )
+        with self._set(mode=self._mode(), fixed=keep, prompt_mask=prompt_mask):
+            return self.backbone(**inputs)
+
+    def generate(self, *, routing: Routing | Tensor | None = None, **inputs: Any) -> Any:
+        """The backbone's ``generate``, routed once at prefill; every generated token follows.
+
+        Raises:
+            ConfigError: an option that would let the routers see only a part of the prompt.
+        """
+        options = inputs.get("generation_config") or self.backbone.generation_config
+        if inputs.get("prefill_chunk_size") or getattr(options, "prefill_chunk_size", None):
+            raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
+        implementation = inputs.get("cache_implementation") or getattr(options, "cache_implementation", None)
+        if implementation not in (None, "dynamic"):
+            raise ConfigError(f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out")
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        keep = routing.keep if isinstance(routing, Routing) else routing
+        length = tokens.shape[1] if tokens is not None else None
+        mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
+        with torch.no_grad(), self._set(mode=mode, fixed=keep, prompt_length=length):
+            return self.backbone.generate(**inputs)
+
+    @property
+    def routing(self) -> Routing:
+        """The last request's decisions with their cost, read-only.
+
+        Raises:
+            ConfigError: nothing has run yet.
+        """
+        routing, ledger = self.runtime.routing, self.runtime.ledger
+        if routing is None or ledger is None:
+            raise ConfigError("model.routing: no routed request has run yet; call the model or generate first")
+        run, left = ledger.flops(self.runtime.cost)
+        keep = routing.keep.to(run.device)
+        return replace(routing, executed=torch.where(keep, run, left).sum(0), dense=run.sum(0))
+
+    @contextmanager
+    def dense(self) -> Iterator[PreTrainedModel]:
+        """Inside: exactly the original model."""
+        with self._set(mode="dense"):
+            yield self.backbone
+
+    @contextmanager
+    def soft(self) -> Iterator[None]:
+        """Inside: the training execution (every layer computed, mixed by gates), also in ``eval()``."""
+        with self._set(mode="soft"):
+            yield
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Inside: ``observer(layer, before, after)`` sees the states (b t d) around every layer; nothing is stored."""
+        with self._set(observer=observer):
+            yield
+
+    def train(self, mode: bool = True) -> RoutedModel:
+        """Only the routers train; the frozen backbone stays in ``eval()``."""
+        self.training = mode
+        if self.routers is not None:
+            self.routers.train(mode)
+        self.backbone.eval()
+        return self
+
+    def _mode(self) -> Mode:
+        if self.runtime.mode != "skip":
+            return self.runtime.mode
+        return "soft" if self.training and torch.is_grad_enabled() else "skip"
+
+    @contextmanager
+    def _set(self, **values: Any) -> Iterator[None]:
+        before = {name: getattr(self.runtime, name) for name in values}
+        for name, value in values.items():
+            setattr(self.runtime, name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self.runtime, name, value)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def detach(self) -> PreTrainedModel:
+        """Take the routers off and return the untouched model."""
+        for layer in self.described.layers:
+            slot: _Slot = layer.__dict__.pop(_MARK)
+            del layer.__dict__["forward"]
+            if slot.inner is not None:
+                layer.forward = slot.inner  # type: ignore[method-assign]
+        for handle in self._handles:
+            handle.remove()
+        del self.backbone.__dict__[_MARK]
+        return self.backbone
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the routers only: ``adaskip_config.json``, ``router.safetensors`` and a model card."""
+        from adaskip.runtime.persist import save
+
+        return save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, backbone: PreTrainedModel | None = None, *, strict: bool = True, **load: Any
+    ) -> RoutedModel:
+        """Load routers and attach them to the backbone they were trained on.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            backbone: a loaded model; None: the one named in the folder is loaded.
+            strict: refuse a backbone whose fingerprint differs; False: warn.
+            **load: passed to the backbone's ``from_pretrained`` (dtype, device_map, ...).
+
+        Raises:
+            CheckpointError: files are missing or damaged.
+            BackboneError: the backbone is not the one the routers belong to; says what differs.
+        """
+        from adaskip.runtime.persist import load as load_routers
+
+        return load_routers(folder, backbone, strict=strict, options=load)
+
+    def extra_repr(self) -> str:
+        """Layers, group and scope."""
+        return f"layers={len(self.described.layers)}, group={self.runtime.group}, scope={self.config.scope}"
+
+
+def attach(
+    model: PreTrainedModel, config: RouterConfig | None = None, *, plan: SkipPlan | None = None, seed: int = 0
+) -> RoutedModel:
+    """Put one router on every decoder layer, or follow a hand-written plan.
+
+    The backbone is frozen, nothing of it is copied, and everything is checked before the first layer is touched.
+
+    Args:
+        model: any Hugging Face causal language or image-text-to-text model.
+        config: what the routers decide; default `RouterConfig()`. Not together with ``plan``.
+        plan: a static choice of layers; needs no router.
+        seed: of the routers' initial weights.
+
+    Raises:
+        BackboneError: the model cannot be routed, or already is.
+        ConfigError: config and plan contradict one another or the model.
+    """
+    if plan is not None and config is not None:
+        raise ConfigError("attach: expected a RouterConfig or a plan, got both; a plan needs no routers")
+    config = config or RouterConfig()
+    if getattr(model, _MARK, None) is not None:
+        raise BackboneError(f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first")
+    backbone = inspect_backbone(model)
+    group = config.group if plan is None else plan.group
+    if group == "vision" and not backbone.vision_ids:
+        raise BackboneError(
+            f"group 'vision': {type(model).__name__} has no vision tokens in its sequence "
+            "(its config names no image_token_id); use group='all'"
+        )
+    heads = None
+    if plan is None:
+        kinds = 2 if backbone.vision_ids else 1
+        heads = build_heads(len(backbone.layers), backbone.width, kinds, config.hidden, config.keep_bias, seed)
+        heads.to(backbone.device)
+    routed = RoutedModel(backbone, config, heads, plan)
+    model.requires_grad_(False).eval()
+    for index, layer in enumerate(backbone.layers):
+        setattr(layer, _MARK, _Slot(index, routed.runtime, layer.__dict__.get("forward")))
+        layer.forward = types.MethodType(_layer_forward, layer)  # type: ignore[method-assign]
+    setattr(model, _MARK, routed.runtime)
+    routed._handles = [
+        model.register_forward_pre_hook(_open, with_kwargs=True),
+        model.register_forward_hook(_close, with_kwargs=True, always_call=True),
+    ]
+    return routed.eval()

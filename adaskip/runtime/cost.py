@@ -1,0 +1,96 @@
+"""What a request costs: decoder FLOPs, counted from the weights and the tokens that really met them.
+
+One multiply-add is two FLOPs. Norms, activations, rotary embeddings, the language-model head, the vision tower and the
+routers themselves are not decoder-layer work and are left out, of the dense figure as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaskip.backbone import Backbone
+from adaskip.plan import Group
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """FLOPs of each layer of one backbone: ``linear[l] * tokens + attention[l] * query-key pairs``."""
+
+    linear: Tensor  # float64 (l)
+    attention: Tensor  # float64 (l)
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> CostModel:
+        """Read the shapes off the backbone's layers; a mixture of experts counts the experts a token really uses."""
+        config = backbone.config
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        share = _expert_share(config)
+        linear = [2.0 * _matrix_weights(layer, share) for layer in backbone.layers]
+        pairs = [4.0 * heads * head_dim] * len(backbone.layers)
+        return cls(torch.tensor(linear, dtype=torch.float64), torch.tensor(pairs, dtype=torch.float64))
+
+    def chunk(self, new: Tensor, past: Tensor) -> Tensor:
+        """float64 (l b): ``new`` tokens (b) that attend to ``past`` ones (b) and to one another."""
+        new, past = new.double().cpu(), past.double().cpu()
+        return self.linear[:, None] * new + self.attention[:, None] * new * (past + new)
+
+
+def _matrix_weights(layer: nn.Module, expert_share: float) -> float:
+    return sum(
+        weight.numel() * (expert_share if ".experts." in f".{name}." else 1.0)
+        for name, weight in layer.named_parameters()
+        if weight.dim() >= 2
+    )
+
+
+def _expert_share(config: Any) -> float:
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if count := getattr(config, key, None):
+            return config.num_experts_per_tok / count
+    return 1.0
+
+
+@dataclass
+class Ledger:
+    """The tokens one request has put through the decoder so far, chunk by chunk; priced only when asked."""
+
+    group: Group
+    chunks: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (text, vision) tokens of each row: long (b) each
+    decoded: int = 0  # single text tokens after the last chunk
+
+    def add(self, valid: Tensor, vision: Tensor | None) -> None:
+        """Record a chunk of (b t) token masks; a chunk of one position costs nothing to record."""
+        if valid.shape[1] == 1 and self.chunks:
+            self.decoded += 1
+            return
+        self.chunks.extend(self._singles())
+        self.decoded = 0
+        seen = vision if vision is not None else torch.zeros_like(valid)
+        self.chunks.append(((valid & ~seen).sum(1), (valid & seen).sum(1)))
+
+    def _singles(self) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.ones_like(text), torch.zeros_like(text)) for text, _ in self.chunks[:1]] * self.decoded
+
+    def select(self, rows: Tensor) -> None:
+        """Follow a reordering of the batch."""
+        self.chunks = [(text[rows], vision[rows]) for text, vision in self.chunks]
+
+    def flops(self, cost: CostModel) -> tuple[Tensor, Tensor]:
+        """float64 (l b) each: every row's cost of running a layer, and of leaving its group out of it."""
+        if not self.chunks:
+            raise ValueError("an empty ledger has no price")
+        rows = self.chunks[0][0].cpu()
+        past_all, past_text = torch.zeros_like(rows), torch.zeros_like(rows)
+        run = torch.zeros(len(cost.linear), len(rows), dtype=torch.float64)
+        left = torch.zeros_like(run)
+        for text, vision in [*self.chunks, *self._singles()]:
+            text, both = text.cpu(), (text + vision).cpu()
+            run += cost.chunk(both, past_all)
+            left += cost.chunk(text, past_text)
+            past_all, past_text = past_all + both, past_text + text
+        return run, left if self.group == "vision" else torch.zeros_like(left)
