@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class RouterConfig:
         ConfigError: a value outside its set or range; all faults at once.
     """
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     scope: Scope = "prompt"
     unit: Unit = "block"
     group: Group = "all"
@@ -45,7 +47,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         faults = []
         for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
+            allowed = get_args(hint) if name != "__pydantic_config__" else ()
             if allowed and getattr(self, name) not in allowed:
                 hint_text = did_you_mean(str(getattr(self, name)), allowed)
                 faults.append(f"{name}: expected {' | '.join(allowed)}, got {getattr(self, name)!r}; {hint_text}")

@@ -75,6 +75,10 @@ class Runtime:
         self.ledger: Ledger | None = None
         self.tuple_size: int | None = None  # what the layers return: a tensor (0) or a tuple of this many
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the request under way, nor the last one's graph."""
+        return {**self.__dict__, "request": None, "routing": None, "ledger": None}
+
     # -- a request opens and closes around the whole model's forward ------------------------------------------------
 
     def open(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -209,9 +213,8 @@ class Runtime:
         elif skipped is None or not self._chunk_has_vision(request):
             segments = [Segment()]
         else:
-            text = self._text(request)
             whole = [Segment(kept)] if kept is None or len(kept) else []
-            segments = [*whole, Segment(skipped, text[skipped])]
+            segments = [*whole, Segment(skipped, self._text(request, skipped))]
         layer = request.cache.layers[index] if request.cache is not None else None
         if len(segments) == 1 and segments[0] == Segment() and (
             layer is None or layer.follows_on(segments[0], request.offset)
@@ -279,6 +282,7 @@ class Runtime:
         _put(request.gates, index, gate)
         return gate
 
+    @torch.no_grad()
     def _decide(self, request: Request, index: int, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """bool (b); the rows that keep (None: all); the rows that skip (None: none)."""
         if request.fixed is not None:
@@ -300,14 +304,16 @@ class Runtime:
             request.memo["vision"] = self._any_vision(request.tokens)
         return request.memo["vision"]
 
-    def _text(self, request: Request) -> Tensor:
-        """long (b n): the real text positions of each row, -1 where a row has fewer."""
-        if "text" not in request.memo:
+    def _text(self, request: Request, rows: Tensor | None = None) -> Tensor:
+        """long (r n): the real text positions of each row, -1 where a row has fewer than the longest."""
+        key = "text" if rows is None else ("text", *rows.tolist())
+        if key not in request.memo:
             vision = request.tokens.vision
             text = request.tokens.valid if vision is None else request.tokens.valid & ~vision
-            order = torch.where(text, torch.arange(text.shape[1], device=text.device), -1).sort(1).values
-            request.memo["text"] = order[:, text.shape[1] - int(text.sum(1).max()) :]
-        return request.memo["text"]
+            text = text if rows is None else text[rows]
+            places = torch.where(text, torch.arange(text.shape[1], device=text.device), -1).sort(1).values
+            request.memo[key] = places[:, text.shape[1] - int(text.sum(1).max()) :]
+        return request.memo[key]
 
     # -- what a layer returns ----------------------------------------------------------------------------------------
 

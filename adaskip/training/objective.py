@@ -1,0 +1,52 @@
+"""What the routers are trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from adaskip.errors import ConfigError
+
+Bound = Literal["two-point", "quadratic"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training loss: ``KL(dense || routed) + task_weight * CE + bound_weight * B + budget``.
+
+    Args:
+        keep: target share of the dense decoder FLOPs, in (0, 1].
+        task_weight: weight of the cross-entropy with the data's own answers.
+        bound_weight: weight of the redundancy bound B (nats); a heuristic while training, calibrated afterwards.
+        bound: the shape of B: ``two-point`` (Bennett, clipped) or ``quadratic`` (S^2 / 2).
+        alpha: miscoverage of the calibrated per-layer constants that price a skip.
+        warmup: share of the steps over which the target falls from 1 to ``keep``.
+        budget_rate: step size of the dual ascent on the budget's Lagrange multiplier.
+
+    Raises:
+        ConfigError: a value outside its range; all faults at once.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    keep: float = 0.6
+    task_weight: float = 1.0
+    bound_weight: float = 0.01
+    bound: Bound = "two-point"
+    alpha: float = 0.1
+    warmup: float = 0.3
+    budget_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "keep": (0 < self.keep <= 1, "a share in (0, 1]"),
+            "task_weight": (self.task_weight >= 0, "a number >= 0"),
+            "bound_weight": (self.bound_weight >= 0, "a number >= 0"),
+            "bound": (self.bound in ("two-point", "quadratic"), "two-point | quadratic"),
+            "alpha": (0 < self.alpha < 1, "a share in (0, 1)"),
+            "warmup": (0 <= self.warmup < 1, "a share in [0, 1)"),
+            "budget_rate": (self.budget_rate > 0, "a number > 0"),
+        }
+        faults = [f"{k}: expected {what}, got {getattr(self, k)!r}" for k, (ok, what) in ranges.items() if not ok]
+        if faults:
+            raise ConfigError("Objective: " + "; ".join(faults))
