@@ -1,3 +1,60 @@
-"""adaskip: teach a frozen transformer which of its layers an input does not need, and leave that work out."""
+"""Teach a frozen transformer which of its layers an input does not need, and really leave that work out.
+
+    import adaskip
+    from transformers import AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
+    model = adaskip.attach(base, adaskip.RouterConfig(group="vision"))   # one router per decoder layer
+    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.6))      # a LightningModule
+    lightning.Trainer(callbacks=[adaskip.ConditionCheck(every=50)]).fit(tuner, train, validation)
+    model.save_pretrained("out/router")                                  # the routers only
+    model = adaskip.RoutedModel.from_pretrained("out/router")            # finds and checks its backbone
+    ids = model.generate(**inputs, max_new_tokens=64)                    # skipped layers are not computed
+    print(model.routing.keep_rate)                                       # executed over dense decoder FLOPs
+    with model.dense(): ...                                              # exactly the original model
+
+Names are loaded when they are first used; importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaskip.errors import AdaSkipError as AdaSkipError
+    from adaskip.plan import RouterConfig as RouterConfig
+    from adaskip.plan import Routing as Routing
+    from adaskip.plan import SkipPlan as SkipPlan
+    from adaskip.runtime.attach import RoutedModel as RoutedModel
+    from adaskip.runtime.attach import attach as attach
+    from adaskip.training.callbacks import ConditionCheck as ConditionCheck
+    from adaskip.training.data import Collator as Collator
+    from adaskip.training.module import RouterTuner as RouterTuner
+    from adaskip.training.objective import Objective as Objective
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AdaSkipError": "errors",
+    "Collator": "training.data",
+    "ConditionCheck": "training.callbacks",
+    "Objective": "training.objective",
+    "RoutedModel": "runtime.attach",
+    "RouterConfig": "plan",
+    "RouterTuner": "training.module",
+    "Routing": "plan",
+    "SkipPlan": "plan",
+    "attach": "runtime.attach",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaskip' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"adaskip.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

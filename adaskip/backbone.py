@@ -113,15 +113,19 @@ def _refuse_unsound(name: str, config: Any, layers: tuple[nn.Module, ...]) -> No
                 "expected a causal language model (for BERT-likes: config.is_decoder=True)"
             )
     if getattr(config, "is_decoder", True) is False:
-        raise BackboneError(f"{name}: config.is_decoder is False, so it is no decoder; expected a causal language model")
+        raise BackboneError(
+            f"{name}: config.is_decoder is False, so it is no decoder; expected a causal language model"
+        )
     other = set(getattr(config, "layer_types", None) or ()) - _ROUTABLE_LAYERS
     if other:
         raise BackboneError(
-            f"{name}: layers of type {', '.join(sorted(other))} carry a state from token to token that a skip would break; "
+            f"{name}: layers of type {', '.join(sorted(other))} carry a state between tokens that a skip would break; "
             f"expected only {', '.join(sorted(_ROUTABLE_LAYERS))}"
         )
     if getattr(config, "num_kv_shared_layers", 0):
-        raise BackboneError(f"{name}: its layers share keys and values, so one cannot leave without another; not routable")
+        raise BackboneError(
+            f"{name}: its layers share keys and values, so one cannot leave without another; not routable"
+        )
 
 
 def read_tokens(backbone: Backbone, inputs: dict[str, Any], need_vision: bool) -> Tokens:
@@ -136,9 +140,9 @@ def read_tokens(backbone: Backbone, inputs: dict[str, Any], need_vision: bool) -
         DataError: the inputs do not tell what is needed.
     """
     ids, embeds, attention = (inputs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask"))
-    if ids is None and embeds is None:
-        raise DataError("model inputs: expected input_ids or inputs_embeds, got neither")
     source = ids if ids is not None else embeds
+    if source is None:
+        raise DataError("model inputs: expected input_ids or inputs_embeds, got neither")
     shape = source.shape[:2]
     if attention is None:
         valid = torch.ones(shape, dtype=torch.bool, device=source.device)

@@ -53,8 +53,6 @@ class RouterConfig:
                 faults.append(f"{name}: expected {' | '.join(allowed)}, got {getattr(self, name)!r}; {hint_text}")
         if self.hidden < 1:
             faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
-        if not self.keep_bias > self.threshold:
-            faults.append(f"keep_bias: expected more than threshold ({self.threshold}), got {self.keep_bias!r}")
         if faults:
             raise ConfigError("RouterConfig: " + "; ".join(faults))
 
@@ -67,7 +65,9 @@ class RouterConfig:
         """The inverse of `to_dict`; unknown keys are an error."""
         valid = [f.name for f in fields(cls)]
         if unknown := [key for key in values if key not in valid]:
-            raise ConfigError("RouterConfig: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown))
+            raise ConfigError(
+                "RouterConfig: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown)
+            )
         return cls(**values)
 
 
@@ -118,9 +118,7 @@ class SkipPlan:
         wrong_bounds = [f"{name}={value}" for name, value in bounds.items() if not 0 <= value <= n_layers]
         if wrong or wrong_bounds:
             named = ", ".join([*(f"layer {layer}" for layer in wrong), *wrong_bounds])
-            raise ConfigError(
-                f"SkipPlan: {named} is outside the model: it has {n_layers} layers, 0 to {n_layers - 1}"
-            )
+            raise ConfigError(f"SkipPlan: {named} is outside the model: it has {n_layers} layers, 0 to {n_layers - 1}")
         runs = torch.arange(n_layers)
         kept = (runs >= self.enter) & (runs < bounds["leave"])
         kept[list(self.skip)] = False

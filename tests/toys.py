@@ -49,7 +49,9 @@ def llava() -> PreTrainedModel:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
     return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1)
+        LlavaConfig(
+            vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1
+        )
     )
 
 
@@ -69,7 +71,7 @@ class Toy:
     qwen: bool
 
     def batch(self, lengths: list[int], side: str = "left", seed: int = 0) -> dict[str, Tensor]:
-        """One row per length (text tokens); every row of a vision-language model opens with one image of four tokens."""
+        """One row per length (text tokens); rows of a vision-language model open with an image (4 tokens)."""
         draw = torch.Generator().manual_seed(seed)
         rows, patches = [], []
         for length in lengths:
@@ -81,7 +83,10 @@ class Toy:
                 patches.append(torch.randn(shape, generator=draw))
             rows.append(text)
         width = max(len(row) for row in rows)
-        batch = {"input_ids": torch.full((len(rows), width), PAD), "attention_mask": torch.zeros(len(rows), width).long()}
+        batch = {
+            "input_ids": torch.full((len(rows), width), PAD),
+            "attention_mask": torch.zeros(len(rows), width).long(),
+        }
         for i, row in enumerate(rows):
             place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
             batch["input_ids"][i, place] = row

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip.backbone import Backbone, bind_arguments, inspect_backbone
+from adaskip.backbone import Backbone, Tokens, bind_arguments, inspect_backbone, read_tokens
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
@@ -48,10 +48,11 @@ class RoutedModel(nn.Module):
     """A frozen Hugging Face model with a router on every decoder layer.
 
     ``backbone`` is the Hugging Face object itself, still of its own class: calling it, its ``generate``, hooks and
-    everything else that takes a PreTrainedModel work on it and follow the routing. Made by `attach` or `from_pretrained`.
+    everything else that takes a PreTrainedModel work on it and follow the routing. Made by `attach` or
+    `from_pretrained`.
 
-    In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise skipped
-    work is really left out.
+    In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
+    skipped work is really left out. ``facts`` are figures measured on these routers; the model card shows them.
     """
 
     def __init__(self, described: Backbone, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None):
@@ -62,6 +63,7 @@ class RoutedModel(nn.Module):
         self.plan = plan
         self.described = described
         self.runtime = Runtime(described, config, heads, plan)
+        self.facts: dict[str, Any] = {}
         self._handles: list[Any] = []
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -99,13 +101,15 @@ class RoutedModel(nn.Module):
             raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
         implementation = inputs.get("cache_implementation") or getattr(options, "cache_implementation", None)
         if implementation not in (None, "dynamic"):
-            raise ConfigError(f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out")
+            raise ConfigError(
+                f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
+            )
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         keep = routing.keep if isinstance(routing, Routing) else routing
         length = tokens.shape[1] if tokens is not None else None
         mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
         with torch.no_grad(), self._set(mode=mode, fixed=keep, prompt_length=length):
-            return self.backbone.generate(**inputs)
+            return self.backbone.generate(**inputs)  # type: ignore[operator]
 
     @property
     def routing(self) -> Routing:
@@ -114,12 +118,21 @@ class RoutedModel(nn.Module):
         Raises:
             ConfigError: nothing has run yet.
         """
-        routing, ledger = self.runtime.routing, self.runtime.ledger
-        if routing is None or ledger is None:
-            raise ConfigError("model.routing: no routed request has run yet; call the model or generate first")
-        run, left = ledger.flops(self.runtime.cost)
+        run, left = self.flops()
+        routing = self.runtime.routing
+        assert routing is not None
         keep = routing.keep.to(run.device)
         return replace(routing, executed=torch.where(keep, run, left).sum(0), dense=run.sum(0))
+
+    def flops(self) -> tuple[Tensor, Tensor]:
+        """float64 (l b) each: what running every layer costs each row of the last request, and what leaving it costs.
+
+        Raises:
+            ConfigError: nothing has run yet.
+        """
+        if self.runtime.ledger is None:
+            raise ConfigError("model.routing: no routed request has run yet; call the model or generate first")
+        return self.runtime.ledger.flops(self.runtime.cost)
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
@@ -138,6 +151,32 @@ class RoutedModel(nn.Module):
         """Inside: ``observer(layer, before, after)`` sees the states (b t d) around every layer; nothing is stored."""
         with self._set(observer=observer):
             yield
+
+    @contextmanager
+    def explore(self, noise: torch.Generator, temperature: float = 1.0) -> Iterator[None]:
+        """Inside: as `soft`, with gates drawn at random from their logits; ``temperature`` is the slope's."""
+        with self._set(mode="soft", noise=noise, temperature=temperature):
+            yield
+
+    @contextmanager
+    def replay(self, states: list[Tensor]) -> Iterator[None]:
+        """Inside, for one and the same batch: layer i < len(states) - 1 returns ``states[i + 1]`` instead of running.
+
+        ``states`` are what `observe` saw before layers 0, 1, ...; used to rerun only the decoder's suffix.
+        """
+        with self._set(replay=states):
+            yield
+
+    def read_tokens(self, inputs: dict[str, Any]) -> Tokens:
+        """Which positions of a batch are real, and which are vision."""
+        return read_tokens(self.described, inputs, need_vision=self.runtime.group == "vision")
+
+    def group_mask(self) -> Tensor:
+        """bool (b t): the tokens of the request under way that the routing speaks of; for observers."""
+        if self.runtime.request is None:
+            raise ConfigError("group_mask: no request is under way; call it from an observer")
+        tokens = self.runtime.request.tokens
+        return tokens.valid if self.runtime.group == "all" or tokens.vision is None else tokens.vision
 
     def train(self, mode: bool = True) -> RoutedModel:
         """Only the routers train; the frozen backbone stays in ``eval()``."""
@@ -162,6 +201,11 @@ class RoutedModel(nn.Module):
         finally:
             for name, value in before.items():
                 setattr(self.runtime, name, value)
+
+    def set_threshold(self, threshold: float) -> None:
+        """Run a layer where its router's logit exceeds ``threshold``; saved with the routers."""
+        self.config = replace(self.config, threshold=threshold)
+        self.runtime.config = self.config
 
     # -- life --------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ class Segment:
     """The part of a chunk that runs a layer in one call: some rows, and some positions of each."""
 
     rows: Tensor | None = None  # long (r), ascending; None: every row
-    tokens: Tensor | None = None  # long (r n): positions in the chunk, -1 where a row has fewer; None: every position
+    tokens: Tensor | None = None  # long (r n): places in the chunk, -1 where a row has fewer; None: all
 
     def positions(self, offset: int, length: int, batch: int, device: torch.device) -> Tensor:
         """long (r n): places in the whole sequence of the segment's tokens, -1 for filling."""
@@ -31,9 +31,12 @@ class Segment:
 class SkipLayer(DynamicLayer):
     """Keys and values of what ran one layer.
 
-    ``rows`` (None: every row) names the batch rows stored; ``index`` (None: slot i is position i) gives the place of each
-    slot in the sequence, -1 for a hole. A layer that nothing skipped is a plain `DynamicLayer`.
+    ``rows`` (None: every row) names the batch rows stored; ``index`` (None: slot i is position i) gives the place of
+    each slot in the sequence, -1 for a hole. A layer that nothing skipped is a plain `DynamicLayer`.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +122,7 @@ class SkipLayer(DynamicLayer):
         if not self.filled:
             return 0
         slots = self.keys.shape[0] * self.keys.shape[-2] if self.index is None else int((self.index >= 0).sum())
-        per_slot = sum(x.shape[1] * x.shape[-1] * x.element_size() for x in (self.keys, self.values))
+        per_slot = sum(int(x.shape[1] * x.shape[-1] * x.element_size()) for x in (self.keys, self.values))
         return slots * per_slot
 
     def _places(self) -> Tensor:
@@ -138,8 +141,8 @@ def _merge(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """One block out of segments of different rows, made equally long by holes on the left."""
     if len(placed) == 1:
-        segment, *block = placed[0]
-        return segment.rows, *block
+        segment, index, keys, values = placed[0]
+        return segment.rows, index, keys, values
     device = placed[0][1].device
     rows = torch.cat([torch.arange(batch, device=device) if s.rows is None else s.rows for s, *_ in placed])
     order = rows.argsort()
@@ -156,6 +159,8 @@ class SkipCache(Cache):
 
     The sequence length is counted here, never read from a layer, since any layer may be empty.
     """
+
+    layers: list[SkipLayer]  # type: ignore[assignment]
 
     def __init__(self, n_layers: int) -> None:
         super().__init__(layers=[SkipLayer() for _ in range(n_layers)])

@@ -60,7 +60,9 @@ class Ledger:
     """The tokens one request has put through the decoder so far, chunk by chunk; priced only when asked."""
 
     group: Group
-    chunks: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (text, vision) tokens of each row: long (b) each
+    chunks: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list
+    )  # (text, vision) tokens of each row: long (b) each
     decoded: int = 0  # single text tokens after the last chunk
 
     def add(self, valid: Tensor, vision: Tensor | None) -> None:

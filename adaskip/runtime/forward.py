@@ -70,6 +70,7 @@ class Runtime:
         self.prompt_mask: Tensor | None = None
         self.prompt_length: int | None = None
         self.observer: Observer | None = None
+        self.replay: list[Tensor] = []
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
@@ -138,7 +139,9 @@ class Runtime:
         given = inputs.get("past_key_values")
         if isinstance(given, SkipCache):
             if self.mode == "soft" and given.length:
-                raise DataError("training mode reads whole sequences; expected no cache, got one that already holds tokens")
+                raise DataError(
+                    "training mode reads whole sequences; expected no cache, got one that already holds tokens"
+                )
             return given if self.mode == "skip" else None
         if given is not None and (type(given).__name__ != "DynamicCache" or given.get_seq_length()):
             raise DataError(
@@ -181,6 +184,11 @@ class Runtime:
         named = bind_arguments(layer, args, kwargs)
         first = next(iter(named)) if args else "hidden_states"
         states = named.pop(first)
+        if index + 1 < len(self.replay):
+            if request.fixed is not None:
+                request.keep.append(request.fixed[index])
+            after = self.replay[index + 1]
+            return (after, *[None] * (self.tuple_size - 1)) if self.tuple_size else after
         if request.mode == "dense":
             out = call(states, **named)
             after = self._states(out)
@@ -207,7 +215,7 @@ class Runtime:
     def _skip(
         self, request: Request, index: int, call: Callable[..., Any], states: Tensor, named: dict[str, Any]
     ) -> tuple[Any, Tensor]:
-        keep, kept, skipped = self._decide(request, index, states)
+        kept, skipped = self._decide(request, index, states)
         if self.group == "all":
             segments = [Segment(kept)] if kept is None or len(kept) else []
         elif skipped is None or not self._chunk_has_vision(request):
@@ -216,8 +224,10 @@ class Runtime:
             whole = [Segment(kept)] if kept is None or len(kept) else []
             segments = [*whole, Segment(skipped, self._text(request, skipped))]
         layer = request.cache.layers[index] if request.cache is not None else None
-        if len(segments) == 1 and segments[0] == Segment() and (
-            layer is None or layer.follows_on(segments[0], request.offset)
+        if (
+            len(segments) == 1
+            and segments[0] == Segment()
+            and (layer is None or layer.follows_on(segments[0], request.offset))
         ):
             out = call(states, **named)
             return out, self._states(out)
@@ -283,8 +293,8 @@ class Runtime:
         return gate
 
     @torch.no_grad()
-    def _decide(self, request: Request, index: int, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """bool (b); the rows that keep (None: all); the rows that skip (None: none)."""
+    def _decide(self, request: Request, index: int, states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The rows that keep (None: all), and the rows that skip (None: none)."""
         if request.fixed is not None:
             keep = request.fixed[index]
         else:
@@ -297,7 +307,7 @@ class Runtime:
             rows = torch.arange(len(flags), device=states.device)
             on = torch.tensor(flags, device=states.device)
             request.memo[flags] = (None if all(flags) else rows[on], None if all(flags) else rows[~on])
-        return keep, *request.memo[flags]
+        return request.memo[flags]
 
     def _chunk_has_vision(self, request: Request) -> bool:
         if "vision" not in request.memo:

@@ -22,6 +22,7 @@ class Objective:
         alpha: miscoverage of the calibrated per-layer constants that price a skip.
         warmup: share of the steps over which the target falls from 1 to ``keep``.
         budget_rate: step size of the dual ascent on the budget's Lagrange multiplier.
+        budget_weight: weight of the squared overshoot beside it (augmented Lagrangian).
 
     Raises:
         ConfigError: a value outside its range; all faults at once.
@@ -36,6 +37,7 @@ class Objective:
     alpha: float = 0.1
     warmup: float = 0.3
     budget_rate: float = 0.05
+    budget_weight: float = 10.0
 
     def __post_init__(self) -> None:
         ranges = {
@@ -46,6 +48,7 @@ class Objective:
             "alpha": (0 < self.alpha < 1, "a share in (0, 1)"),
             "warmup": (0 <= self.warmup < 1, "a share in [0, 1)"),
             "budget_rate": (self.budget_rate > 0, "a number > 0"),
+            "budget_weight": (self.budget_weight >= 0, "a number >= 0"),
         }
         faults = [f"{k}: expected {what}, got {getattr(self, k)!r}" for k, (ok, what) in ranges.items() if not ok]
         if faults:

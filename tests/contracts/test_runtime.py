@@ -14,7 +14,9 @@ from tests.toys import MAKERS, Toy, make
 
 LENGTHS = [5, 9, 3, 9, 7]
 GREEDY = {"do_sample": False, "suppress_tokens": [5, 6, 7, 8]}  # a random model would write placeholders of pictures
-CASES = [(name, group) for name in MAKERS for group in ("all", "vision") if group == "all" or name in ("llava", "qwen2_vl")]
+CASES = [
+    (name, group) for name in MAKERS for group in ("all", "vision") if group == "all" or name in ("llava", "qwen2_vl")
+]
 
 
 def routed(name: str, group: str, attention: str = "sdpa") -> tuple[Toy, RoutedModel]:
@@ -92,9 +94,7 @@ class TestContract:
     def test_cached_logits_equal_uncached(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
         batch = toy.batch(LENGTHS)
-        out = model.generate(
-            **batch, max_new_tokens=5, **GREEDY, return_dict_in_generate=True, output_logits=True
-        )
+        out = model.generate(**batch, max_new_tokens=5, **GREEDY, return_dict_in_generate=True, output_logits=True)
         prompt = torch.zeros_like(out.sequences, dtype=torch.bool)
         prompt[:, : batch["input_ids"].shape[1]] = True
         new = out.sequences.shape[1] - batch["input_ids"].shape[1]
@@ -117,7 +117,11 @@ class TestContract:
         assert (real(other_side, right) - real(together, left)).abs().max() <= 1e-4
         for i in range(len(LENGTHS)):
             mask = left["attention_mask"][i].bool()
-            alone = {key: left[key][i : i + 1, mask] for key in ("input_ids", "attention_mask", "mm_token_type_ids") if key in left}
+            alone = {
+                key: left[key][i : i + 1, mask]
+                for key in ("input_ids", "attention_mask", "mm_token_type_ids")
+                if key in left
+            }
             if toy.images:
                 size = 16 if toy.qwen else 1
                 alone["pixel_values"] = left["pixel_values"][i * size : (i + 1) * size]

@@ -1,0 +1,45 @@
+# Everything goes through one virtual environment and the tested set of versions in constraints.txt.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+RUN    ?= runs/demo
+SEED   ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint slow clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "adaskip needs Python >= 3.11, this is " + sys.version.split()[0]'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(READY) ## make the virtual environment .venv
+
+demo: $(READY) ## train routers for the embedded vision-language model, compare with dense, answer one picture (10 minutes)
+	rm -rf $(RUN)
+	$(BIN)/adaskip train digits-vlm output=$(RUN) seed=$(SEED)
+	$(BIN)/adaskip eval $(RUN) --examples 200
+	$(BIN)/adaskip generate $(RUN) --example 4
+	@echo "The whole story with pictures: $(RUN)/report.md"
+
+test: $(READY) ## all tests that need no GPU and no patience (15 minutes at most)
+	$(BIN)/python -m pytest
+
+check: lint ## ruff, mypy, fast tests
+	$(BIN)/python -m pytest tests/unit tests/properties tests/contracts
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: $(READY) ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,0 +1,1 @@
+"""Policies without routers: what a learned router must beat at the same compute."""

@@ -1,0 +1,199 @@
+"""Verdicts: may a layer be skipped, and does the router skip what may be skipped?
+
+All thresholds follow from one number, the nats a skip may cost (``tolerance``). With s* the spread whose quadratic
+cost s*^2 / 2 is the tolerance, and Lambda_l the calibrated constant that turns movement into spread:
+
+    functional    E KL            <= tolerance                          exact cost
+    geometric     E[1 - cos]      <= eps_l = min(2, (s* / Lambda_l)^2 / 2)  heuristic
+    proximal      P(1 - cos > eps_l) <= alpha                           the same threshold, for single inputs
+    cross-modal   attention mass  <= s* / (c Lambda_l)                  heuristic; vision with keys absent only
+
+Only the functional notion is the cost itself; the others are cheap predictors, and `Findings.rank_correlation` shows how
+well each of them predicts here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import DataError
+from adaskip.plan import Group
+from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, safe_ratio
+from adaskip.theory.intervals import Interval, bonferroni, bootstrap_mean, clopper_pearson
+from adaskip.theory.measures import spearman
+from adaskip.theory.profile import LayerMeasures, Prices
+
+Notion = Literal["geometric", "proximal", "functional", "cross-modal"]
+Verdict = Literal["admissible", "inadmissible", "undecided"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One notion of one layer, read against its threshold."""
+
+    layer: int
+    group: Group
+    notion: Notion
+    estimate: float
+    low: float
+    high: float
+    threshold: float
+    n: int
+
+    @property
+    def margin(self) -> float:
+        """How far the estimate lies below the threshold; negative above it."""
+        return self.threshold - self.estimate
+
+    @property
+    def verdict(self) -> Verdict:
+        """Admissible when the whole interval lies within the threshold, inadmissible when all of it lies beyond."""
+        if self.high <= self.threshold:
+            return "admissible"
+        return "inadmissible" if self.low > self.threshold else "undecided"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, infinite ends as None."""
+        values = {**asdict(self), "margin": self.margin, "verdict": self.verdict}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything one look at the layers found."""
+
+    rows: tuple[Finding, ...]
+    rank_correlation: dict[str, float]  # Spearman's rho over layers of each cheap notion with the exact cost
+
+    def verdict(self, layer: int) -> Verdict:
+        """All notions hold: admissible; one clearly fails: inadmissible; else undecided."""
+        verdicts = {row.verdict for row in self.rows if row.layer == layer}
+        if "inadmissible" in verdicts:
+            return "inadmissible"
+        return "admissible" if verdicts == {"admissible"} else "undecided"
+
+    @property
+    def layers(self) -> dict[int, Verdict]:
+        """The verdict of every layer looked at."""
+        return {layer: self.verdict(layer) for layer in sorted({row.layer for row in self.rows})}
+
+
+def judge(
+    measured: LayerMeasures, prices: Prices, group: Group, tolerance: float, level: float = 0.95, looks: int = 1
+) -> Findings:
+    """Read the four notions of every measured layer against the thresholds that follow from the tolerance.
+
+    Args:
+        measured: inputs that the prices were not calibrated on.
+        prices: calibrated constants.
+        group: the tokens that leave a layer.
+        tolerance: nats per predicted token that one skipped layer may cost.
+        level: that all intervals of all looks hold at once (Bonferroni).
+        looks: how often this question is asked during a run.
+
+    Raises:
+        DataError: fewer than two inputs, or a measure that is not finite.
+    """
+    _check(measured)
+    notions: list[Notion] = ["geometric", "proximal", "functional"]
+    if group == "vision":
+        notions.append("cross-modal")
+    each = bonferroni(level, len(notions) * len(measured.layers) * looks)
+    spread = math.sqrt(2 * tolerance)
+    rows = []
+    for column, layer in enumerate(measured.layers):
+        constant = float(prices.shift[layer])
+        eps = min(2.0, (spread / constant) ** 2 / 2) if constant > 0 else 2.0
+        mass_limit = min(1.0, spread / (prices.c * constant)) if constant > 0 else 1.0
+        cosine = measured.cosine[:, column]
+        moved = cosine > eps
+        read: dict[Notion, tuple[Interval, float]] = {
+            "geometric": (bootstrap_mean(cosine, each), eps),
+            "proximal": (clopper_pearson(int(moved.sum()), len(moved), each), prices.alpha),
+            "functional": (bootstrap_mean(measured.kl[:, column], each), tolerance),
+            "cross-modal": (bootstrap_mean(measured.mass[:, column], each), mass_limit),
+        }
+        for notion in notions:
+            found, threshold = read[notion]
+            rows.append(Finding(layer, group, notion, found.estimate, found.low, found.high, threshold, found.n))
+    return Findings(tuple(rows), rank_correlations(measured))
+
+
+def rank_correlations(measured: LayerMeasures) -> dict[str, float]:
+    """Spearman's rho over layers between the mean of each cheap notion and the mean exact KL; empty below 3 layers."""
+    if len(measured.layers) < 3:
+        return {}
+    cost = measured.kl.double().mean(0)
+    cheap = {"cosine": measured.cosine, "rho": measured.rho, "s": measured.s}
+    if bool((measured.mass > 0).any()):
+        cheap["mass"] = measured.mass
+    return {name: spearman(values.double().mean(0), cost) for name, values in cheap.items()}
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What the router's real decisions cost together, against the calibrated bound kappa * B."""
+
+    kl: float  # mean exact KL(dense || routed), nats per predicted token
+    bound: float  # mean kappa * B
+    kappa: float  # calibrated factor; infinite when the calibration sample is too small for alpha
+    coverage: float  # share of fresh inputs with KL <= kappa * B
+    coverage_p: float  # p-value of "coverage is at least 1 - alpha" under the beta-binomial law
+    skips: int  # layer skips of all inputs
+    admissible_skips: float  # share of them on admissible layers (precision); NaN without skips
+    recall: float  # share of (input, admissible layer) pairs that are skipped; NaN without admissible layers
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, NaN and infinity as None."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+
+def judge_joint(kl: Tensor, bound: Tensor, keep: Tensor, verdicts: dict[int, Verdict], alpha: float) -> Joint:
+    """Calibrate kappa on the first half of the inputs, test its coverage on the second.
+
+    Args:
+        kl: (n) exact joint KL of each input under the frozen router.
+        bound: (n) B of the same decisions.
+        keep: bool (l n) the decisions.
+        verdicts: of single layers.
+        alpha: miscoverage of kappa * B.
+    """
+    if len(kl) < 4:
+        raise DataError(f"judge_joint: expected at least 4 inputs, got {len(kl)}; raise conditions.examples")
+    half = len(kl) // 2
+    ratio = safe_ratio(kl.double(), bound.double())
+    kappa = float(conformal_quantile(ratio[:half], alpha))
+    covered = int((ratio[half:] <= kappa).sum())
+    fresh = len(kl) - half
+    skipped = ~keep
+    allowed = torch.tensor([verdicts.get(layer) == "admissible" for layer in range(len(keep))])
+    return Joint(
+        kl=float(kl.mean()),
+        bound=float((kappa * bound).mean()) if math.isfinite(kappa) else math.inf,
+        kappa=kappa,
+        coverage=covered / fresh,
+        coverage_p=beta_binomial_pvalue(covered, fresh, half, alpha) if math.isfinite(kappa) else math.nan,
+        skips=int(skipped.sum()),
+        admissible_skips=float(skipped[allowed].sum() / skipped.sum()) if skipped.any() else math.nan,
+        recall=float(skipped[allowed].float().mean()) if allowed.any() else math.nan,
+        n=len(kl),
+    )
+
+
+def _check(measured: LayerMeasures) -> None:
+    if len(measured) < 2:
+        raise DataError(f"conditions: expected at least 2 inputs, got {len(measured)}; raise conditions.examples")
+    for name in ("cosine", "kl", "mass"):
+        values = getattr(measured, name)
+        if not values.isfinite().all():
+            row, column = (~values.isfinite()).nonzero()[0].tolist()
+            raise DataError(
+                f"conditions: {name} of input {row} at layer {measured.layers[column]} is {values[row, column]}; "
+                "the backbone's states are not finite there, or the routed token group is empty"
+            )

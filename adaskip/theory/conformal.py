@@ -1,0 +1,84 @@
+"""Split conformal calibration: a quantile that holds for a new exchangeable input, and the test of its coverage."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from adaskip.errors import ConfigError, DataError
+
+
+def conformal_rank(n: int, alpha: float) -> int:
+    """k = ceil((n+1)(1-alpha)), exact on alpha's decimals: the order statistic to take; n+1 means that none will do.
+
+    Raises ConfigError unless n >= 0 and 0 < alpha < 1.
+
+    >>> conformal_rank(99, 0.1), conformal_rank(5, 0.1)
+    (90, 6)
+    """
+    if n < 0 or not 0 < alpha < 1:
+        raise ConfigError(f"conformal: expected n >= 0 and 0 < alpha < 1, got n={n}, alpha={alpha}")
+    return math.ceil((n + 1) * (1 - Fraction(str(float(alpha)))))
+
+
+def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
+    """The ceil((n+1)(1-alpha))-th smallest score, inf if that is beyond n: calibrated, P(new score <= it) >= 1 - alpha.
+
+    (n, ...) -> (...), each trailing entry by itself, in float64. The probability is marginal, over calibration and test
+    draws; it needs exchangeable scores, one per image or conversation, and a score function fixed beforehand. Entries
+    hold one by one, not jointly: for all L at once use alpha / L, or the quantile of their maximum. Standard split
+    conformal (Vovk et al. 2005; Lei et al. 2018); its use for layer costs is ours [D, link 9]. Raises DataError on NaN,
+    ConfigError on alpha.
+
+    >>> conformal_quantile(torch.arange(1.0, 10.0), 0.2).item(), conformal_quantile(torch.arange(3.0), 0.1).item()
+    (8.0, inf)
+    """
+    scores = scores.detach().double()
+    if scores.isnan().any():
+        raise DataError(f"conformal_quantile: expected no NaN, got {int(scores.isnan().sum())}; leave those inputs out")
+    rank = conformal_rank(len(scores), alpha)
+    if rank > len(scores):
+        return scores.new_full(scores.shape[1:], torch.inf)
+    return scores.sort(0).values[rank - 1]
+
+
+def safe_ratio(num: Tensor, den: Tensor) -> Tensor:
+    """num / den for non-negative numbers with 0/0 = 0 and x/0 = inf: the calibration score s / (rho + c a) [D, link 9].
+
+    Broadcasts, in float64; NaN stays NaN.
+
+    >>> safe_ratio(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 2.0])).tolist()
+    [0.0, inf, 0.5]
+    """
+    num, den = torch.broadcast_tensors(num.double(), den.double())
+    return torch.where((num == 0) & (den == 0), 0.0, num / den)
+
+
+def beta_binomial_pvalue(
+    covered: int, n_test: int, n_cal: int, alpha: float, alternative: Literal["less", "two-sided"] = "less"
+) -> float:
+    """p-value of "`covered` of `n_test` inputs" if the quantile is split conformal on `n_cal` scores.
+
+    Given calibration, coverage is Beta(k, n_cal + 1 - k), k = `conformal_rank`, so the count is beta-binomial (exact
+    for continuous scores; Vovk 2012). "less" = P(count <= covered) tests for too little coverage and stays valid with
+    ties; "two-sided" doubles the smaller tail and assumes none. A plain binomial test forgets the calibration draw and
+    rejects valid coverage. Raises ConfigError on impossible counts or an unknown alternative.
+
+    >>> round(beta_binomial_pvalue(85, 100, 99, 0.1), 3), round(beta_binomial_pvalue(60, 100, 99, 0.1), 6)
+    (0.144, 0.0)
+    """
+    if alternative not in ("less", "two-sided"):
+        raise ConfigError(f"beta_binomial_pvalue: expected alternative 'less' or 'two-sided', got {alternative!r}")
+    if not 0 <= covered <= n_test:
+        raise ConfigError(f"beta_binomial_pvalue: expected 0 <= covered <= n_test, got {covered} and {n_test}")
+    rank = conformal_rank(n_cal, alpha)
+    if rank > n_cal:
+        return float(covered == n_test)  # an infinite quantile covers everything
+    law = stats.betabinom(n_test, rank, n_cal + 1 - rank)
+    lower, upper = law.cdf(covered), law.sf(covered - 1)
+    return float(lower) if alternative == "less" else float(min(1.0, 2.0 * min(lower, upper)))

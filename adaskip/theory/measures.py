@@ -1,0 +1,172 @@
+"""Per-input measures read off hidden states and attention: mask-aware, accumulated in float32 (float64 stays float64).
+
+One number per input (row). A row whose mask is empty is undefined and gives NaN; callers leave such rows out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from scipy import stats
+from torch import Tensor
+
+from adaskip.errors import DataError
+
+
+def token_cosine_distance(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cos per token, in [0, 2] (identity): half the squared distance of the unit vectors. (b t d) twice -> (b t).
+
+    Identical vectors give exactly 0, small distances keep their digits. A zero vector is at distance 1 from any other
+    and 0 from another zero. Raises DataError if the shapes differ.
+
+    >>> token_cosine_distance(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])).tolist()
+    [[1.0]]
+    """
+    _check_pair(before, after)
+    u, v = _unit(before), _unit(after)
+    distance = ((u - v) ** 2).sum(-1) / 2.0
+    zero_u, zero_v = (u == 0).all(-1), (v == 0).all(-1)
+    return torch.where(zero_u | zero_v, (zero_u ^ zero_v).to(distance.dtype), distance)
+
+
+def cosine_distance(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
+    """Mean of 1 - cos over the masked tokens, in [0, 2]: the paper's geometric notion [P], per input.
+
+    (b t d), (b t d), (b t) bool -> (b,). Values outside the mask never matter, not even NaN. Empty mask: NaN.
+    Raises DataError on shapes that do not fit.
+
+    >>> h = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    >>> cosine_distance(h, h.flip(-1), torch.tensor([[True, False]])).tolist()
+    [1.0]
+    """
+    _check_pair(before, after)
+    _check_mask("mask", mask, before.shape[:2])
+    return _masked_mean(token_cosine_distance(before, after), mask)
+
+
+def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
+    """rho = ||H_l[g] - H_{l-1}[g]||_F / ||H_l[g]||_F per input: the norm-aware geometric measure [D]; an identity.
+
+    `before` is H_{l-1}, `after` H_l. (b t d), (b t d), (b t) bool -> (b,). 0/0 on a non-empty mask is 0 (unchanged),
+    x/0 is inf. Empty mask: NaN. Raises DataError on shapes that do not fit.
+
+    >>> h = torch.ones(1, 2, 4)
+    >>> relative_change(h, 2 * h, torch.tensor([[True, False]])).tolist()
+    [0.5]
+    """
+    _check_pair(before, after)
+    _check_mask("mask", mask, before.shape[:2])
+    outside = rearrange(~mask.bool(), "b t -> b t 1")
+    start, end = (_accumulable(h).masked_fill(outside, 0.0) for h in (before, after))
+    change, size = ((rearrange(h, "b t d -> b (t d)")).norm(dim=-1) for h in (end - start, end))
+    ratio = torch.where(change == 0, 0.0, change / size)
+    return ratio.masked_fill(~mask.bool().any(-1), torch.nan)
+
+
+def attention_mass(attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
+    """Share of attention that the masked queries pay to the masked keys, mean over heads and queries, in [0, 1].
+
+    The paper's cross-modal notion [P] with text queries and vision keys. As a predictor of cost a heuristic: mass alone
+    does not say how far the output moves [D, link 7]. (b h q k), (b q), (b k) bool -> (b,). No query: NaN; no key: 0.
+    Raises DataError on shapes that do not fit.
+
+    >>> uniform = torch.full((1, 2, 3, 4), 0.25)
+    >>> attention_mass(uniform, torch.ones(1, 3).bool(), torch.tensor([[True, False, False, False]])).tolist()
+    [0.25]
+    """
+    if attention.ndim != 4:
+        raise DataError(f"attention: expected (b, h, q, k), got {tuple(attention.shape)}")
+    b, _, q, k = attention.shape
+    _check_mask("query_mask", query_mask, (b, q))
+    _check_mask("key_mask", key_mask, (b, k))
+    outside = rearrange(~key_mask.bool(), "b k -> b 1 1 k")
+    return _masked_mean(_accumulable(attention).masked_fill(outside, 0.0).sum(-1).mean(1), query_mask)
+
+
+@dataclass(frozen=True)
+class TailCurve:
+    """The whole empirical tail of a sample: delta -> share of values above delta. The proximal notion [P], kept entire.
+
+    An estimator of P(x > delta). Make one with `of`.
+
+    >>> curve = TailCurve.of(torch.tensor([0.3, 0.1, 0.2, 0.2]))
+    >>> curve(torch.tensor([0.0, 0.2, 0.3])).tolist(), round(curve.mean, 4)
+    ([1.0, 0.25, 0.0], 0.2)
+    """
+
+    sample: Tensor  # (n,) ascending
+
+    @classmethod
+    def of(cls, values: Tensor) -> TailCurve:
+        """Sort `values` (any shape, flattened). Raises DataError when empty or NaN: leave undefined rows out first."""
+        sample = _accumulable(values.detach()).flatten()
+        if not len(sample) or sample.isnan().any():
+            nan = int(sample.isnan().sum())
+            raise DataError(f"TailCurve: expected values without NaN, got {len(sample)}, {nan} of them NaN")
+        return cls(sample.sort().values)
+
+    def __call__(self, delta: Tensor | float) -> Tensor:
+        """Share of the sample strictly above `delta` (any shape, same shape out)."""
+        delta = torch.as_tensor(delta, dtype=self.sample.dtype, device=self.sample.device)
+        n = len(self.sample)
+        return (n - torch.searchsorted(self.sample, delta, right=True)) / n
+
+    @property
+    def mean(self) -> float:
+        """Mean of the sample; of cosine distances the geometric eps."""
+        return self.sample.double().mean().item()
+
+
+def tail(values: Tensor, delta: float) -> float:
+    """P(x > delta) over `values`: one point of `TailCurve`, estimator of the proximal tau [P]. Errors as there.
+
+    >>> tail(torch.tensor([0.1, 0.2, 0.3, 0.4]), 0.3)
+    0.25
+    """
+    return TailCurve.of(values)(delta).item()
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Spearman's rank correlation of two equally long samples, in [-1, 1]; estimator. NaN when undefined.
+
+    Undefined: fewer than two pairs, or a constant sample. Raises DataError if the lengths differ.
+
+    >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0]))
+    1.0
+    """
+    a, b = (v.detach().double().flatten().cpu().numpy() for v in (x, y))
+    if len(a) != len(b):
+        raise DataError(f"spearman: expected two samples of one length, got {len(a)} and {len(b)}")
+    if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
+        return float("nan")
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def _accumulable(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = _accumulable(x)
+    peak = x.abs().amax(-1, keepdim=True)  # dividing by it first, squares neither overflow nor vanish
+    x = x / peak.where(peak > 0, 1.0)
+    return x / x.norm(dim=-1, keepdim=True).where(peak > 0, 1.0)
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask.bool(), 0.0).sum(-1) / mask.bool().sum(-1)
+
+
+def _check_pair(before: Tensor, after: Tensor) -> None:
+    if before.ndim != 3 or before.shape != after.shape:
+        raise DataError(
+            f"hidden states: expected before and after of one shape (b, t, d), got {tuple(before.shape)} and "
+            f"{tuple(after.shape)}"
+        )
+
+
+def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    if mask.shape != shape:
+        raise DataError(f"{name}: expected shape {tuple(shape)}, got {tuple(mask.shape)}")

@@ -1,0 +1,160 @@
+"""What each layer is worth to each input: one dense pass and one rerun of the suffix per layer, no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.runtime.attach import RoutedModel
+from adaskip.theory import bounds, measures
+from adaskip.theory.conformal import conformal_quantile, safe_ratio
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LayerMeasures:
+    """Per input and layer, for the routed token group. Rows are inputs, columns the measured layers (``layers``)."""
+
+    layers: tuple[int, ...]
+    cosine: Tensor  # (n l) mean 1 - cos of the states before and after the layer, in [0, 2]
+    rho: Tensor  # (n l) norm of the layer's change over the norm of its result
+    kl: Tensor  # (n l) exact KL(dense || layer skipped), nats per predicted token
+    s: Tensor  # (n l) largest std of dz under p over the input's predicted tokens, nats
+    u: Tensor  # (n l) largest max dz - E dz, nats
+    mass: Tensor  # (n l) share of the text's attention that lies on vision; 0 for group all
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Calibrated per-layer constants: a fresh input has ``s_l <= shift[l] * (rho_l + c * mass_l)`` with probability
+    >= 1 - alpha, per layer, if its score is exchangeable with the calibration scores (split conformal); likewise u.
+    """
+
+    shift: Tensor  # float64 (l): Lambda for s
+    peak: Tensor  # float64 (l): the same for u
+    mass: Tensor  # float64 (l): mean attention mass per layer, a constant fixed before calibration
+    alpha: float
+    c: float = 1.0
+
+    def costs(self, rho: Tensor) -> tuple[Tensor, Tensor]:
+        """(b l) relative changes of the dense pass -> the s and u a skip is predicted to cost, (b l) each."""
+        scale = rho.double() + self.c * self.mass.to(rho.device)
+        return scale * self.shift.to(rho.device), scale * self.peak.to(rho.device)
+
+
+def calibrate_prices(measured: LayerMeasures, mass: Tensor, alpha: float, c: float = 1.0) -> Prices:
+    """Split-conformal constants from calibration inputs (one score an input); link 9 of the chain.
+
+    Args:
+        measured: of inputs that nothing else was fitted on.
+        mass: (l) attention mass per layer from other inputs; zeros for group ``all``.
+        alpha: miscoverage per layer.
+        c: weight of the attention mass beside rho.
+    """
+    scale = measured.rho.double() + c * mass.double()
+    quantile = [conformal_quantile(column, alpha) for column in safe_ratio(measured.s.double(), scale).T]
+    peak = [conformal_quantile(column, alpha) for column in safe_ratio(measured.u.double(), scale).T]
+    return Prices(torch.stack(quantile), torch.stack(peak), mass.double(), alpha, c)
+
+
+def per_input(values: Tensor, mask: Tensor, reduce: str) -> Tensor:
+    """(b t) values at the True positions of mask -> (b): ``mean`` or ``max`` over each row's own positions."""
+    if reduce == "max":
+        return values.masked_fill(~mask, -torch.inf).amax(1)
+    return values.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
+
+
+def compare(dense: Tensor, routed: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Exact KL (mean), s and u (largest) of each row over its predicted tokens.
+
+    Args:
+        dense: (b t v) logits of the dense model.
+        routed: (b t v) logits with something skipped.
+        labels: long (b t), -100 where nothing is predicted.
+    """
+    mask = labels[:, 1:] != IGNORED
+    before, after = dense[:, :-1][mask], routed[:, :-1][mask]
+    shift = bounds.logit_shift(before, after)
+    found = {"kl": bounds.kl_exact(before, after), "s": shift.s, "u": shift.u}
+
+    def spread(values: Tensor) -> Tensor:
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+    return {k: per_input(spread(v), mask, "mean" if k == "kl" else "max") for k, v in found.items()}
+
+
+@torch.no_grad()
+def measure(
+    model: RoutedModel,
+    batches: Iterable[dict[str, Any]],
+    layers: Iterable[int] | None = None,
+    attention: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> LayerMeasures:
+    """All per-layer quantities of the routed group on batches of prompts with answers.
+
+    Costs one dense pass a batch and, per layer, the decoder's suffix from that layer on.
+
+    Args:
+        model: attached; its group says which tokens leave a layer.
+        batches: as `Collator` makes them, on the model's device.
+        layers: which layers to measure; default all.
+        attention: also measure the text's attention mass on vision (needs eager attention for one pass).
+        progress: called with the number of inputs done after each batch.
+    """
+    n_layers = len(model.described.layers)
+    chosen = tuple(range(n_layers) if layers is None else layers)
+    rows: list[dict[str, Tensor]] = []
+    for batch in batches:
+        states: list[Tensor] = []
+        geometry: dict[str, list[Tensor]] = {"cosine": [], "rho": []}
+
+        def watch(index: int, before: Tensor, after: Tensor) -> None:
+            states.append(before)  # noqa: B023 - read within this very batch
+            group = model.group_mask()
+            geometry["cosine"].append(measures.cosine_distance(before, after, group))  # noqa: B023
+            geometry["rho"].append(measures.relative_change(before, after, group))  # noqa: B023
+
+        with model.dense(), model.observe(watch):
+            dense = model(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
+        mass = attention_on_vision(model, batch) if attention else None
+        found: dict[str, list[Tensor]] = {"kl": [], "s": [], "u": []}
+        for index in chosen:
+            keep = torch.ones(n_layers, len(dense), dtype=torch.bool, device=dense.device)
+            keep[index] = False
+            with model.replay(states[: index + 1]):
+                out = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False)
+            for name, value in compare(dense, out.logits, batch["labels"]).items():
+                found[name].append(value)
+        columns = {name: torch.stack(values, 1) for name, values in found.items()}
+        columns |= {name: torch.stack([values[i] for i in chosen], 1) for name, values in geometry.items()}
+        columns["mass"] = torch.zeros_like(columns["rho"]) if mass is None else mass[:, list(chosen)]
+        rows.append({name: value.float().cpu() for name, value in columns.items()})
+        if progress is not None:
+            progress(sum(len(row["kl"]) for row in rows))
+    names = [f.name for f in fields(LayerMeasures) if f.name != "layers"]
+    return LayerMeasures(chosen, **{name: torch.cat([row[name] for row in rows]) for name in names})
+
+
+@torch.no_grad()
+def attention_on_vision(model: RoutedModel, batch: dict[str, Any]) -> Tensor:
+    """(b l): per layer, the mean share of the text queries' attention that lies on vision (one eager dense pass)."""
+    before = model.backbone.config.get_text_config(decoder=True)._attn_implementation
+    model.backbone.set_attn_implementation("eager")
+    try:
+        with model.dense():
+            out = model(**batch["inputs"], output_attentions=True, use_cache=False)
+    finally:
+        model.backbone.set_attn_implementation(before)
+    tokens = model.read_tokens(batch["inputs"])
+    vision = tokens.vision if tokens.vision is not None else torch.zeros_like(tokens.valid)
+    text = tokens.valid & ~vision
+    return torch.stack([measures.attention_mass(layer, text, vision) for layer in out.attentions], 1)

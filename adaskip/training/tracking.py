@@ -1,0 +1,156 @@
+"""Where a run's numbers go: files in the run folder always, Weights & Biases when asked; the same numbers."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetrics", "numpy")
+METRICS, CONDITIONS, KEEP_RATES = "metrics.csv", "conditions.jsonl", "keep_rates.json"
+
+
+class MetricsFile(Logger):
+    """``metrics.csv``, one number a line: step, name, value. Appended to, so a killed run loses nothing.
+
+    Args:
+        folder: of the run.
+        after: forget lines beyond this step; what a resumed run will write again.
+    """
+
+    def __init__(self, folder: Path, after: int = 0) -> None:
+        super().__init__()
+        self.path = folder / METRICS
+        truncate_table(self.path, after)
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> int:
+        """There is one."""
+        return 0
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append the numbers of one step."""
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows((step, name, repr(float(v))) for name, v in metrics.items() if name != "epoch")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The resolved recipe beside the file says it all."""
+
+
+def truncate_table(path: Path, after: int) -> None:
+    """Keep the header and the whole lines of ``step,...`` up to a step."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines[1:] if line.count(",") >= 2 and int(line.split(",", 1)[0]) <= after]
+    write_text(path, "\n".join(["step,name,value", *kept]) + "\n")
+
+
+def truncate_lines(path: Path, after: int) -> None:
+    """Keep the JSON lines whose ``step`` is at most ``after``; a line cut short by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= after:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or nothing of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def environment(seed: int, device: str) -> dict[str, Any]:
+    """What a figure of this run depends on beside the recipe."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "seed": seed,
+        "packages": found,
+    }
+
+
+def wandb_logger(
+    folder: Path, mode: str, project: str, name: str | None, tags: Iterable[str], config: dict[str, Any]
+) -> WandbLogger:
+    """Lightning's own W&B logger, without uploading checkpoints (that fails offline); the id is the run folder's."""
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    logger = WandbLogger(
+        project=project,
+        name=name or folder.name,
+        save_dir=str(folder),
+        offline=mode == "offline",
+        log_model=False,
+        id=identity,
+        tags=list(tags),
+        resume="allow" if mode == "online" else None,
+    )
+    logger.log_hyperparams(config)
+    return logger
+
+
+class Board:
+    """Things that are no plain numbers, sent to whichever W&B logger a trainer has; nothing happens without one."""
+
+    def __init__(self, loggers: Iterable[Logger]) -> None:
+        self.runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
+
+    def conditions(self, look: dict[str, Any]) -> None:
+        """The verdicts as a table."""
+        import wandb
+
+        columns: list[Any] = ["layer", "group", "notion", "estimate", "low", "high", "threshold", "margin", "n", "verdict"]
+        rows: list[Any] = [[finding[c] for c in columns] for finding in look["findings"]]
+        for run in self.runs:
+            run.log({"conditions": wandb.Table(columns=columns, data=rows)})
+
+    def keep_rates(self, rates: dict[str, list[float]], figure: Figure) -> None:
+        """The heat map layer x kind, as a picture and as a table."""
+        import wandb
+
+        rows: list[Any] = [[kind, layer, rate] for kind, row in rates.items() for layer, rate in enumerate(row)]
+        for run in self.runs:
+            run.log(
+                {
+                    "keep_rates": wandb.Image(figure),
+                    "keep_rate_table": wandb.Table(columns=["kind", "layer", "keep"], data=rows),
+                }
+            )
+
+    def router(self, folder: Path, facts: dict[str, Any]) -> None:
+        """The routers as an artifact."""
+        import wandb
+
+        for run in self.runs:
+            artifact = wandb.Artifact(f"router-{run.id}", type="model", metadata=facts)
+            artifact.add_dir(str(folder))
+            run.log_artifact(artifact)

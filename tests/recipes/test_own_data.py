@@ -1,0 +1,118 @@
+"""A language model and data of one's own: JSON lines, a folder backbone, and plain errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from adaskip.errors import AdaSkipError, CheckpointError, DataError
+from adaskip.evaluate import answer, evaluate
+from adaskip.recipe import load
+from adaskip.train import train
+from tests import toys
+
+SHORT = [
+    "trainer.steps=4",
+    "trainer.batch_size=8",
+    "trainer.checkpoint_every=2",
+    "trainer.validate_every=2",
+    "trainer.progress=false",
+    "conditions.every=2",
+    "conditions.examples=8",
+    "tracking.wandb=disabled",
+    "backbone.dtype=float32",
+]
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    """A tiny Llama with its tokenizer, in a folder."""
+    torch.manual_seed(0)
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(90))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "llama")
+    toys.llama().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three splits of JSON lines; there is no calibration file."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, count in (("train", 40), ("validation", 32), ("test", 8)):
+        rows = [
+            {"prompt": f"w{i % 7} w{i % 5} w{i % 3}", "answer": f"w{i % 7}", "kind": f"k{i % 2}"} for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_text_only_recipe_end_to_end(language_model: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    recipe = load("causal-lm", [*SHORT, f"backbone.path={language_model}", f"data.source={data}", f"output={folder}"])
+    train(recipe)
+    found = evaluate(folder, per_kind=4, batch_size=4, max_new_tokens=3)
+    assert [row["kind"] for row in found["kinds"]] == ["k0", "k1"]
+    assert answer(folder, prompt="w1 w2 w3", max_new_tokens=2)["layers"] == 4
+
+
+def test_group_vision_needs_vision_tokens(language_model: Path, data: Path, tmp_path: Path) -> None:
+    recipe = load(
+        "causal-lm",
+        [
+            *SHORT,
+            f"backbone.path={language_model}",
+            f"data.source={data}",
+            f"output={tmp_path / 'r'}",
+            "router.group=vision",
+        ],
+    )
+    with pytest.raises(AdaSkipError, match=r"LlamaForCausalLM has no vision tokens in its sequence .* use group='all'"):
+        train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"train.jsonl, line 2: not JSON"),
+        ("[1]", r"line 2: expected a JSON object, got list"),
+        ('{"prompt": "w1"}', r"line 2: expected text in answer, found fields prompt"),
+        ('{"prompt": "w1", "answer": "w2", "image": "none.png"}', r"line 2: image .*none.png does not exist"),
+    ],
+)
+def test_bad_records_are_named(data: Path, line: str, message: str) -> None:
+    from adaskip.training.data import load_records
+
+    path = data / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = line
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=message):
+        load_records(str(data), "train", None, 0)
+
+
+def test_splits_do_not_overlap(data: Path) -> None:
+    from adaskip.training.data import load_records
+
+    halves = [load_records(str(data), split, None, 0) for split in ("validation", "calibration")]
+    whole = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
+    assert halves[0] + halves[1] == whole
+    assert len(halves[0]) == len(halves[1]) == 16
+
+
+def test_missing_backbone_and_data(tmp_path: Path, language_model: Path) -> None:
+    settings = [*SHORT, f"backbone.path={language_model}", f"output={tmp_path / 'r'}"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"expected train.jsonl in .*empty, which holds no .jsonl file"):
+        train(load("causal-lm", [*settings, f"data.source={tmp_path / 'empty'}"]))
+    with pytest.raises(CheckpointError, match=r"backbone '.*nowhere': holds no processor"):
+        train(load("causal-lm", [*SHORT, f"backbone.path={tmp_path / 'nowhere'}", f"output={tmp_path / 's'}"]))
