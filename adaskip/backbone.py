@@ -91,8 +91,10 @@ def inspect_backbone(model: nn.Module) -> Backbone:
     lists = [
         (path, module)
         for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not path.count(".")
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
+    outermost = min((path.count(".") for path, _ in lists), default=0)
+    lists = [(path, module) for path, module in lists if path.count(".") == outermost]
     if len(lists) != 1:
         found = ", ".join(path for path, _ in lists) or "none"
         raise BackboneError(

@@ -1,12 +1,12 @@
 """Learned routers against the best static plan of the same compute, on digits-vlm test scans.
 
-    python scripts/compare_digits_vlm.py --group all --keep 0.7 0.5 --seeds 0 1 2 --out benchmarks/digits-vlm-all.json
-    python scripts/compare_digits_vlm.py --group vision --keep 0.85 0.7 --out benchmarks/digits-vlm-vision.json
+    python scripts/compare_digits_vlm.py --group all --keep 0.7 0.5 --out benchmarks/digits-vlm-all.json
+    python scripts/compare_digits_vlm.py --group vision --out benchmarks/digits-vlm-vision.json
 
-For each keep rate and seed the shipped recipe is trained (a finished run folder is used again). The static plans are
-found on validation scans: greedy layer removal for group ``all``, late entry and early exit for ``vision``; the best plan
+For each keep rate and seed the shipped recipe is trained (a finished run folder is used again). Static plans are found
+on validation scans: greedy layer removal for group ``all``, late entry and early exit for ``vision``; the cheapest plan
 that computes at least as much as the routers is the one compared. Test scans only report. Accuracy is the exact match
-of whole answers (teacher-forced, which is the same as greedy decoding being right), intervals are paired over questions,
+of whole answers (teacher-forced: right exactly when greedy decoding is right); intervals are paired over questions,
 router accuracies averaged over seeds first.
 """
 

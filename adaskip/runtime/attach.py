@@ -65,6 +65,8 @@ class RoutedModel(nn.Module):
         self.runtime = Runtime(described, config, heads, plan)
         self.facts: dict[str, Any] = {}
         self._handles: list[Any] = []
+        self._trained: set[str] = set()
+        self._was_training = False
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class RoutedModel(nn.Module):
     # -- life --------------------------------------------------------------------------------------------------------
 
     def detach(self) -> PreTrainedModel:
-        """Take the routers off and return the untouched model."""
+        """Take the routers off and return the model as it was: forwards, gradients asked for, training mode."""
         for layer in self.described.layers:
             slot: _Slot = layer.__dict__.pop(_MARK)
             del layer.__dict__["forward"]
@@ -219,7 +221,9 @@ class RoutedModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         del self.backbone.__dict__[_MARK]
-        return self.backbone
+        for name, weight in self.backbone.named_parameters():
+            weight.requires_grad_(name in self._trained)
+        return self.backbone.train(self._was_training)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the routers only: ``adaskip_config.json``, ``router.safetensors`` and a model card."""
@@ -287,6 +291,8 @@ def attach(
         heads = build_heads(len(backbone.layers), backbone.width, kinds, config.hidden, config.keep_bias, seed)
         heads.to(backbone.device)
     routed = RoutedModel(backbone, config, heads, plan)
+    routed._trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    routed._was_training = model.training
     model.requires_grad_(False).eval()
     for index, layer in enumerate(backbone.layers):
         setattr(layer, _MARK, _Slot(index, routed.runtime, layer.__dict__.get("forward")))

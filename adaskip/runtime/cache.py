@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,21 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from adaskip.plan import Routing
 from adaskip.runtime.cost import Ledger
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The part of a chunk that runs a layer in one call: some rows, and some positions of each."""
-
-    rows: Tensor | None = None  # long (r), ascending; None: every row
-    tokens: Tensor | None = None  # long (r n): places in the chunk, -1 where a row has fewer; None: all
-
-    def positions(self, offset: int, length: int, batch: int, device: torch.device) -> Tensor:
-        """long (r n): places in the whole sequence of the segment's tokens, -1 for filling."""
-        if self.tokens is not None:
-            return torch.where(self.tokens < 0, -1, self.tokens + offset)
-        count = batch if self.rows is None else len(self.rows)
-        return torch.arange(offset, offset + length, device=device).expand(count, length)
+from adaskip.runtime.segment import Segment
 
 
 class SkipLayer(DynamicLayer):

@@ -15,12 +15,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
-from adaskip.errors import BackboneError, DataError
+from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import RouterConfig, Routing, SkipPlan
 from adaskip.routers import gates
 from adaskip.routers.features import pool
-from adaskip.runtime.cache import Segment, SkipCache
+from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
+from adaskip.runtime.segment import Segment, cut, take
 
 Mode = Literal["dense", "soft", "skip"]
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -98,13 +99,13 @@ class Runtime:
                 "group 'vision': no row of this batch holds a vision token; pass images together with the text, "
                 "or attach with RouterConfig(group='all')"
             )
-        fixed = self.fixed
         if started:
             assert cache is not None
-            fixed = cache.routing.keep if cache.routing is not None else None
-        elif fixed is None and self.planned is not None:
-            fixed = self.planned[:, None].expand(-1, tokens.valid.shape[0])
-        self.request = Request(self.mode, tokens, self._prompt(tokens, inputs), cache, fixed)
+            assert cache.routing is not None
+            self.request = Request(self.mode, tokens, tokens.valid, cache, cache.routing.keep)
+        else:
+            fixed = self._fixed(tokens.valid.shape[0])
+            self.request = Request(self.mode, tokens, self._prompt(tokens, inputs), cache, fixed)
         if self.mode == "soft":
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
@@ -151,6 +152,15 @@ class Runtime:
         use = inputs.get("use_cache")
         wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
         return SkipCache(len(self.backbone.layers)) if wanted and self.mode == "skip" else None
+
+    def _fixed(self, batch: int) -> Tensor | None:
+        """bool (l b): decisions made beforehand, for this request or by a plan; repeated for beams and samples."""
+        if self.fixed is None:
+            return None if self.planned is None else self.planned[:, None].expand(-1, batch)
+        repeats, rest = divmod(batch, self.fixed.shape[1])
+        if rest:
+            raise ConfigError(f"routing: expected decisions for {batch} rows, got {self.fixed.shape[1]}")
+        return self.fixed.repeat_interleave(repeats, 1)
 
     def _any_vision(self, tokens: Tokens) -> bool:
         return tokens.vision is not None and bool(tokens.vision.any())
@@ -349,78 +359,3 @@ def _put(values: list[Tensor], index: int, value: Tensor) -> None:
         values[index] = value
     else:
         values.append(value)
-
-
-def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
-    """The segment's rows and positions of a tensor whose axes are (..., b, t, ...), b at ``batch_axis``; b may be 1."""
-    if segment.rows is not None and value.shape[batch_axis] > 1:
-        value = value.index_select(batch_axis, segment.rows)
-    if segment.tokens is None:
-        return value
-    count, width = segment.tokens.shape
-    shape = list(value.shape)
-    shape[batch_axis] = count
-    value = value.expand(shape)
-    axis = batch_axis + 1
-    index = segment.tokens.clamp(min=0).view([*[1] * batch_axis, count, width, *[1] * (len(shape) - axis - 1)])
-    shape[axis] = width
-    return value.gather(axis, index.expand(shape))
-
-
-def cut(named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, keys: Tensor | None) -> dict[str, Any]:
-    """The arguments of a layer, cut to a segment.
-
-    The batch axis of each is found from its name's meaning, since sizes can coincide.
-
-    Args:
-        named: what the model passed for the whole batch.
-        segment: the rows and positions that run.
-        batch: rows of the whole batch.
-        queries: long (r q), the place of every query in the sequence, -1 for filling.
-        keys: long (r k), the place of every key the segment attends to, -1 for a hole; None: all keys, in order.
-    """
-
-    def one(name: str, value: Any) -> Any:
-        if name in ("attention_mask", "causal_mask"):
-            return _cut_mask(value, segment, queries, keys)
-        if name == "position_embeddings" and isinstance(value, tuple):
-            return tuple(one(name, item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        if name == "position_embeddings":  # (... b t d)
-            return take(value, segment, value.dim() - 3)
-        if name == "position_ids":  # (... b t)
-            return take(value, segment, value.dim() - 2)
-        if value.dim() >= 2 and value.shape[0] == batch and segment.rows is not None:
-            return value.index_select(0, segment.rows)
-        return value
-
-    return {name: one(name, value) for name, value in named.items()}
-
-
-def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None) -> Any:
-    if mask is None:
-        # None means plain causal attention; it stays true for a subset unless some keys are holes
-        if keys is None or not bool((keys < 0).any()):
-            return None
-        seen = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
-        return rearrange(seen, "r q k -> r 1 q k")
-    if not isinstance(mask, Tensor):
-        raise BackboneError(
-            f"attention mask of type {type(mask).__name__} cannot be cut to a part of the batch; "
-            "load the model with attn_implementation='sdpa' or 'eager'"
-        )
-    if segment.rows is not None and mask.shape[0] > 1:
-        mask = mask.index_select(0, segment.rows)
-    if keys is None:
-        return mask
-    places = keys.clamp(min=0)
-    if mask.dim() == 2:
-        return torch.where(keys < 0, 0, mask.expand(len(keys), -1).gather(1, places))
-    mask = mask.expand(len(keys), -1, -1, -1)
-    if segment.tokens is not None:
-        asked = rearrange(segment.tokens.clamp(min=0), "r q -> r 1 q 1")
-        mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, mask.shape[3]))
-    mask = mask.gather(3, rearrange(places, "r k -> r 1 1 k").expand(-1, mask.shape[1], mask.shape[2], -1))
-    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.where(rearrange(keys < 0, "r k -> r 1 1 k"), hidden, mask)

@@ -12,6 +12,7 @@ from torch import Tensor
 from adaskip.errors import ConfigError, DataError
 
 _CHUNK = 2_000_000  # draws held in memory at once
+_REACH = 20  # resamples that a bootstrap quantile must rest on
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ def bonferroni(level: float, n_comparisons: int) -> float:
     return 1.0 - 2.0 * _tail(level) / n_comparisons
 
 
-def bootstrap_mean(values: Tensor, level: float = 0.95, n_resamples: int | None = None, seed: int = 0) -> Interval:
+def bootstrap_mean(values: Tensor, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """Studentised bootstrap interval of the mean over inputs (estimator: the level holds as n grows).
 
     values (n,), one per input, i.i.d. With t = (m* - m) / se* over resamples: [m - q_hi se, m - q_lo se]. For the long
     right tails of information costs its upper end covers far better than the percentile interval's. A resample without
     spread counts as t = +-inf, so few but large values give an infinite end; n = 1 gives two. Equal values give no
-    width. `n_resamples` defaults to 2000, or more where the level's tail would hold fewer than 20: time is
-    O(n_resamples n). Deterministic in `seed`. Raises DataError unless there are values and all finite, ConfigError on a
-    level outside (0, 1) or too few resamples for it.
+    width. A tail that would hold fewer than 20 resamples, as multiplicity asks for, is read at the 20th and stretched
+    like Student's t. Deterministic in `seed`. Raises DataError unless there are values and all finite, ConfigError on a
+    level outside (0, 1) or fewer than 100 resamples.
 
     >>> bootstrap_mean(torch.tensor([1.0, 2.0, 3.0, 4.0])).estimate
     2.5
@@ -54,10 +55,8 @@ def bootstrap_mean(values: Tensor, level: float = 0.95, n_resamples: int | None 
     n, tail = len(x), _tail(level)
     if not n or not x.isfinite().all():
         raise DataError(f"bootstrap_mean: expected finite values, got {n}, {int((~x.isfinite()).sum())} not finite")
-    resamples = max(2000, math.ceil(20 / tail)) if n_resamples is None else n_resamples
-    rank = math.floor(tail * (resamples + 1))
-    if rank < 1:
-        raise ConfigError(f"bootstrap_mean: level {level} needs n_resamples >= {math.ceil(1 / tail)}, got {resamples}")
+    if n_resamples < 100:
+        raise ConfigError(f"bootstrap_mean: expected n_resamples >= 100, got {n_resamples}")
     mean, spread = x.mean(), x.std(correction=0)
     if n == 1:
         return Interval(mean.item(), -math.inf, math.inf, n)
@@ -65,17 +64,17 @@ def bootstrap_mean(values: Tensor, level: float = 0.95, n_resamples: int | None 
         return Interval(mean.item(), mean.item(), mean.item(), n)
     generator = torch.Generator().manual_seed(seed)
     steps = []
-    for start in range(0, resamples, size := max(1, _CHUNK // n)):
-        draw = x[torch.randint(n, (min(size, resamples - start), n), generator=generator)]
+    for start in range(0, n_resamples, size := max(1, _CHUNK // n)):
+        draw = x[torch.randint(n, (min(size, n_resamples - start), n), generator=generator)]
         change = draw.mean(1) - mean
         steps.append(torch.where(change == 0, 0.0, change / draw.std(1, correction=0)))
     t = torch.cat(steps).sort().values
-    return Interval(mean.item(), (mean - t[-rank] * spread).item(), (mean - t[rank - 1] * spread).item(), n)
+    rank = max(_REACH, math.floor(tail * (n_resamples + 1)))
+    unit = spread * max(1.0, stats.t.isf(tail, n - 1) / stats.t.isf(rank / (n_resamples + 1), n - 1))
+    return Interval(mean.item(), (mean - t[-rank] * unit).item(), (mean - t[rank - 1] * unit).item(), n)
 
 
-def paired_difference(
-    a: Tensor, b: Tensor, level: float = 0.95, n_resamples: int | None = None, seed: int = 0
-) -> Interval:
+def paired_difference(a: Tensor, b: Tensor, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """`bootstrap_mean` of a - b, two (n,) measurements of the same inputs in order. Raises DataError if lengths differ.
 
     >>> paired_difference(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))

@@ -172,6 +172,9 @@ class TestContract:
         assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
         several = model.generate(**batch, max_new_tokens=3, num_return_sequences=2, do_sample=True)
         assert len(several) == 4
+        keep = some_keep(2)
+        beams = model.generate(**batch, routing=keep, **options)
+        assert torch.equal(beams, model.generate(**batch, routing=keep.repeat_interleave(3, 1), **options))
 
     def test_hooks_and_hidden_states_keep_their_length(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
@@ -200,6 +203,7 @@ class TestContract:
         assert torch.equal(bare(**batch).logits, dense)
         assert set(dict(bare.named_parameters())) == keys
         assert not any("forward" in layer.__dict__ or "_adaskip" in layer.__dict__ for layer in model.described.layers)
+        assert all(weight.requires_grad for weight in bare.parameters())
         attach(bare)
 
     def test_gradient_reaches_routers_only(self, name: str, group: str, attention: str) -> None:

@@ -71,11 +71,18 @@ def test_bootstrap_admits_what_it_cannot_know():
     assert rare.low <= rare.estimate
 
 
-def test_bootstrap_takes_enough_resamples_for_its_level():
-    x = torch.arange(20.0)
-    assert bootstrap_mean(x, bonferroni(0.95, 100)).high > bootstrap_mean(x, 0.95).high
-    with pytest.raises(ConfigError, match=r"level 0.9999 needs n_resamples >= 2\d{4}, got 2000"):
-        bootstrap_mean(x, 0.9999, n_resamples=2000)
+@pytest.mark.parametrize("skew", [False, True])
+def test_bootstrap_reaches_levels_beyond_its_resamples(skew):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(60, generator=generator, dtype=torch.float64)
+    x = x.exp() if skew else x
+    level = bonferroni(0.95, 100)
+    stretched, direct = bootstrap_mean(x, level), bootstrap_mean(x, level, n_resamples=200_000)
+    assert stretched.high - x.mean() == pytest.approx(direct.high - direct.estimate, rel=0.25)
+    assert x.mean() - stretched.low == pytest.approx(direct.estimate - direct.low, rel=0.25)
+    assert bootstrap_mean(x, 1 - 1e-9).high > stretched.high > bootstrap_mean(x, 0.99).high
+    with pytest.raises(ConfigError, match="n_resamples >= 100, got 99"):
+        bootstrap_mean(x, n_resamples=99)
 
 
 @pytest.mark.parametrize(

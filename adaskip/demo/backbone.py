@@ -1,0 +1,19 @@
+"""The demo backbone `digits-vlm`: a LLaVA of three million parameters in a standard Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+FOLDER: Path = Path(__file__).parent / "digits-vlm"
+
+
+def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model (float32, eval mode) and its processor, read from `FOLDER` without a network."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER, local_files_only=True)
+    return model.eval(), AutoProcessor.from_pretrained(FOLDER, local_files_only=True)

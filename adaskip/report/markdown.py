@@ -1,0 +1,249 @@
+"""The words and tables of a report: one function a section, which returns its paragraphs.
+
+Every number is read from a file of the run, and every table and picture names that file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+UNITS = {"functional": "nats", "geometric": "1 − cos", "proximal": "share moved", "cross-modal": "attention mass"}
+MARKS = {"admissible": "✓", "inadmissible": "✗", "undecided": "?"}
+
+
+def trained(recipe: dict[str, Any], environment: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+    """The title, and what was trained on what."""
+    rows = {
+        "backbone": _dig(recipe, "backbone", "path"),
+        "data": _dig(recipe, "data", "source"),
+        "tokens that may leave a layer": _dig(recipe, "router", "group"),
+        "target keep rate": _dig(recipe, "objective", "keep"),
+        "tolerance of one skip (nats)": _dig(recipe, "conditions", "tolerance"),
+        "seed": recipe.get("seed", environment.get("seed")),
+        **{key: environment.get(key) for key in ("device", "python", "platform")},
+        "packages": ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items()),
+        **{key: value for key, value in summary.items() if isinstance(value, int | float)},
+    }
+    known = [[name, number(value)] for name, value in rows.items() if value not in (None, "")]
+    files = {"recipe.resolved.yaml": recipe, "env.json": environment, "summary.json": summary}
+    body = [f"# Run report: {_cell(recipe.get('name', 'unnamed'))}", "## What was trained"]
+    told = [_table(["", "value"], known), _source(*(name for name, held in files.items() if held))]
+    return [*body, *(told if known else [_missing("recipe.resolved.yaml")])]
+
+
+def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
+    """What the routed model keeps and answers: on validation data, and per kind where it was evaluated."""
+    body = ["## Result"]
+    validation = summary.get("val")
+    if isinstance(validation, dict) and validation:
+        names = {"kl": "KL to the dense model (nats)", "accuracy": "accuracy", "keep": "keep rate"}
+        rows = [[names.get(key, _cell(key)), number(value)] for key, value in validation.items()]
+        body += ["### Validation", _table(["", "value"], rows), _source("summary.json")]
+    body.append("### By kind of input")
+    kinds, mean = evaluation.get("kinds") or [], evaluation.get("mean")
+    if not kinds:
+        return [*body, _missing("evaluation.json")]
+    if isinstance(mean, dict):
+        kinds = [*kinds, {"n": ""} | mean | {"kind": "**mean**"}]
+    head = ["kind", "n", "dense accuracy", "routed accuracy", "keep rate", "FLOPs saved", "answer (s)", "prefill (s)"]
+    cells = [("kind", _cell), ("n", number), ("dense_accuracy", share), ("routed_accuracy", share), ("keep", number)]
+    cells.append(("flops_saved", share))
+    rows = [[*(show(row.get(key)) for key, show in cells), _pair(row, ""), _pair(row, "prefill_")] for row in kinds]
+    body += ["Seconds: dense → routed, and their ratio.", _table(head, rows)]
+    body.append(_source("evaluation.json", part=f"split {evaluation.get('split', 'unknown')}"))
+    if isinstance(example := evaluation.get("example"), dict) and example:
+        body += ["### One input", _example(example), _source("evaluation.json")]
+    return body
+
+
+def keep_by_kind(rates: dict[str, list[float]], picture: str | None) -> list[str]:
+    """Which layers each kind of input runs."""
+    body = ["## Keep rates by layer and kind"]
+    if not picture:
+        return [*body, _missing("keep_rates.json")]
+    means = np.mean(list(rates.values()), axis=0)
+    most, least = int(means.argmax()), int(means.argmin())
+    body.append(
+        f"1 means that every input of the kind ran the layer. Layers are counted from 0. Over the kinds, layer {least} "
+        f"runs least ({number(means[least])}) and layer {most} most ({number(means[most])})."
+    )
+    return [*body, f"![keep rates by layer and kind]({picture})", _source("keep_rates.json")]
+
+
+def training(curves: dict[str, np.ndarray], picture: str | None) -> list[str]:
+    """How the keep rate followed its target, and what it cost."""
+    body = ["## Training"]
+    if not picture:
+        return [*body, _missing("metrics.csv")]
+    body.append(
+        "The budget's multiplier rises while the keep rate lies above its target. Faint lines are the logged values, "
+        "thick ones their running mean."
+    )
+    wanted = ("router/keep_soft", "router/target", "router/multiplier", "train/", "val/")
+    rows = []
+    for name, (steps, values) in curves.items():
+        if name.startswith(wanted):
+            rows.append([f"`{name}`", str(int(steps[-1])), number(values[-1])])
+            if len(lost := steps[~np.isfinite(values)]):
+                body.append(f"`{name}`: {len(lost)} of {len(steps)} values not finite, first at step {int(lost[0])}.")
+    body += [f"![keep rate, multiplier and losses over the steps]({picture})", _source("metrics.csv")]
+    return [*body, "Last values:", _table(["name", "step", "value"], rows), _source("metrics.csv")]
+
+
+def conditions(looks: Sequence[dict[str, Any]], recipe: dict[str, Any], picture: str | None) -> list[str]:
+    """The last look at the theory's conditions, layer by layer and together, and how the looks went."""
+    body = ["## Conditions"]
+    if not picture:
+        return [*body, _missing("conditions.jsonl")]
+    look = looks[-1]
+    source = _source("conditions.jsonl", part=f"last look, step {look['step']}")
+    sizes = sorted({row["n"] for row in look["findings"] if row.get("n") is not None})
+    body += [
+        f"May a layer be skipped by the tokens of group `{look.get('group', 'all')}`? One skip may cost "
+        f"{number(look.get('tolerance'))} nats per predicted token; n = {', '.join(map(str, sizes)) or 'n/a'} inputs. "
+        "A notion holds (✓) where its whole interval lies within the threshold, fails (✗) where all of it lies beyond, "
+        "and is undecided (?) in between. Only the functional notion is the cost itself. "
+        "Cells read: estimate [interval] / threshold.",
+        f"![exact cost and cheap notions over the layers]({picture})",
+        source,
+        _verdicts(look),
+        source,
+        "### The router's skips together",
+        *_joint(look.get("joint"), _dig(recipe, "objective", "alpha"), source),
+        "### Which notion predicts the exact cost",
+        *_ranks(look.get("rank_correlation"), len({row["layer"] for row in look["findings"]}), source),
+    ]
+    if len(looks) > 1:
+        body += ["### All looks", _history(looks), _source("conditions.jsonl")]
+    return body
+
+
+def _verdicts(look: dict[str, Any]) -> str:
+    found = {(row["layer"], row["notion"]): row for row in look["findings"]}
+    notions = [notion for notion in UNITS if any(key[1] == notion for key in found)]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "not measured"
+        low, high = ("open" if row[end] is None else number(row[end], 3) for end in ("low", "high"))
+        value, limit = number(row["estimate"], 3), number(row["threshold"], 3)
+        return f"{value} [{low}, {high}] / {limit} {MARKS.get(row['verdict'], '')}"
+
+    overall = look.get("layers") or {}
+    rows = [
+        [str(layer), overall.get(str(layer), "not measured"), *(cell(found.get((layer, notion))) for notion in notions)]
+        for layer in sorted({key[0] for key in found})
+    ]
+    return _table(["layer", "verdict", *(f"{notion} ({UNITS[notion]})" for notion in notions)], rows)
+
+
+def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
+    """Skips against the admissible set, and joint KL against kappa * B."""
+    if not joint:
+        return [_missing("conditions.jsonl", "joint")]
+    n, recall, p_value = joint.get("n") or 0, joint.get("recall"), joint.get("coverage_p")
+    hit = f"{share(joint.get('admissible_skips'))} of the router's {joint.get('skips')} skips are on admissible layers"
+    took = f"of all skips that admissible layers allow, it takes {share(recall)}"
+    text = "The router skipped nothing; " if joint.get("skips") == 0 else f"{hit}; "
+    text += f"{'no layer is admissible' if recall is None else took}."
+    wanted = "" if alpha is None else f", at least {share(1 - alpha)} asked for"
+    rows = [
+        ["mean joint KL (nats)", number(joint.get("kl"))],
+        ["mean κ·B (nats)", number(joint.get("bound"))],
+        ["κ", number(joint.get("kappa"))],
+        [f"coverage: inputs with KL ≤ κ·B{wanted}", share(joint.get("coverage"))],
+        ["p-value of that coverage (beta-binomial)", number(joint.get("coverage_p"))],
+        ["n (half calibrates κ, half tests it)", f"{n} ({n // 2} + {n - n // 2})"],
+    ]
+    if joint.get("kappa") is None or p_value is None:
+        verdict = "Coverage could not be tested: too few inputs to calibrate κ; raise `conditions.examples`."
+    elif p_value < 0.05:
+        verdict = "The coverage asked for does not hold here (p < 0.05)."
+    else:
+        verdict = "Nothing speaks against the coverage asked for (p ≥ 0.05)."
+    return [text, _table(["", "value"], rows), verdict, source]
+
+
+def _ranks(ranks: dict[str, Any] | None, layers: int, source: str) -> list[str]:
+    """Spearman's rho of each cheap notion with the exact cost, and one sentence on which of them predict."""
+    known = {name: rho for name, rho in (ranks or {}).items() if rho is not None and math.isfinite(rho)}
+    if not known or layers < 3:
+        return [_missing("conditions.jsonl", "rank_correlation")]
+    chance = 1.645 / math.sqrt(layers - 1)  # 5 % of unrelated rankings lie above it, about
+    limit = max(0.7, chance)
+    good = [f"{name} ({rho:.2f})" for name, rho in known.items() if rho >= limit]
+    bad = [f"{name} ({rho:.2f})" for name, rho in known.items() if rho < limit]
+    parts = [f"{', '.join(good)} predict{'s' * (len(good) == 1)}"] if good else []
+    parts += [f"{', '.join(bad)} do{'es' * (len(bad) == 1)} not predict"] if bad else []
+    sentence = (
+        f"On this model {'; '.join(parts)} the order of the layers' exact cost "
+        f"(ρ ≥ {limit:.2f} asked for; up to {chance:.2f} may be chance with {layers} layers)."
+    )
+    head = ["notion", "Spearman's ρ with the exact KL over layers"]
+    return [sentence, _table(head, [[name, number(known.get(name))] for name in ranks or {}]), source]
+
+
+def _history(looks: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for look in looks:
+        count, joint = Counter((look.get("layers") or {}).values()), look.get("joint") or {}
+        told = [share(joint.get("admissible_skips")), number(joint.get("kl")), number(joint.get("bound"))]
+        step = f"{look['step']}{' (end)' if look.get('final') else ''}"
+        rows.append([step, *(str(count[verdict]) for verdict in MARKS), *told, share(joint.get("coverage"))])
+    return _table(["step", *MARKS, "skips on admissible layers", "joint KL", "κ·B", "coverage"], rows)
+
+
+def _pair(row: dict[str, Any], phase: str) -> str:
+    """Dense and routed seconds of a phase and how many times faster routed is."""
+    dense, routed = row.get(f"{phase}dense_s"), row.get(f"{phase}routed_s")
+    return f"{number(dense, 3)} → {number(routed, 3)} ({dense / routed:.2f}×)" if dense and routed else "n/a"
+
+
+def _example(example: dict[str, Any]) -> str:
+    names = {"prompt": "prompt", "expected": "expected", "dense_answer": "dense model", "answer": "routed model"}
+    rows = [[name, number(example.get(key))] for key, name in (names | {"keep": "keep rate"}).items()]
+    if route := "".join("#" if kept else "." for kept in example.get("route") or []):
+        rows.append(["route (`#` ran, `.` skipped)", f"`{route}`"])
+    return _table(["", "value"], rows)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """So many significant digits; n/a for what is not there or not finite."""
+    if isinstance(value, bool | int | str):
+        return _cell(value)
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def share(value: float | None) -> str:
+    """A share as per cent; n/a for what is not there."""
+    return "n/a" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+
+
+def _cell(value: Any) -> str:
+    """Any text in one table cell."""
+    return "n/a" if value is None else " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _source(*files: str, part: str = "") -> str:
+    return f"Source: {', '.join(f'`{file}`' for file in files)}{part and f' ({part})'}"
+
+
+def _dig(values: dict[str, Any], *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None  # type: ignore[assignment]
+    return values
+
+
+def _missing(file: str, key: str = "") -> str:
+    return f"Not measured: `{file}` {f'holds no `{key}`' if key else 'is missing or empty'}."

@@ -1,0 +1,102 @@
+"""A part of a batch that runs a layer together, and how a layer's arguments are cut to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from adaskip.errors import BackboneError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a chunk that runs a layer in one call: some rows, and some positions of each."""
+
+    rows: Tensor | None = None  # long (r), ascending; None: every row
+    tokens: Tensor | None = None  # long (r n): places in the chunk, -1 where a row has fewer; None: all
+
+    def positions(self, offset: int, length: int, batch: int, device: torch.device) -> Tensor:
+        """long (r n): places in the whole sequence of the segment's tokens, -1 for filling."""
+        if self.tokens is not None:
+            return torch.where(self.tokens < 0, -1, self.tokens + offset)
+        count = batch if self.rows is None else len(self.rows)
+        return torch.arange(offset, offset + length, device=device).expand(count, length)
+
+
+def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
+    """The segment's rows and positions of a tensor whose axes are (..., b, t, ...), b at ``batch_axis``; b may be 1."""
+    if segment.rows is not None and value.shape[batch_axis] > 1:
+        value = value.index_select(batch_axis, segment.rows)
+    if segment.tokens is None:
+        return value
+    count, width = segment.tokens.shape
+    shape = list(value.shape)
+    shape[batch_axis] = count
+    value = value.expand(shape)
+    axis = batch_axis + 1
+    index = segment.tokens.clamp(min=0).view([*[1] * batch_axis, count, width, *[1] * (len(shape) - axis - 1)])
+    shape[axis] = width
+    return value.gather(axis, index.expand(shape))
+
+
+def cut(named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, keys: Tensor | None) -> dict[str, Any]:
+    """The arguments of a layer, cut to a segment.
+
+    The batch axis of each is found from its name's meaning, since sizes can coincide.
+
+    Args:
+        named: what the model passed for the whole batch.
+        segment: the rows and positions that run.
+        batch: rows of the whole batch.
+        queries: long (r q), the place of every query in the sequence, -1 for filling.
+        keys: long (r k), the place of every key the segment attends to, -1 for a hole; None: all keys, in order.
+    """
+
+    def one(name: str, value: Any) -> Any:
+        if name in ("attention_mask", "causal_mask"):
+            return _cut_mask(value, segment, queries, keys)
+        if name == "position_embeddings" and isinstance(value, tuple):
+            return tuple(one(name, item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if name == "position_embeddings":  # (... b t d)
+            return take(value, segment, value.dim() - 3)
+        if name == "position_ids":  # (... b t)
+            return take(value, segment, value.dim() - 2)
+        if value.dim() >= 2 and value.shape[0] == batch and segment.rows is not None:
+            return value.index_select(0, segment.rows)
+        return value
+
+    return {name: one(name, value) for name, value in named.items()}
+
+
+def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None) -> Any:
+    if mask is None:
+        # None means plain causal attention; it stays true for a subset unless some keys are holes
+        if keys is None or not bool((keys < 0).any()):
+            return None
+        seen = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
+        return rearrange(seen, "r q k -> r 1 q k")
+    if not isinstance(mask, Tensor):
+        raise BackboneError(
+            f"attention mask of type {type(mask).__name__} cannot be cut to a part of the batch; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    if segment.rows is not None and mask.shape[0] > 1:
+        mask = mask.index_select(0, segment.rows)
+    if keys is None:
+        return mask
+    places = keys.clamp(min=0)
+    if mask.dim() == 2:
+        return torch.where(keys < 0, 0, mask.expand(len(keys), -1).gather(1, places))
+    mask = mask.expand(len(keys), -1, -1, -1)
+    if segment.tokens is not None:
+        asked = rearrange(segment.tokens.clamp(min=0), "r q -> r 1 q 1")
+        mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, rearrange(places, "r k -> r 1 1 k").expand(-1, mask.shape[1], mask.shape[2], -1))
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.where(rearrange(keys < 0, "r k -> r 1 1 k"), hidden, mask)

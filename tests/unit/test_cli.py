@@ -1,0 +1,284 @@
+"""The command line: what each verb calls and prints, exit statuses, error texts, and pure JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from adaskip import __version__, cli
+from adaskip.errors import DataError
+from adaskip.recipe import load, recipes
+
+ROOT = Path(__file__).parents[2]
+FIVE = """\
+backbone: {path: digits-vlm, dtype: floot32}
+router: {group: visoin, hiden: 8}
+data: {source: digits-vlm}
+objective: {keep: 2}
+trainer: {steps: 1.5, batch_size: 2, learning_rate: 1e-3, validate_every: 5, checkpoint_every: 5}
+"""
+TOLD = [
+    "backbone.dtype: expected auto | float32 | bfloat16 | float16, got 'floot32'; did you mean 'float32'?",
+    "router.group: expected all | vision, got 'visoin'; did you mean 'vision'?",
+    "router.hiden: no such key, got 8; did you mean 'hidden'?",
+    "trainer.steps: expected a valid integer, got 1.5",
+    "objective.keep: expected a share in (0, 1], got 2.0",
+]
+
+
+@pytest.fixture
+def adaskip(capfd):
+    """Run the command line in this process; returns (exit status, standard output, standard error)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in words])
+        return int(stop.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Put a module with the given functions in the place of a heavy one; each call's arguments are noted."""
+
+    def put(module: str, **results: object) -> list[tuple]:
+        calls: list[tuple] = []
+        stand_in = ModuleType(module)
+        for name, result in results.items():
+
+            def function(*args, _name=name, _result=result, **kwargs):
+                calls.append((_name, args, kwargs))
+                print("library noise")
+                os.system("echo child noise")
+                if isinstance(_result, Exception):
+                    raise _result
+                return _result
+
+            setattr(stand_in, name, function)
+        monkeypatch.setitem(sys.modules, module, stand_in)
+        return calls
+
+    return put
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a-run").mkdir()
+    return tmp_path / "a-run"
+
+
+def parsed(out: str) -> dict:
+    """The one JSON object that standard output holds."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert out.count("\n") == 1
+    return json.loads(out, parse_constant=refuse)
+
+
+def test_help_is_instant_and_nothing_imports_torch():
+    code = (
+        "import sys, adaskip; assert 'torch' not in sys.modules\n"
+        "from adaskip import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'lightning', 'pydantic'} & set(sys.modules)"
+    )
+    seconds = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert all(verb in done.stdout for verb in ("ls", "cp", "validate", "train", "eval", "check", "generate", "export"))
+    assert min(seconds) < 1  # processor time: what else the machine does must not fail the test
+
+
+def test_version_and_usage(adaskip):
+    assert adaskip("--version") == (0, f"adaskip {__version__}\n", "")
+    assert adaskip()[0] == 2
+    status, out, err = adaskip("tran", "digits-vlm")
+    assert (status, out) == (2, "")
+    assert "No such command 'tran'" in err
+    status, out, err = adaskip("check", "--json")
+    assert status == 2
+    assert "Missing argument" in parsed(out)["error"]
+    assert "RUN" in err
+
+
+def test_five_faults_at_once_without_a_traceback(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(FIVE)
+    command = [sys.executable, "-m", "adaskip.cli", "train", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    head, *lines = done.stderr.splitlines()
+    assert head == f"adaskip: recipe {path}: 5 faults"
+    assert sorted(line.strip() for line in lines) == sorted(TOLD)
+
+
+def test_validate(adaskip, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(FIVE)
+    status, out, _ = adaskip("validate", path, "--json")
+    found = parsed(out)
+    assert (status, found["ok"], sorted(found["faults"])) == (2, False, sorted(TOLD))
+    status, out, err = adaskip("validate", "digits-vlm", "objective.keep=0.25", "--json")
+    found = parsed(out)
+    assert (status, found["ok"], found["faults"], err) == (0, True, [], "")
+    assert found["recipe"]["objective"]["keep"] == 0.25
+    status, out, err = adaskip("validate", "digits-vlm", "objective.keep=0.25")
+    assert (status, err) == (0, "")
+    assert "objective.keep               0.25\n" in out
+
+
+def test_unknown_recipe(adaskip):
+    status, out, err = adaskip("validate", "digit-vlm")
+    assert (status, out) == (2, "")
+    assert "did you mean 'digits-vlm'?" in err
+    assert "adaskip ls" in err
+    status, out, _ = adaskip("validate", "digit-vlm", "--json")
+    assert status == 2
+    assert parsed(out)["faults"][0].startswith("recipe 'digit-vlm': no such file")
+
+
+def test_ls(adaskip):
+    status, out, _ = adaskip("ls", "--json")
+    rows = parsed(out)["recipes"]
+    assert status == 0
+    assert [row["name"] for row in rows] == list(recipes())
+    assert rows[2] | {"sentence": ""} == {
+        "name": "digits-vlm-vision",
+        "backbone": "digits-vlm",
+        "group": "vision",
+        "sentence": "",
+    }
+    status, out, _ = adaskip("ls")
+    assert status == 0
+    assert all(name in out for name in recipes())
+
+
+def test_cp_copies_and_never_overwrites_unasked(adaskip, tmp_path):
+    status, out, _ = adaskip("cp", "digits-vlm", tmp_path, "--json")
+    target = tmp_path / "digits-vlm.yaml"
+    assert (status, parsed(out)) == (0, {"file": str(target)})
+    assert load(target) == load("digits-vlm")
+    target.write_text("mine")
+    status, _, err = adaskip("cp", "digits-vlm", target)
+    assert (status, target.read_text()) == (2, "mine")
+    assert f"{target} exists; overwrite it with --force" in err
+    status, out, _ = adaskip("cp", "digits-vlm", target, "--force")
+    assert status == 0
+    assert f"next: adaskip train {target}" in out
+    assert load(target).name == "digits-vlm"
+    status, _, err = adaskip("cp", "digits-vlm", tmp_path / "no" / "where.yaml")
+    assert status == 2
+    assert "No such file or directory" in err
+
+
+def test_train(adaskip, fake):
+    calls = fake("adaskip.train", train={"folder": "runs/x", "val": {"keep": 0.6123456, "kl": float("nan")}})
+    status, out, err = adaskip("train", "digits-vlm", "seed=3", "--resume", "--json")
+    assert (status, parsed(out)) == (0, {"folder": "runs/x", "val": {"keep": 0.6123456, "kl": None}})
+    assert sorted(err.split("\n")) == ["", "child noise", "library noise"]
+    assert calls == [("train", (load("digits-vlm", ["seed=3"]),), {"resume": True})]
+    status, out, _ = adaskip("train", "digits-vlm")
+    assert status == 0
+    assert "val.keep                     0.6123\n" in out
+    assert "next: adaskip eval runs/x, adaskip check runs/x" in out
+    assert calls[1][2] == {"resume": False}
+
+
+def test_eval(adaskip, fake, folder):
+    row = {"kind": "sum", "dense_accuracy": 0.9, "routed_accuracy": 0.875, "keep": 0.6}
+    mean = {name: value for name, value in row.items() if name != "kind"}
+    calls = fake("adaskip.evaluate", evaluate={"kinds": [row], "mean": mean, "prefill": {"speedup": 1.5}})
+    status, out, _ = adaskip("eval", folder, "--examples", 7, "--split", "validation", "--json")
+    assert (status, parsed(out)["kinds"]) == (0, [row])
+    ((name, args, options),) = calls
+    assert (name, args, options["split"], options["per_kind"]) == ("evaluate", (folder,), "validation", 7)
+    options["progress"](1, 2)
+    status, out, _ = adaskip("eval", folder)
+    assert status == 0
+    for word in ("routed", "accuracy", "0.875", "sum", "mean", "prefill.speedup", "1.5"):
+        assert word in out
+
+
+@pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, 1)])
+def test_check_exits_1_when_the_conditions_do_not_hold(adaskip, fake, folder, ok, status):
+    row = {"layer": 3, "group": "all", "notion": "cost", "low": None, "verdict": "undecided"}
+    fake("adaskip.evaluate", check={"ok": ok, "rows": [row], "summary": {"coverage": 0.93}})
+    code, out, _ = adaskip("check", folder)
+    assert code == status
+    assert "undecided" in out
+    assert ("the conditions hold" in out) is ok
+    code, out, _ = adaskip("check", folder, "--json")
+    assert (code, parsed(out)["ok"], parsed(out)["rows"]) == (status, ok, [row])
+
+
+def test_generate(adaskip, fake, folder, tmp_path):
+    found = {"prompt": "[/b] ?", "answer": "7", "dense_answer": "7", "expected": None, "keep": 0.5}
+    calls = fake("adaskip.evaluate", answer={**found, "route": [True, False, False, True], "layers": 4})
+    status, out, _ = adaskip("generate", folder, "--example", 4)
+    assert status == 0
+    assert "[/b] ?" in out
+    assert "#..#   2 of 4 layers ran" in out
+    picture = tmp_path / "a.png"
+    picture.touch()
+    status, out, _ = adaskip("generate", folder, "--image", picture, "--prompt", "x", "--max-new-tokens", 2, "--json")
+    assert (status, parsed(out)["answer"]) == (0, "7")
+    assert calls == [
+        ("answer", (folder,), {"image": None, "prompt": None, "example": 4, "max_new_tokens": 16}),
+        ("answer", (folder,), {"image": picture, "prompt": "x", "example": None, "max_new_tokens": 2}),
+    ]
+
+
+@pytest.mark.parametrize("words", [[], ["--prompt", "x", "--example", "1"], ["--image", __file__, "--example", "1"]])
+def test_generate_needs_one_question(adaskip, folder, words):
+    status, out, err = adaskip("generate", folder, *words)
+    assert (status, out) == (2, "")
+    assert "expected --prompt TEXT (with --image PATH for a picture) or --example N" in err
+
+
+def test_export(adaskip, fake, folder, tmp_path):
+    calls = fake("adaskip.export", export={"folder": "out", "files": ["a", "b"]})
+    status, out, _ = adaskip("export", folder, tmp_path / "out", "--json")
+    assert (status, parsed(out)["files"]) == (0, ["a", "b"])
+    assert calls == [("export", (folder, tmp_path / "out"), {})]
+
+
+@pytest.mark.parametrize("verb", [["eval"], ["check"], ["generate", "--prompt", "x"], ["export", "out"]])
+def test_a_missing_run_is_named_with_what_to_type(adaskip, folder, verb):
+    name, *rest = verb
+    missing = folder.parent / "a-rum"
+    status, out, err = adaskip(name, missing, *rest)
+    assert (status, out) == (2, "")
+    assert err == (
+        f"adaskip: {missing}: no such run folder; did you mean 'a-run'? "
+        f"Train one with: adaskip train digits-vlm output={missing}\n"
+    )
+
+
+def test_errors_of_the_work_itself(adaskip, fake, folder):
+    fake("adaskip.evaluate", check=DataError("no test split\n  line 3: empty"))
+    status, out, err = adaskip("check", folder, "--json")
+    assert status == 2
+    assert parsed(out) == {"ok": False, "error": "no test split", "faults": ["line 3: empty"]}
+    status, _, err = adaskip("check", folder)
+    assert status == 2
+    assert err == "adaskip: no test split\n  line 3: empty\n"
+
+
+def test_a_bug_is_not_hidden(fake, folder):
+    fake("adaskip.evaluate", check=ZeroDivisionError("bug"))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["check", str(folder)])

@@ -1,0 +1,94 @@
+"""The house rules: imports only point left, importing loads nothing, every file is in the README's tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "adaskip"
+ORDER = [
+    "errors",
+    "demo",
+    "plan",
+    "backbone",
+    "routers",
+    "runtime",
+    "theory",
+    "policies",
+    "training",
+    "recipe",
+    "export",
+    "report",
+    "train",
+    "evaluate",
+    "cli",
+]
+
+
+def room(module: str) -> int:
+    return ORDER.index(module.split(".")[1])
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("adaskip"):
+            found += [node.module] if node.module != "adaskip" else [f"adaskip.{name.name}" for name in node.names]
+        elif isinstance(node, ast.Import):
+            found += [name.name for name in node.names if name.name.startswith("adaskip.")]
+    return [name for name in found if name != "adaskip.__version__"]
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_left(path: Path) -> None:
+    own = "adaskip." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    wrong = [name for name in imports(path) if room(name) > room(own)]
+    assert not wrong, f"{own} imports {wrong}, which lie to its right in {ORDER}"
+
+
+def test_every_module_is_short() -> None:
+    long = {str(p): n for p in MODULES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_importing_loads_no_torch_and_fast() -> None:
+    code = (
+        "import sys, adaskip; assert 'torch' not in sys.modules; assert adaskip.__doc__; print(sorted(adaskip.__all__))"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "RouterConfig" in done.stdout
+    assert time.perf_counter() - started < 5
+
+
+def test_public_names_resolve_and_are_documented() -> None:
+    import adaskip
+
+    for name in adaskip.__all__:
+        assert getattr(adaskip, name).__doc__, name
+    with pytest.raises(AttributeError, match="it has AdaSkipError, Collator"):
+        adaskip.nothing  # noqa: B018
+
+
+def test_the_readme_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [p.name for p in MODULES if p.name != "__init__.py" and p.name not in readme]
+    assert not missing
+
+
+def test_only_backbone_knows_model_internals() -> None:
+    inner = ("model.layers", "language_model", "get_decoder", "image_token_id", "num_hidden_layers")
+    for path in MODULES:
+        if path.name == "backbone.py" or "demo" in path.parts:
+            continue
+        code = "\n".join(ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute))
+        assert not [name for name in inner if f".{name}" in code], path
