@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-RUN    ?= runs/demo
-SEED   ?= 0
+DEMO   := runs/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint slow clean
@@ -21,11 +20,11 @@ $(READY): pyproject.toml constraints.txt
 install: $(READY) ## make the virtual environment .venv
 
 demo: $(READY) ## train routers for the embedded vision-language model, compare with dense, answer one picture (10 minutes)
-	rm -rf $(RUN)
-	$(BIN)/adaskip train digits-vlm output=$(RUN) seed=$(SEED)
-	$(BIN)/adaskip eval $(RUN) --examples 200
-	$(BIN)/adaskip generate $(RUN) --example 4
-	@echo "The whole story with pictures: $(RUN)/report.md"
+	rm -rf $(DEMO)
+	$(BIN)/adaskip train digits-vlm output=$(DEMO)
+	$(BIN)/adaskip eval $(DEMO) --examples 200
+	$(BIN)/adaskip generate $(DEMO) --example 4
+	@echo "The whole story with pictures: $(DEMO)/report.md"
 
 test: $(READY) ## all tests that need no GPU and no patience (15 minutes at most)
 	$(BIN)/python -m pytest

@@ -298,7 +298,7 @@ def _table(rows: list[dict[str, Any]], hidden: Sequence[str] = ()) -> None:
     """Rows as a table that fits 80 columns; the first row names the columns."""
     names = [name for name in (rows[0] if rows else ()) if name not in hidden]
     columns = [Column(name.replace("_", "\n"), no_wrap=name != "sentence", vertical="top") for name in names]
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
     Console(markup=False, highlight=False).print(table)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import AdaSkipError, CheckpointError, DataError
 from adaskip.export import router_folder
 from adaskip.recipe import Recipe, load
@@ -164,10 +165,10 @@ def evaluate(
 
 
 def _enough(recipe: Recipe, split: str, per_kind: int | None) -> list[Record]:
-    if per_kind is not None and recipe.data.source == "digits-vlm":
+    if per_kind is not None and recipe.data.source == EMBEDDED:
         from adaskip.demo.digits import KINDS
 
-        return load_records("digits-vlm", split, per_kind * len(KINDS), recipe.seed)
+        return load_records(EMBEDDED, split, per_kind * len(KINDS), recipe.seed)
     return records(recipe, split)
 
 
@@ -190,7 +191,7 @@ def check(run: Path) -> dict[str, Any]:
         prices = Prices(**tensors, alpha=stored["alpha"], c=stored["c"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error}); train the run again") from error
-    held_out = "test" if recipe.data.source == "digits-vlm" else "calibration"
+    held_out = "test" if recipe.data.source == EMBEDDED else "calibration"
     chosen = records(recipe, held_out)[-2 * recipe.conditions.examples :]
     device = model.described.device
     batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]

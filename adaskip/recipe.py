@@ -12,12 +12,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.plan import RouterConfig
 from adaskip.training.objective import Objective
-
-EMBEDDED = "digits-vlm"
-"""As `backbone.path` the embedded demo model, as `data.source` its questions."""
 
 _NAMES = {int: "an integer", float: "a number", str: "a string"}
 Positive = Annotated[int, Field(strict=True, ge=1)]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, AutoTokenizer
 
 from adaskip import report
+from adaskip.demo.backbone import EMBEDDED, FOLDER
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import Recipe, dump, load
 from adaskip.runtime.attach import RoutedModel, attach
@@ -42,7 +43,7 @@ RECIPE, LAST = "recipe.resolved.yaml", "checkpoints/last.ckpt"
 
 def load_processor(recipe: Recipe) -> Any:
     """The backbone's processor, or its tokenizer where it has no pictures."""
-    path = embedded(recipe.backbone.path)
+    path = FOLDER if recipe.backbone.path == EMBEDDED else recipe.backbone.path
     options = {"trust_remote_code": recipe.backbone.trust_remote_code, "revision": recipe.backbone.revision}
     try:
         return AutoProcessor.from_pretrained(path, **options)
@@ -54,15 +55,6 @@ def load_processor(recipe: Recipe) -> Any:
                 f"backbone {recipe.backbone.path!r}: holds no processor and no tokenizer; "
                 "save them beside the model with processor.save_pretrained(folder)"
             ) from error
-
-
-def embedded(path: str) -> str:
-    """``digits-vlm`` as the folder it is shipped in; anything else as it is."""
-    if path != "digits-vlm":
-        return path
-    from adaskip.demo.backbone import FOLDER
-
-    return str(FOLDER)
 
 
 def backbone_options(recipe: Recipe) -> dict[str, Any]:
@@ -197,7 +189,7 @@ def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck
     callbacks: list[Callback] = [conditions, saver]
     callbacks += [RichProgressBar(leave=True)] if section.progress else []
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for noise in (".*does not have many workers.*", ".*LeafSpec.*", ".*ModelSummary.*", ".*val_dataloader.*shuffle.*"):
+    for noise in (".*many workers.*", ".*LeafSpec.*", ".*eval mode at the start of training.*"):
         warnings.filterwarnings("ignore", noise)
     return lightning.Trainer(
         accelerator=section.accelerator,

@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4000, help="decoder steps")
-    parser.add_argument("--tower-steps", type=int, default=3000, help="vision tower steps")
+    parser.add_argument("--tower-steps", type=int, default=2500, help="vision tower steps")
     parser.add_argument("--pictures", type=int, default=16, help="pictures per decoder step")
     parser.add_argument("--per-kind", type=int, default=2000, help="test questions per kind")
     parser.add_argument("--threads", type=int, default=2)

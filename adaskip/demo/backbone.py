@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-FOLDER: Path = Path(__file__).parent / "digits-vlm"
+EMBEDDED = "digits-vlm"
+"""In a recipe, as `backbone.path` this model, as `data.source` its questions."""
+FOLDER: Path = Path(__file__).parent / EMBEDDED
 
 
 def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from adaskip import __version__
 from adaskip.backbone import fingerprint
+from adaskip.demo.backbone import EMBEDDED, FOLDER
 from adaskip.errors import BackboneError, CheckpointError, ConfigError
 from adaskip.plan import RouterConfig
 
@@ -29,11 +30,7 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: it cannot be read; says why.
     """
-    path: str | Path = name
-    if name == "digits-vlm":
-        from adaskip.demo.backbone import FOLDER
-
-        path = FOLDER
+    path = FOLDER if name == EMBEDDED else name
     try:
         remote = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
         config = AutoConfig.from_pretrained(path, **remote)
@@ -60,8 +57,8 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
         "router": model.config.to_dict(),
         "facts": model.facts,
     }
-    if Path(meta["backbone"]["name"]).name == "digits-vlm":
-        meta["backbone"]["name"] = "digits-vlm"
+    if Path(meta["backbone"]["name"]) == FOLDER:
+        meta["backbone"]["name"] = EMBEDDED
     weights = {name: value.detach().cpu().contiguous() for name, value in model.routers.state_dict().items()}
     save_file(weights, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
     (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)

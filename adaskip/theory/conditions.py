@@ -8,8 +8,8 @@ cost s*^2 / 2 is the tolerance, and Lambda_l the calibrated constant that turns 
     proximal      P(1 - cos > eps_l) <= alpha                           the same threshold, for single inputs
     cross-modal   attention mass  <= s* / (c Lambda_l)                  heuristic; vision with keys absent only
 
-Only the functional notion is the cost itself; the others are cheap predictors, and `Findings.rank_correlation` shows how
-well each of them predicts here.
+Only the functional notion is the cost itself; the others are cheap predictors, and `Findings.rank_correlation` shows
+how well each of them predicts here.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import DataError
 
 FIELDS = ("image", "prompt", "answer", "kind")
@@ -37,7 +38,7 @@ def load_records(
     Raises:
         DataError: the source, split or a field is missing; says which file and line.
     """
-    if source == "digits-vlm":
+    if source == EMBEDDED:
         from adaskip.demo.digits import KINDS, examples
 
         scans = {"train": "train", "test": "test"}.get(split, "val")

@@ -128,7 +128,18 @@ class Board:
         """The verdicts as a table."""
         import wandb
 
-        columns: list[Any] = ["layer", "group", "notion", "estimate", "low", "high", "threshold", "margin", "n", "verdict"]
+        columns: list[Any] = [
+            "layer",
+            "group",
+            "notion",
+            "estimate",
+            "low",
+            "high",
+            "threshold",
+            "margin",
+            "n",
+            "verdict",
+        ]
         rows: list[Any] = [[finding[c] for c in columns] for finding in look["findings"]]
         for run in self.runs:
             run.log({"conditions": wandb.Table(columns=columns, data=rows)})

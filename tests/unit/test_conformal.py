@@ -38,6 +38,11 @@ def test_rank_is_exact_on_decimals(n, thousandths):
     assert conformal_rank(n, thousandths / 1000) == exact
 
 
+def test_rank_is_not_pushed_up_by_rounding():
+    assert math.ceil(10 * (1 - 0.7)) == 4
+    assert conformal_rank(9, 0.7) == 3
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0.01, 0.99))
 def test_quantile_is_the_smallest_score_that_enough_lie_under(values, alpha):

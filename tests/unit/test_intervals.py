@@ -66,6 +66,8 @@ def test_bootstrap_does_not_depend_on_how_resamples_are_batched(monkeypatch):
 def test_bootstrap_admits_what_it_cannot_know():
     assert bootstrap_mean(torch.tensor([2.0])) == Interval(2.0, -math.inf, math.inf, 1)
     assert bootstrap_mean(torch.full((9,), 2.0)) == Interval(2.0, 2.0, 2.0, 9)
+    still = bootstrap_mean(torch.tensor([-1.0, 0.0, 1.0]))  # some resamples hold nothing but the mean
+    assert (still.low, still.high) == (-math.inf, math.inf)
     rare = bootstrap_mean(torch.tensor([0.0] * 40 + [5.0]))  # a third of the resamples never see the 5
     assert rare.high == math.inf
     assert rare.low <= rare.estimate
