@@ -283,11 +283,11 @@ def _finish(
             file.write(json.dumps(look.to_dict() | {"final": True}) + "\n")
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         board = Board(trainer.loggers)
+        board.conditions(look.to_dict())
         board.keep_rates(rates, report.keep_heat_map(rates))
         board.router(folder / "router", model.facts)
+        board.finish()
         report.write(folder)
-    for logger in trainer.loggers:
-        logger.finalize("success")
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.errors import DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds, measures
-from adaskip.theory.conformal import conformal_quantile, safe_ratio
+from adaskip.theory.conformal import conformal_quantile, conformal_rank, safe_ratio
 
 IGNORED = -100
 
@@ -58,7 +60,15 @@ def calibrate_prices(measured: LayerMeasures, mass: Tensor, alpha: float, c: flo
         mass: (l) attention mass per layer from other inputs; zeros for group ``all``.
         alpha: miscoverage per layer.
         c: weight of the attention mass beside rho.
+
+    Raises:
+        DataError: too few inputs for a finite constant at this alpha.
     """
+    if conformal_rank(len(measured), alpha) > len(measured):
+        raise DataError(
+            f"calibration: expected at least {math.ceil(1 / alpha) - 1} inputs for alpha={alpha}, got {len(measured)}; "
+            "give the calibration split more, or raise conditions.examples"
+        )
     scale = measured.rho.double() + c * mass.double()
     quantile = [conformal_quantile(column, alpha) for column in safe_ratio(measured.s.double(), scale).T]
     peak = [conformal_quantile(column, alpha) for column in safe_ratio(measured.u.double(), scale).T]

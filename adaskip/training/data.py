@@ -51,9 +51,13 @@ def load_records(
 
 
 def _read_folder(folder: Path, split: str, names: Mapping[str, str]) -> list[Record]:
+    if split in ("validation", "calibration") and not (folder / "calibration.jsonl").is_file():
+        return _half(_read_file(folder, "validation", names), second=split == "calibration")
+    return _read_file(folder, split, names)
+
+
+def _read_file(folder: Path, split: str, names: Mapping[str, str]) -> list[Record]:
     path = folder / f"{split}.jsonl"
-    if not path.is_file() and split == "calibration":
-        return _half(_read_folder(folder, "validation", names), second=True)
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
         raise DataError(f"{path}: no such file; expected {split}.jsonl in {folder}, which holds {found}")
@@ -68,8 +72,6 @@ def _read_folder(folder: Path, split: str, names: Mapping[str, str]) -> list[Rec
         records.append(_record(row, names, f"{path}, line {number}", folder))
     if not records:
         raise DataError(f"{path}: the file is empty; expected one JSON object a line with {', '.join(FIELDS)}")
-    if split == "validation" and not (folder / "calibration.jsonl").is_file():
-        return _half(records, second=False)
     return records
 
 

@@ -165,3 +165,8 @@ class Board:
             artifact = wandb.Artifact(f"router-{run.id}", type="model", metadata=facts)
             artifact.add_dir(str(folder))
             run.log_artifact(artifact)
+
+    def finish(self) -> None:
+        """Close the runs, so that the next training in this process opens its own."""
+        for run in self.runs:
+            run.finish()
