@@ -23,7 +23,7 @@ demo: $(READY) ## train routers for the embedded vision-language model, compare 
 	rm -rf $(DEMO)
 	$(BIN)/adaskip train digits-vlm output=$(DEMO)
 	$(BIN)/adaskip eval $(DEMO) --examples 200
-	$(BIN)/adaskip generate $(DEMO) --example 4
+	$(BIN)/adaskip generate $(DEMO) --example 0
 	@echo "The whole story with pictures: $(DEMO)/report.md"
 
 test: $(READY) ## all tests that need no GPU and no patience (15 minutes at most)

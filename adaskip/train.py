@@ -223,13 +223,13 @@ def quality(model: RoutedModel, batches: list[Batch]) -> tuple[float, float]:
     return float(torch.cat(keep).mean()), float(torch.cat(right).float().mean())
 
 
-def hold_budget(model: RoutedModel, batches: list[Batch], keep: float, steps: int = 8) -> float:
+def hold_budget(model: RoutedModel, batches: list[Batch], keep: float, steps: int = 10) -> float:
     """Set the routers' threshold so that their mean keep rate on these inputs is just below ``keep``.
 
     Training leaves the hard decisions near the target, not on it; one number, found on validation data by bisection of
     the logits' range, closes the gap. Returns the threshold.
     """
-    low, high = model.config.threshold - 4.0, model.config.threshold + 4.0
+    low, high = model.config.threshold - 16.0, model.config.threshold + 16.0
     for _ in range(steps):
         middle = (low + high) / 2
         model.set_threshold(middle)

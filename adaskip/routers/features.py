@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 
-def pool(states: Tensor, masks: Tensor) -> Tensor:
-    """Masked means of the states, one per kind of token.
+def mean_weights(masks: Tensor) -> Tensor:
+    """Masks bool (b k t), one per kind of token -> float32 (b k t) that sum to 1 over t, or to 0 without tokens."""
+    weights = masks.float()
+    return weights / rearrange(weights.sum(-1).clamp(min=1.0), "b k -> b k 1")
 
-    ``pooled[b, k] = sum_t masks[b, k, t] * states[b, t] / sum_t masks[b, k, t]``; zeros where a row has no such token,
-    so a row's features depend on its own tokens alone.
+
+def pool(states: Tensor, weights: Tensor) -> Tensor:
+    """Masked means of the states, one per kind of token: ``pooled[b, k] = sum_t weights[b, k, t] * states[b, t]``.
+
+    Zeros where a row has no such token, so a row's features depend on its own tokens alone; states that no kind weighs
+    (padding) may be anything, NaN included.
 
     Args:
         states: (b t d), any float type.
-        masks: bool (b k t), one mask per kind of token (for instance text and vision).
+        weights: float32 (b k t), from `mean_weights`.
 
     Returns:
         float32 (b k d).
     """
-    weights = masks.float()
-    # where, not a product: padded positions may hold NaN
-    states = torch.where(rearrange(masks.any(1), "b t -> b t 1"), states.float(), 0.0)
-    total = einsum(weights, states, "b k t, b t d -> b k d")
-    return total / rearrange(weights.sum(-1).clamp(min=1.0), "b k -> b k 1")
+    weights = weights.to(states.device)
+    unseen = rearrange((weights == 0).all(1), "b t -> b t 1")
+    return torch.bmm(weights, states.float().masked_fill(unseen, 0.0))

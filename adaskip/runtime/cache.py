@@ -124,19 +124,20 @@ class SkipLayer(DynamicLayer):
 def _merge(
     placed: list[tuple[Segment, Tensor, Tensor, Tensor]], batch: int
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """One block out of segments of different rows, made equally long by holes on the left."""
+    """One block out of segments; several share out the whole batch and are made equally long by holes on the left."""
     if len(placed) == 1:
         segment, index, keys, values = placed[0]
         return segment.rows, index, keys, values
-    device = placed[0][1].device
-    rows = torch.cat([torch.arange(batch, device=device) if s.rows is None else s.rows for s, *_ in placed])
-    order = rows.argsort()
     width = max(index.shape[1] for _, index, _, _ in placed)
-    pad = torch.nn.functional.pad
-    index = torch.cat([pad(i, (width - i.shape[1], 0), value=-1) for _, i, _, _ in placed])[order]
-    keys = torch.cat([pad(k, (0, 0, width - k.shape[-2], 0)) for _, _, k, _ in placed])[order]
-    values = torch.cat([pad(v, (0, 0, width - v.shape[-2], 0)) for _, _, _, v in placed])[order]
-    return rows[order], index, keys, values
+    _, index, keys, values = placed[0]
+    index = index.new_full((batch, width), -1)
+    keys, values = (x.new_zeros(batch, x.shape[1], width, x.shape[-1]) for x in (keys, values))
+    for segment, places, new_keys, new_values in placed:
+        start = width - places.shape[1]
+        index[segment.rows, start:] = places
+        keys[segment.rows, :, start:] = new_keys
+        values[segment.rows, :, start:] = new_values
+    return None, index, keys, values
 
 
 class SkipCache(Cache):

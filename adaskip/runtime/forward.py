@@ -18,7 +18,7 @@ from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import RouterConfig, Routing, SkipPlan
 from adaskip.routers import gates
-from adaskip.routers.features import pool
+from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
 from adaskip.runtime.segment import Segment, cut, take
@@ -218,7 +218,7 @@ class Runtime:
         out = call(states, **named)
         left = states
         if self.group == "vision":
-            left = self._run_segment(request, index, call, states, named, Segment(tokens=self._text(request)), states)
+            left = self._run_segment(request, index, call, states, named, self._text(request), states)
         mixed = torch.lerp(left, self._states(out), rearrange(gate, "b -> b 1 1").to(states.dtype))
         return self._like(out, mixed), mixed
 
@@ -228,11 +228,10 @@ class Runtime:
         kept, skipped = self._decide(request, index, states)
         if self.group == "all":
             segments = [Segment(kept)] if kept is None or len(kept) else []
-        elif skipped is None or not self._chunk_has_vision(request):
+        elif kept is None or skipped is None or not self._chunk_has_vision(request):
             segments = [Segment()]
         else:
-            whole = [Segment(kept)] if kept is None or len(kept) else []
-            segments = [*whole, Segment(skipped, self._text(request, skipped))]
+            segments = [Segment(kept), self._text(request, skipped)] if len(kept) else [self._text(request)]
         layer = request.cache.layers[index] if request.cache is not None else None
         if (
             len(segments) == 1
@@ -275,7 +274,11 @@ class Runtime:
         result = self._states(out)
         if segment.tokens is None:
             return result if segment.rows is None else into.index_copy(0, segment.rows, result)
+        if segment.rows is None and not segment.ragged:
+            return into.scatter(1, rearrange(segment.tokens, "r n -> r n 1").expand_as(result), result)
         rows = segment.rows if segment.rows is not None else torch.arange(batch, device=states.device)
+        if not segment.ragged:
+            return into.index_put((rearrange(rows, "r -> r 1"), segment.tokens), result)
         real = segment.tokens >= 0
         where = (rearrange(rows, "r -> r 1").expand_as(real)[real], segment.tokens[real])
         return into.index_put(where, result[real])
@@ -284,10 +287,10 @@ class Runtime:
 
     def _logit(self, request: Request, index: int, states: Tensor) -> Tensor:
         assert self.heads is not None
-        if "kinds" not in request.memo:
-            request.memo["kinds"] = request.tokens.kinds(request.prompt)
+        if "weights" not in request.memo:
+            request.memo["weights"] = mean_weights(request.tokens.kinds(request.prompt))
         with torch.autocast(states.device.type, enabled=False):
-            return self.heads[index](pool(states.detach(), request.memo["kinds"].to(states.device)))
+            return self.heads[index](pool(states.detach(), request.memo["weights"]))
 
     def _gate(self, request: Request, index: int, states: Tensor) -> Tensor:
         if request.fixed is not None:
@@ -324,15 +327,17 @@ class Runtime:
             request.memo["vision"] = self._any_vision(request.tokens)
         return request.memo["vision"]
 
-    def _text(self, request: Request, rows: Tensor | None = None) -> Tensor:
-        """long (r n): the real text positions of each row, -1 where a row has fewer than the longest."""
+    def _text(self, request: Request, rows: Tensor | None = None) -> Segment:
+        """The real text positions of the given rows."""
         key = "text" if rows is None else ("text", *rows.tolist())
         if key not in request.memo:
             vision = request.tokens.vision
             text = request.tokens.valid if vision is None else request.tokens.valid & ~vision
             text = text if rows is None else text[rows]
             places = torch.where(text, torch.arange(text.shape[1], device=text.device), -1).sort(1).values
-            request.memo[key] = places[:, text.shape[1] - int(text.sum(1).max()) :]
+            counts = text.sum(1)
+            places = places[:, text.shape[1] - int(counts.max()) :]
+            request.memo[key] = Segment(rows, places, ragged=bool((counts != counts[0]).any()))
         return request.memo[key]
 
     # -- what a layer returns ----------------------------------------------------------------------------------------

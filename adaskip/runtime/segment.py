@@ -18,6 +18,7 @@ class Segment:
 
     rows: Tensor | None = None  # long (r), ascending; None: every row
     tokens: Tensor | None = None  # long (r n): places in the chunk, -1 where a row has fewer; None: all
+    ragged: bool = False  # whether some row has fewer positions than another, so that there is filling
 
     def positions(self, offset: int, length: int, batch: int, device: torch.device) -> Tensor:
         """long (r n): places in the whole sequence of the segment's tokens, -1 for filling."""

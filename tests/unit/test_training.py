@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import adaskip
 from adaskip.errors import ConfigError, DataError
 from adaskip.policies.static import Search, best
-from adaskip.routers.features import pool
+from adaskip.routers.features import mean_weights, pool
 from adaskip.routers.gates import hard, straight_through
 from adaskip.theory.conditions import judge, judge_joint
 from adaskip.theory.profile import Prices, calibrate_prices, compare, measure
@@ -52,12 +52,12 @@ def batches(count: int, rows: int = 8) -> list[dict[str, Any]]:
 def test_pooling_sees_only_its_tokens() -> None:
     states = torch.randn(2, 4, 3)
     masks = torch.tensor([[[1, 1, 0, 0], [0, 0, 1, 0]], [[1, 0, 0, 0], [0, 0, 0, 0]]]).bool()
-    pooled = pool(states, masks)
+    pooled = pool(states, mean_weights(masks))
     assert torch.allclose(pooled[0, 0], states[0, :2].mean(0))
     assert torch.equal(pooled[0, 1], states[0, 2])
     assert not pooled[1, 1].any()
     states[0, 3] = torch.nan
-    assert torch.equal(pool(states, masks), pooled)
+    assert torch.equal(pool(states, mean_weights(masks)), pooled)
 
 
 def test_gates_are_hard_forward_and_soft_backward() -> None:
