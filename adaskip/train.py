@@ -23,10 +23,10 @@ from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import Recipe, dump, load
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
-from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, measure
+from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, exact_match, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
-from adaskip.training.module import RouterTuner, exact_match
+from adaskip.training.module import RouterTuner
 from adaskip.training.tracking import (
     CONDITIONS,
     KEEP_RATES,

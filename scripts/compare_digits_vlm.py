@@ -27,9 +27,9 @@ from adaskip.policies.static import Scored, Search, best
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.intervals import bootstrap_mean, paired_difference
+from adaskip.theory.profile import exact_match
 from adaskip.train import train
 from adaskip.training.data import Collator, load_records, loader
-from adaskip.training.module import exact_match
 from adaskip.training.tracking import environment
 
 RECIPES = {"all": "digits-vlm", "vision": "digits-vlm-vision"}

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adaskip.errors import ConfigError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.profile import compare
+from adaskip.theory.profile import compare, exact_match
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Search:
             ).logits
             labels = batch["labels"]
             kl.append(compare(dense, logits, labels)["kl"])
-            right.append(_exact(logits, labels))
+            right.append(exact_match(logits, labels))
             keep.append(self.model.routing.keep_rate)
         return Scored(plan, *(float(torch.cat(v).double().mean()) for v in (right, kl, keep)))
 
@@ -79,8 +78,3 @@ class Search:
 def best(scored: Iterable[Scored]) -> Scored:
     """The most accurate plan; of equally accurate ones that of the smallest KL."""
     return max(scored, key=lambda s: (s.accuracy, -s.kl))
-
-
-def _exact(logits: Tensor, labels: Tensor) -> Tensor:
-    where = labels[:, 1:] != -100
-    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~where).all(1)

@@ -101,6 +101,12 @@ def compare(dense: Tensor, routed: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {k: per_input(spread(v), mask, "mean" if k == "kl" else "max") for k, v in found.items()}
 
 
+def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
+    """bool (b): whether the argmax is right at every supervised position (teacher-forced)."""
+    where = labels[:, 1:] != IGNORED
+    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~where).all(1)
+
+
 @torch.no_grad()
 def measure(
     model: RoutedModel,

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import DataError
+from adaskip.theory.profile import IGNORED
 
 FIELDS = ("image", "prompt", "answer", "kind")
 SPLITS = ("train", "validation", "calibration", "test")
-IGNORED = -100
 Record = dict[str, Any]
 Batch = dict[str, Any]
 

@@ -13,8 +13,8 @@ from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
 from adaskip.theory.measures import relative_change
-from adaskip.theory.profile import Prices, compare
-from adaskip.training.data import IGNORED, Batch, answer_positions
+from adaskip.theory.profile import Prices, compare, exact_match
+from adaskip.training.data import Batch, answer_positions
 from adaskip.training.metrics import KeepByKind
 from adaskip.training.objective import Objective
 
@@ -161,9 +161,3 @@ class RouterTuner(lightning.LightningModule):
         """Routers and multiplier only; the frozen backbone is not the checkpoint's business."""
         full = super().state_dict(*args, **kwargs)
         return {name: value for name, value in full.items() if not name.startswith("model.backbone.")}
-
-
-def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
-    """bool (b): whether the argmax is right at every supervised position (teacher-forced)."""
-    where = labels[:, 1:] != IGNORED
-    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~where).all(1)

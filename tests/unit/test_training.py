@@ -18,10 +18,9 @@ from adaskip.policies.static import Search, best
 from adaskip.routers.features import mean_weights, pool
 from adaskip.routers.gates import hard, straight_through
 from adaskip.theory.conditions import judge, judge_joint
-from adaskip.theory.profile import Prices, calibrate_prices, compare, measure
+from adaskip.theory.profile import Prices, calibrate_prices, compare, exact_match, measure
 from adaskip.training.data import RoundSampler
 from adaskip.training.metrics import KeepByKind
-from adaskip.training.module import exact_match
 from tests import toys
 
 
