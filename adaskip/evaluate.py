@@ -191,8 +191,7 @@ def check(run: Path) -> dict[str, Any]:
         prices = Prices(**tensors, alpha=stored["alpha"], c=stored["c"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error}); train the run again") from error
-    held_out = "test" if recipe.data.source == EMBEDDED else "calibration"
-    chosen = records(recipe, held_out)[-2 * recipe.conditions.examples :]
+    chosen, held_out = _unfitted(recipe)
     device = model.described.device
     batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
     measured = measure(model, batches, attention=recipe.router.group == "vision")
@@ -294,6 +293,25 @@ def _record(
     if image is None and model.runtime.group == "vision":
         raise DataError("these routers route vision tokens; pass a picture with --image PATH")
     return {"prompt": prompt, "answer": "", **({"image": Path(image)} if image is not None else {})}
+
+
+def _unfitted(recipe: Recipe) -> tuple[list[Record], str]:
+    """Records that neither routers, threshold nor prices have seen, and their split.
+
+    Raises:
+        DataError: there is no test split, and training has used up the calibration split.
+    """
+    used = 2 * recipe.conditions.examples  # so many calibration records the prices were fitted on
+    try:
+        return records(recipe, "test")[-used:], "test"
+    except AdaSkipError:
+        left = records(recipe, "calibration")[used:]
+    if len(left) < 4:
+        raise DataError(
+            f"check: no test split, and training used {used} calibration records and left {len(left)}; "
+            "add a test.jsonl to the data folder"
+        )
+    return left, "calibration"
 
 
 def _held_out(recipe: Recipe) -> list[Record]:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adaskip.errors import AdaSkipError, CheckpointError, DataError
-from adaskip.evaluate import answer, evaluate
+from adaskip.evaluate import answer, check, evaluate
 from adaskip.recipe import load
 from adaskip.train import train
 from tests import toys
@@ -63,6 +63,10 @@ def test_text_only_recipe_end_to_end(language_model: Path, data: Path, tmp_path:
     found = evaluate(folder, per_kind=4, batch_size=4, max_new_tokens=3)
     assert [row["kind"] for row in found["kinds"]] == ["k0", "k1"]
     assert answer(folder, prompt="w1 w2 w3", max_new_tokens=2)["layers"] == 4
+    assert check(folder)["summary"]["split"] == "test"
+    (data / "test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"training used 16 calibration records and left 0; add a test.jsonl"):
+        check(folder)
 
 
 def test_group_vision_needs_vision_tokens(language_model: Path, data: Path, tmp_path: Path) -> None:
