@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaskip.errors import BackboneError, DataError
+from adaskip.probe import check_layers
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _ROUTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -85,49 +86,39 @@ def inspect_backbone(model: nn.Module) -> Backbone:
             f"{name}: expected a model with a language-model head that can generate; "
             "load it with AutoModelForCausalLM or AutoModelForImageTextToText instead of AutoModel"
         )
-    decoder = model.get_decoder()
     config = model.config.get_text_config(decoder=True)
-    n_layers = getattr(config, "num_hidden_layers", None)
-    lists = [
-        (path, module)
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
-    outermost = min((path.count(".") for path, _ in lists), default=0)
-    lists = [(path, module) for path, module in lists if path.count(".") == outermost]
-    if len(lists) != 1:
-        found = ", ".join(path for path, _ in lists) or "none"
-        raise BackboneError(
-            f"{name}: expected one list of {n_layers} decoder layers inside {type(decoder).__name__}, found {found}"
-        )
-    inner, layers = lists[0]
-    _refuse_unsound(name, config, tuple(layers))
-    outer = next(path for path, module in model.named_modules() if module is decoder)
-    ids = tuple(dict.fromkeys(i for key in _PLACEHOLDERS if (i := getattr(model.config, key, None)) is not None))
-    return Backbone(model, f"{outer}.{inner}".strip("."), tuple(layers), config.hidden_size, ids)
-
-
-def _refuse_unsound(name: str, config: Any, layers: tuple[nn.Module, ...]) -> None:
-    for path, module in layers[0].named_modules():
-        if getattr(module, "is_causal", True) is False:
-            raise BackboneError(
-                f"{name}: its attention ({path}) is not causal, so it is no decoder; "
-                "expected a causal language model (for BERT-likes: config.is_decoder=True)"
-            )
-    if getattr(config, "is_decoder", True) is False:
-        raise BackboneError(
-            f"{name}: config.is_decoder is False, so it is no decoder; expected a causal language model"
-        )
+    path, layers = _find_layers(model, config)
     other = set(getattr(config, "layer_types", None) or ()) - _ROUTABLE_LAYERS
     if other:
         raise BackboneError(
-            f"{name}: layers of type {', '.join(sorted(other))} carry a state between tokens that a skip would break; "
-            f"expected only {', '.join(sorted(_ROUTABLE_LAYERS))}"
+            f"{name}: layers of type {', '.join(sorted(other))} keep something else than keys and values between "
+            f"tokens, which a skip would break; expected only {', '.join(sorted(_ROUTABLE_LAYERS))}"
         )
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise BackboneError(
-            f"{name}: its layers share keys and values, so one cannot leave without another; not routable"
-        )
+    check_layers(model, layers, config.hidden_size)
+    ids = tuple(dict.fromkeys(i for key in _PLACEHOLDERS if (i := getattr(model.config, key, None)) is not None))
+    return Backbone(model, path, layers, config.hidden_size, ids)
+
+
+def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Module, ...]]:
+    """The outermost list inside the decoder that is as long as the configuration says, and its dotted name."""
+    counts = {getattr(config, key, None) for key in ("num_hidden_layers", "decoder_layers", "num_decoder_layers")}
+    decoder = model.get_decoder()
+    for part in (decoder, model.base_model):
+        inside = f"{next(path for path, module in model.named_modules() if module is part)}."
+        lists = [
+            (f"{inside}{path}".strip("."), tuple(module))
+            for path, module in part.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) in counts
+        ]
+        outermost = min((path.count(".") for path, _ in lists), default=0)
+        lists = [(path, layers) for path, layers in lists if path.count(".") == outermost]
+        if len(lists) == 1:
+            return lists[0]
+    found = ", ".join(path for path, _ in lists) or "none"
+    raise BackboneError(
+        f"{type(model).__name__}: expected one list of {config.num_hidden_layers} decoder layers "
+        f"inside {type(decoder).__name__}, found {found}"
+    )
 
 
 def read_tokens(backbone: Backbone, inputs: dict[str, Any], need_vision: bool) -> Tokens:

@@ -343,11 +343,12 @@ class Runtime:
     # -- what a layer returns ----------------------------------------------------------------------------------------
 
     def _states(self, out: Any) -> Tensor:
-        self.tuple_size = len(out) if isinstance(out, tuple) else 0
-        return out[0] if isinstance(out, tuple) else out
+        several = isinstance(out, tuple | list)
+        self.tuple_size = len(out) if several else 0
+        return out[0] if several else out
 
     def _like(self, out: Any, states: Tensor) -> Any:
-        return (states, *out[1:]) if isinstance(out, tuple) else states
+        return (states, *out[1:]) if isinstance(out, tuple | list) else states
 
     def _learn_output(self, call: Callable[..., Any], states: Tensor, named: dict[str, Any]) -> None:
         """A layer that every row skips before any layer has run: one token tells what kind of object it returns."""

@@ -64,6 +64,9 @@ def cut(named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, ke
             return tuple(one(name, item) for item in value)
         if not isinstance(value, Tensor):
             return value
+        if name == "alibi" and segment.rows is not None:  # (b h) 1 k
+            rows = rearrange(value, "(b h) q k -> b h q k", b=batch).index_select(0, segment.rows)
+            return rearrange(rows, "b h q k -> (b h) q k")
         if name == "position_embeddings":  # (... b t d)
             return take(value, segment, value.dim() - 3)
         if name == "position_ids":  # (... b t)

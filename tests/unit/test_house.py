@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "demo",
     "plan",
+    "probe",
     "backbone",
     "routers",
     "runtime",

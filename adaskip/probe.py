@@ -1,0 +1,175 @@
+"""One tiny dense pass that shows whether a model's layers can be left out.
+
+Ten plain tokens go through the untouched model while its decoder layers and its cache are watched. What is seen
+decides, not the name of the architecture: every layer must be called once, in order, turn states into states of the
+same shape, look only back, and keep nothing between tokens but its own keys and values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from adaskip.errors import BackboneError
+
+_ROWS, _TOKENS = 2, 5
+_SLICED = {"attention_mask", "causal_mask", "position_ids", "position_embeddings", "alibi", "padding_mask"}
+"""Arguments of a layer that are cut to the rows and tokens that run."""
+
+
+def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int) -> None:
+    """Raise BackboneError, with the reason, if leaving one of these layers out would be unsound.
+
+    A model whose weights are not loaded yet (device ``meta``) is not run.
+    """
+    if any(weight.is_meta for weight in model.parameters()):
+        return
+    name = type(model).__name__
+    takes = inspect.signature(type(model).forward).parameters
+    caches = "past_key_values" in takes
+    if not caches and "use_cache" in takes:
+        raise BackboneError(f"{name}: it remembers earlier tokens in something else than a KV cache; not routable")
+    watch = _Watch(layers)
+    inputs: dict[str, Any] = {"input_ids": _plain_tokens(model)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in takes:
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    if caches:
+        inputs |= {"past_key_values": _WatchedCache(watch), "use_cache": True}
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), watch:
+            model.eval()(**inputs)
+    except BackboneError as refusal:
+        raise BackboneError(f"{name}: {refusal}") from None
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"{name}: it cannot read {_TOKENS} plain tokens, so its layers cannot be watched: {first}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    for fault in watch.faults(width, caches):
+        raise BackboneError(f"{name}: {fault}; not routable")
+
+
+def _plain_tokens(model: PreTrainedModel) -> Tensor:
+    """long (2 5): rows that differ in the last token only; no id that the configuration gives a meaning."""
+    config = model.config.get_text_config(decoder=True)
+    named = {
+        value
+        for part in (model.config, config)
+        for key, value in vars(part).items()
+        if "token" in key and type(value) is int
+    }
+    ids = [i for i in range(min(config.vocab_size, 4096)) if i not in named][-(_TOKENS + 1) :]
+    rows = torch.tensor([ids[:_TOKENS], [*ids[: _TOKENS - 1], ids[_TOKENS]]])
+    return rows.to(model.get_input_embeddings().weight.device)
+
+
+class _Watch:
+    """Records what every layer is given, returns and stores."""
+
+    def __init__(self, layers: tuple[nn.Module, ...]) -> None:
+        self.layers = layers
+        self.called: list[int] = []
+        self.inside: int | None = None
+        self.stored: list[tuple[int | None, int]] = []
+        self.shapes: list[tuple[Any, Any]] = []
+        self.ahead: list[int] = []
+        self.extra: set[str] = set()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            self._handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._after(index), with_kwargs=True))
+
+    def __exit__(self, *raised: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, index: int) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.called.append(index)
+            self.inside = index
+
+        return hook
+
+    def _after(self, index: int) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            self.inside = None
+            names = list(inspect.signature(type(layer).forward).parameters)[1:]
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            states = named.pop(names[0] if args else "hidden_states", None)
+            after = out[0] if isinstance(out, (tuple, list)) else out
+            self.shapes.append(
+                tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (states, after))
+            )
+            if isinstance(after, Tensor) and after.shape[:2] == (_ROWS, _TOKENS):
+                change = (after[0, :-1] - after[1, :-1]).float().norm()
+                if change > max(1e-4, 4 * torch.finfo(after.dtype).eps) * after[:, :-1].float().norm():
+                    self.ahead.append(index)
+            self.extra |= {
+                key
+                for key, value in named.items()
+                if key not in _SLICED and isinstance(value, Tensor) and value.shape[:2] == (_ROWS, _TOKENS)
+            }
+
+        return hook
+
+    def faults(self, width: int, caches: bool) -> list[str]:
+        """What makes these layers unsound to skip, gravest first; empty if nothing."""
+        found = []
+        for index in range(len(self.layers)):
+            if (times := self.called.count(index)) != 1:
+                found.append(
+                    f"decoder layer {index} is called {times} times when the model reads plain text, expected once"
+                )
+        if self.called != sorted(self.called):
+            found.append(f"its decoder layers run in the order {self.called}")
+        expected = (_ROWS, _TOKENS, width)
+        for index, (before, after) in zip(self.called, self.shapes, strict=False):
+            if before != expected or after != expected:
+                found.append(
+                    f"decoder layer {index} turns {before} into {after}, expected states {expected} in and out"
+                )
+        if self.ahead:
+            found.append(
+                "its attention is not causal (the last token changes what stands before it), so it is no decoder; "
+                "expected a causal language model (for BERT-likes: config.is_decoder=True)"
+            )
+        if self.extra:
+            found.append(f"its layers are given their own input for every token ({', '.join(sorted(self.extra))})")
+        if caches:
+            for index in range(len(self.layers)):
+                kept = [slot for inside, slot in self.stored if inside == index]
+                if not kept:
+                    found.append(
+                        f"decoder layer {index} keeps no keys and values of its own (a recurrent state, a convolution, "
+                        "or keys shared with another layer)"
+                    )
+                elif kept != [index]:
+                    found.append(
+                        f"decoder layer {index} keeps keys and values in the cache slots {kept}, expected [{index}]"
+                    )
+        return found
+
+
+class _WatchedCache(DynamicCache):
+    """A cache that tells the watch who stores where."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.watch.stored.append((self.watch.inside, layer_idx))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
