@@ -30,7 +30,7 @@ test: $(READY) ## all tests that need no GPU and no patience (15 minutes at most
 	$(BIN)/python -m pytest
 
 check: lint ## ruff, mypy, fast tests
-	$(BIN)/python -m pytest tests/unit tests/properties tests/contracts
+	$(BIN)/python -m pytest tests/unit tests/properties
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ class Backbone:
         layers: the decoder layers, in order.
         width: hidden size of the decoder.
         vision_ids: placeholder token ids of images and videos; empty for a language model.
+        outputs: what a layer returns: a tensor (0), or a tuple of this many.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Backbone:
     layers: tuple[nn.Module, ...] = field(repr=False)
     width: int = 0
     vision_ids: tuple[int, ...] = ()
+    outputs: int = 0
 
     @property
     def config(self) -> Any:
@@ -94,9 +96,9 @@ def inspect_backbone(model: nn.Module) -> Backbone:
             f"{name}: layers of type {', '.join(sorted(other))} keep something else than keys and values between "
             f"tokens, which a skip would break; expected only {', '.join(sorted(_ROUTABLE_LAYERS))}"
         )
-    check_layers(model, layers, config.hidden_size)
+    outputs = check_layers(model, layers, config.hidden_size)
     ids = tuple(dict.fromkeys(i for key in _PLACEHOLDERS if (i := getattr(model.config, key, None)) is not None))
-    return Backbone(model, path, layers, config.hidden_size, ids)
+    return Backbone(model, path, layers, config.hidden_size, ids, outputs)
 
 
 def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Module, ...]]:

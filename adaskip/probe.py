@@ -21,43 +21,51 @@ _SLICED = {"attention_mask", "causal_mask", "position_ids", "position_embeddings
 """Arguments of a layer that are cut to the rows and tokens that run."""
 
 
-def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int) -> None:
-    """Raise BackboneError, with the reason, if leaving one of these layers out would be unsound.
+def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int) -> int:
+    """What the layers return: a tensor (0), or a tuple of this many. A model on device ``meta`` is not run: 0.
 
-    A model whose weights are not loaded yet (device ``meta``) is not run.
+    Raises:
+        BackboneError: leaving one of these layers out would be unsound; says why.
     """
     if any(weight.is_meta for weight in model.parameters()):
-        return
+        return 0
     name = type(model).__name__
     takes = inspect.signature(type(model).forward).parameters
     caches = "past_key_values" in takes
     if not caches and "use_cache" in takes:
         raise BackboneError(f"{name}: it remembers earlier tokens in something else than a KV cache; not routable")
-    watch = _Watch(layers)
     inputs: dict[str, Any] = {"input_ids": _plain_tokens(model)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "mm_token_type_ids" in takes:
         inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    watch = _look(model, layers, inputs, caches)
+    if watch.ahead and "token_type_ids" in takes:  # a prefix model reads its prompt both ways, what follows is causal
+        watch = _look(model, layers, {**inputs, "token_type_ids": torch.ones_like(inputs["input_ids"])}, caches)
+    for fault in watch.faults(width, caches):
+        raise BackboneError(f"{name}: {fault}; not routable")
+    return watch.outputs
+
+
+def _look(model: PreTrainedModel, layers: tuple[nn.Module, ...], inputs: dict[str, Any], caches: bool) -> _Watch:
+    """Run the model in ``eval()`` under a watch, and leave it as it was."""
+    watch = _Watch(layers)
     if caches:
-        inputs |= {"past_key_values": _WatchedCache(watch), "use_cache": True}
+        inputs = {**inputs, "past_key_values": _WatchedCache(watch), "use_cache": True}
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(), watch:
             model.eval()(**inputs)
-    except BackboneError as refusal:
-        raise BackboneError(f"{name}: {refusal}") from None
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackboneError(
-            f"{name}: it cannot read {_TOKENS} plain tokens, so its layers cannot be watched: {first}"
+            f"{type(model).__name__}: it cannot read {_TOKENS} plain tokens, so its layers cannot be watched: {first}"
         ) from error
     finally:
         for module, mode in training.items():
             module.training = mode
-    for fault in watch.faults(width, caches):
-        raise BackboneError(f"{name}: {fault}; not routable")
+    return watch
 
 
 def _plain_tokens(model: PreTrainedModel) -> Tensor:
@@ -71,7 +79,7 @@ def _plain_tokens(model: PreTrainedModel) -> Tensor:
     }
     ids = [i for i in range(min(config.vocab_size, 4096)) if i not in named][-(_TOKENS + 1) :]
     rows = torch.tensor([ids[:_TOKENS], [*ids[: _TOKENS - 1], ids[_TOKENS]]])
-    return rows.to(model.get_input_embeddings().weight.device)
+    return rows.to(next(model.get_input_embeddings().parameters()).device)
 
 
 class _Watch:
@@ -82,9 +90,10 @@ class _Watch:
         self.called: list[int] = []
         self.inside: int | None = None
         self.stored: list[tuple[int | None, int]] = []
-        self.shapes: list[tuple[Any, Any]] = []
+        self.shapes: list[tuple[Any, ...]] = []
         self.ahead: list[int] = []
         self.extra: set[str] = set()
+        self.outputs = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
@@ -109,7 +118,8 @@ class _Watch:
             names = list(inspect.signature(type(layer).forward).parameters)[1:]
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             states = named.pop(names[0] if args else "hidden_states", None)
-            after = out[0] if isinstance(out, (tuple, list)) else out
+            self.outputs = len(out) if isinstance(out, tuple | list) else 0
+            after = out[0] if self.outputs else out
             self.shapes.append(
                 tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (states, after))
             )

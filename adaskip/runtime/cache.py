@@ -164,6 +164,11 @@ class SkipCache(Cache):
         new = query_length if isinstance(query_length, int) else len(query_length)
         return self.length + new, 0
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the request has begun; models ask this to tell the prompt from what follows."""
+        return self.length > 0
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """No maximum."""
         return -1

@@ -75,7 +75,7 @@ class Runtime:
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
-        self.tuple_size: int | None = None  # what the layers return: a tensor (0) or a tuple of this many
+        self.tuple_size = backbone.outputs
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the request under way, nor the last one's graph."""
@@ -245,8 +245,6 @@ class Runtime:
             after = self._run_segment(request, index, call, states, named, segment, after)
         if request.cache is not None:
             request.cache.commit(index, states.shape[1], states.shape[0])
-        if self.tuple_size is None:
-            self._learn_output(call, states, named)
         return ((after, *[None] * (self.tuple_size - 1)) if self.tuple_size else after), after
 
     def _run_segment(
@@ -349,14 +347,6 @@ class Runtime:
 
     def _like(self, out: Any, states: Tensor) -> Any:
         return (states, *out[1:]) if isinstance(out, tuple | list) else states
-
-    def _learn_output(self, call: Callable[..., Any], states: Tensor, named: dict[str, Any]) -> None:
-        """A layer that every row skips before any layer has run: one token tells what kind of object it returns."""
-        place = torch.zeros(1, 1, dtype=torch.long, device=states.device)
-        one = Segment(place[0], place)
-        named = {name: None if isinstance(value, SkipCache) else value for name, value in named.items()}
-        with torch.no_grad():
-            self._states(call(take(states, one, 0), **cut(named, one, states.shape[0], place, place)))
 
 
 def _put(values: list[Tensor], index: int, value: Tensor) -> None:

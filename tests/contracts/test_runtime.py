@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from adaskip.errors import BackboneError
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
-from tests.toys import MAKERS, Toy, make
+from tests import architectures, families
+from tests.families import EAGER_ONLY, IMAGE, LAYERS, PADDING_MOVES, REFUSED, TEXT, VISION, Toy
 
 LENGTHS = [5, 9, 3, 9, 7]
-GREEDY = {"do_sample": False, "suppress_tokens": [5, 6, 7, 8]}  # a random model would write placeholders of pictures
+GREEDY = {"do_sample": False, "suppress_tokens": [*range(2, 16)]}  # a random model would write placeholders of pictures
 CASES = [
-    (name, group) for name in MAKERS for group in ("all", "vision") if group == "all" or name in ("llava", "qwen2_vl")
+    pytest.param(name, group, attention, id=f"{name}-{group}-{attention}")
+    for name in (*TEXT, *VISION)
+    for group in (("all", "vision") if name in VISION else ("all",))
+    for attention in (("eager",) if name in EAGER_ONLY else ("eager", "sdpa"))
 ]
 
 
 def routed(name: str, group: str, attention: str = "sdpa") -> tuple[Toy, RoutedModel]:
-    """A toy whose routers really decide, differently for each row."""
-    toy = make(name, attention)
-    model = attach(toy.model, RouterConfig(group=group))
+    """A small model whose routers really decide, differently for each row."""
+    toy = families.make(name, attention)
+    return toy, decide(attach(toy.model, RouterConfig(group=group)))
+
+
+def decide(model: RoutedModel) -> RoutedModel:
+    """Give routers weights that make them differ."""
     torch.manual_seed(1)
     for head in model.routers:
-        torch.nn.init.normal_(head.outer.weight, std=3.0)
-        torch.nn.init.normal_(head.outer.bias, std=0.3)
-    return toy, model
+        nn.init.normal_(head.outer.weight, std=3.0)
+        nn.init.normal_(head.outer.bias, std=0.3)
+    return model
 
 
-def some_keep(batch: int, layers: int = 4) -> Tensor:
+def some_keep(batch: int) -> Tensor:
     """bool (l b): mixed, with a layer nobody runs, first, and one that everybody runs."""
-    keep = torch.rand(layers, batch, generator=torch.Generator().manual_seed(3)) > 0.5
+    keep = torch.rand(LAYERS, batch, generator=torch.Generator().manual_seed(3)) > 0.5
     keep[0], keep[2] = False, True
     return keep
 
@@ -41,170 +53,162 @@ def real(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return logits[batch["attention_mask"].bool()]
 
 
-@pytest.fixture(params=["sdpa", "eager"])
-def attention(request: pytest.FixtureRequest) -> str:
-    return request.param
+def text_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """bool (b t): real tokens that stand for no picture."""
+    return (batch["input_ids"] != IMAGE) & batch["attention_mask"].bool()
 
 
-@pytest.mark.parametrize(("name", "group"), CASES)
+def caches(toy: Toy) -> bool:
+    return "past_key_values" in inspect.signature(type(toy.model).forward).parameters
+
+
+@torch.no_grad()
+def slot_bytes(toy: Toy) -> list[int]:
+    """Bytes that one token takes in each layer of a plain cache."""
+    row = toy.batch([4])
+    cache = toy.model(**row, use_cache=True).past_key_values
+    cache = getattr(cache, "self_attention_cache", cache)
+    sizes = [x.keys.numel() * x.keys.element_size() + x.values.numel() * x.values.element_size() for x in cache.layers]
+    return [size // layer.keys.shape[-2] for size, layer in zip(sizes, cache.layers, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "group", "attention"), CASES)
 class TestContract:
-    def test_keeping_everything_is_bit_identical(self, name: str, group: str, attention: str) -> None:
-        toy = make(name, attention)
+    @torch.no_grad()
+    def test_keeping_everything_is_bit_identical_and_detach_restores(
+        self, name: str, group: str, attention: str
+    ) -> None:
+        toy = families.make(name, attention)
         batch = toy.batch(LENGTHS)
-        before = toy.model(**batch).logits
+        before = toy.model.requires_grad_(False)(**batch).logits  # kernels may differ where a gradient is asked for
+        toy.model.requires_grad_(True)
+        keys = set(toy.model.state_dict())
         model = attach(toy.model, RouterConfig(group=group))
         assert torch.equal(model(**batch).logits, before)
         assert model.routing.keep.all()
         assert (model.routing.keep_rate == 1).all()
+        bare = decide(model).detach()
+        assert all(weight.requires_grad for weight in bare.parameters())
+        assert torch.equal(bare.requires_grad_(False)(**batch).logits, before)
+        assert set(bare.state_dict()) == keys
+        assert not any("forward" in m.__dict__ or "_adaskip" in m.__dict__ for m in bare.modules())
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_training_and_skipping_give_the_same_logits(self, name: str, group: str, attention: str, side: str) -> None:
+    @torch.no_grad()
+    def test_training_and_skipping_give_the_same_logits(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
-        batch = toy.batch(LENGTHS, side)
-        skipped = model(**batch).logits
-        keep = model.routing.keep
-        assert 0 < keep.float().mean() < 1
-        with model.soft():
-            soft = model(**batch).logits
-        assert torch.equal(model.routing.keep, keep)
-        assert (real(soft, batch) - real(skipped, batch)).abs().max() <= 1e-5
+        for side in ("left", "right"):
+            batch = toy.batch(LENGTHS, side)
+            for keep in (None, some_keep(len(LENGTHS))):
+                skipped = model(**batch, routing=keep).logits
+                decided = model.routing.keep
+                with model.soft():
+                    soft = model(**batch, routing=keep).logits
+                assert torch.equal(model.routing.keep, decided)
+                assert 0 < decided.float().mean() < 1
+                scale = real(skipped, batch).abs().max().clamp(min=1)
+                assert (real(soft, batch) - real(skipped, batch)).abs().max() <= 1e-5 * scale
 
-    def test_a_skip_changes_the_logits(self, name: str, group: str, attention: str) -> None:
+    @torch.no_grad()
+    def test_rows_are_independent(self, name: str, group: str, attention: str) -> None:
+        """Neither padding, nor its side, nor the other rows move a decision or a logit; a skip moves its own row."""
         toy, model = routed(name, group, attention)
-        batch = toy.batch(LENGTHS)
-        with model.dense():
-            dense = model(**batch).logits
-        keep = torch.ones(4, len(LENGTHS), dtype=torch.bool)
+        rows = toy.rows([9] * len(LENGTHS) if name in PADDING_MOVES else LENGTHS)
+        left, right = toy.collate(rows, "left"), toy.collate(rows, "right")
+        together = model(**left).logits
+        routing = model.routing
+        scale = real(together, left).abs().max().clamp(min=1)
+        other_side = model(**right).logits
+        assert torch.equal(model.routing.keep, routing.keep)
+        assert torch.allclose(model.routing.keep_rate, routing.keep_rate)
+        assert (real(other_side, right) - real(together, left)).abs().max() <= 1e-4 * scale
+        for i, row in enumerate(rows):
+            logits = model(**toy.collate([row])).logits
+            assert torch.equal(model.routing.keep[:, 0], routing.keep[:, i])
+            assert torch.allclose(model.routing.keep_rate, routing.keep_rate[i])
+            assert (logits[0] - together[i, left["attention_mask"][i].bool()]).abs().max() <= 1e-4 * scale
+        keep = torch.ones(LAYERS, len(LENGTHS), dtype=torch.bool)
+        whole = model(**left, routing=keep).logits
         keep[1, 2] = False
-        changed = (model(**batch, routing=keep).logits - dense)[:, -1].abs().amax(-1)
+        changed = (model(**left, routing=keep).logits - whole)[:, -1].abs().amax(-1)
         assert changed[2] > 1e-3
-        assert changed[[0, 1, 3, 4]].max() <= 1e-5
+        assert changed[[0, 1, 3, 4]].max() <= 1e-5 * scale
 
     def test_cached_decoding_equals_recomputation(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
         batch = toy.batch(LENGTHS)
-        options = {"max_new_tokens": 6, **GREEDY}
-        cached = model.generate(**batch, **options)
-        keep = model.routing.keep
-        again = model.generate(**batch, **options, use_cache=False)
-        assert torch.equal(cached, again)
-        assert torch.equal(keep, model.routing.keep)
-        assert torch.equal(cached, model.backbone.generate(**batch, **options))
+        options: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+        for keep in (None, some_keep(len(LENGTHS))):
+            cached = model.generate(**batch, routing=keep, **options, **GREEDY)
+            decided = model.routing.keep
+            again = model.generate(**batch, routing=keep, **options, **GREEDY, use_cache=False)
+            assert torch.equal(decided, model.routing.keep)
+            scale = cached.logits[0].abs().max().clamp(min=1)
+            assert (torch.stack(cached.logits) - torch.stack(again.logits)).abs().max() <= 1e-4 * scale
+            assert torch.equal(cached.sequences, again.sequences)
 
-    def test_cached_logits_equal_uncached(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
-        batch = toy.batch(LENGTHS)
-        out = model.generate(**batch, max_new_tokens=5, **GREEDY, return_dict_in_generate=True, output_logits=True)
-        prompt = torch.zeros_like(out.sequences, dtype=torch.bool)
-        prompt[:, : batch["input_ids"].shape[1]] = True
-        new = out.sequences.shape[1] - batch["input_ids"].shape[1]
-        whole = {**batch, "input_ids": out.sequences}
-        for key in ("attention_mask", "mm_token_type_ids"):
-            if key in whole:
-                fill = 1 if key == "attention_mask" else 0
-                whole[key] = torch.nn.functional.pad(whole[key], (0, new), value=fill)
-        logits = model(**whole, prompt_mask=prompt, use_cache=False).logits[:, -new - 1 : -1]
-        assert (logits - torch.stack(out.logits, 1)).abs().max() <= 1e-4
-
-    def test_rows_are_independent(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
-        left, right = toy.batch(LENGTHS, "left"), toy.batch(LENGTHS, "right")
-        together = model(**left).logits
-        routing = model.routing
-        other_side = model(**right).logits
-        assert torch.equal(model.routing.keep, routing.keep)
-        assert torch.allclose(model.routing.keep_rate, routing.keep_rate)
-        assert (real(other_side, right) - real(together, left)).abs().max() <= 1e-4
-        for i in range(len(LENGTHS)):
-            mask = left["attention_mask"][i].bool()
-            alone = {
-                key: left[key][i : i + 1, mask]
-                for key in ("input_ids", "attention_mask", "mm_token_type_ids")
-                if key in left
-            }
-            if toy.images:
-                size = 16 if toy.qwen else 1
-                alone["pixel_values"] = left["pixel_values"][i * size : (i + 1) * size]
-            if toy.qwen:
-                alone["image_grid_thw"] = left["image_grid_thw"][i : i + 1]
-            logits = model(**alone).logits
-            assert torch.equal(model.routing.keep[:, 0], routing.keep[:, i])
-            assert torch.allclose(model.routing.keep_rate, routing.keep_rate[i])
-            assert (logits[0] - together[i, mask]).abs().max() <= 1e-4
-
-    def test_the_cache_holds_what_ran(self, name: str, group: str, attention: str) -> None:
+    @torch.no_grad()
+    def test_what_skips_is_neither_computed_nor_cached(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
         batch = toy.batch(LENGTHS)
         keep = some_keep(len(LENGTHS))
-        cache = model(**batch, routing=keep, use_cache=True).past_key_values
-        width = batch["input_ids"].shape[1]
-        assert cache.get_seq_length() == width
-        full = width * 2 * 2 * 8 * 4  # slots x (keys, values) x heads x head width x bytes
-        for layer, row_keeps in zip(cache.layers, keep, strict=True):
-            if group == "all":
-                assert layer.nbytes() == full * int(row_keeps.sum())
-            else:
-                text = (batch["input_ids"] != 5) & batch["attention_mask"].bool()
-                slots = sum(width if kept else int(text[i].sum()) for i, kept in enumerate(row_keeps))
-                assert layer.nbytes() == slots * full // width
-
-    def test_skipped_rows_are_not_computed(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
-        batch = toy.batch(LENGTHS)
-        keep = some_keep(len(LENGTHS))
-        tokens: list[int] = []
-        hook = model.described.layers[1].self_attn.q_proj.register_forward_hook(
-            lambda module, args, out: tokens.append(out.shape[0] * out.shape[1])
-        )
+        text, width = text_tokens(batch), batch["input_ids"].shape[1]
+        seen = count_tokens(model.described.layers[1])
         model(**batch, routing=keep)
-        hook.remove()
-        width = batch["input_ids"].shape[1]
         ran = width * int(keep[1].sum())
         if group == "vision":
-            text = ((batch["input_ids"] != 5) & batch["attention_mask"].bool())[~keep[1]].sum(1)
-            ran += int(text.max()) * len(text)
-        assert sum(tokens) == ran
+            left = text[~keep[1]].sum(1)
+            ran += int(left.max()) * len(left)
+        assert sum(next(iter(seen.values()))) == ran
+        if not caches(toy):
+            return
+        cache = model(**batch, routing=keep, use_cache=True).past_key_values
+        assert cache.get_seq_length() == width
+        with model.dense():
+            per_slot = slot_bytes(toy)
+        for layer, row_keeps, one in zip(cache.layers, keep, per_slot, strict=True):
+            absent = text.sum(1) if group == "vision" else torch.zeros(len(LENGTHS)).long()
+            assert layer.nbytes() == one * int(torch.where(row_keeps, width, absent).sum())
 
-    def test_beam_search_and_sampling(self, name: str, group: str, attention: str) -> None:
+    def test_beam_search_and_samples(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
         batch = toy.batch([4, 6])
-        options = {"max_new_tokens": 5, "num_beams": 3, **GREEDY}
-        assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
-        several = model.generate(**batch, max_new_tokens=3, num_return_sequences=2, do_sample=True)
-        assert len(several) == 4
         keep = some_keep(2)
+        options = {"max_new_tokens": 4, "num_beams": 3, **GREEDY}
         beams = model.generate(**batch, routing=keep, **options)
+        assert torch.equal(beams, model.generate(**batch, routing=keep, **options, use_cache=False))
         assert torch.equal(beams, model.generate(**batch, routing=keep.repeat_interleave(3, 1), **options))
+        torch.manual_seed(0)
+        several = model.generate(
+            **batch, routing=keep, max_new_tokens=3, num_return_sequences=2, do_sample=True, suppress_tokens=[IMAGE]
+        )
+        assert len(several) == 4
 
+    @torch.no_grad()
     def test_hooks_and_hidden_states_keep_their_length(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
         batch = toy.batch(LENGTHS)
+        with model.dense():
+            length = len(model.backbone(**batch, output_hidden_states=True).hidden_states)
         seen: list[int] = []
         for i, layer in enumerate(model.described.layers):
             layer.register_forward_hook(lambda module, args, out, i=i: seen.append(i))
         out = model(**batch, routing=some_keep(len(LENGTHS)), output_hidden_states=True)
-        assert len(out.hidden_states) == 5
-        assert seen == [0, 1, 2, 3]
+        assert len(out.hidden_states) == length
+        assert seen == [*range(LAYERS)]
 
-    def test_copy_and_detach(self, name: str, group: str, attention: str) -> None:
+    def test_copy_save_and_load(self, name: str, group: str, attention: str, tmp_path: Path) -> None:
         toy, model = routed(name, group, attention)
         batch = toy.batch(LENGTHS)
-        before = model(**batch).logits
-        twin = copy.deepcopy(model)
         with torch.no_grad():
+            before = model(**batch).logits
+            twin = copy.deepcopy(model)
             for weight in twin.backbone.parameters():
-                weight.mul_(1.1)
-        assert not torch.allclose(twin(**batch).logits, before)
-        assert torch.equal(model(**batch).logits, before)
-        with model.dense():
-            dense = model(**batch).logits
-        keys = set(dict(toy.model.named_parameters()))
-        bare = model.detach()
-        assert torch.equal(bare(**batch).logits, dense)
-        assert set(dict(bare.named_parameters())) == keys
-        assert not any("forward" in layer.__dict__ or "_adaskip" in layer.__dict__ for layer in model.described.layers)
-        assert all(weight.requires_grad for weight in bare.parameters())
-        attach(bare)
+                weight.mul_(1.3).add_(0.01)
+            assert not torch.allclose(twin(**batch).logits, before)
+            assert torch.equal(model(**batch).logits, before)
+            model.save_pretrained(tmp_path)
+            loaded = RoutedModel.from_pretrained(tmp_path, families.make(name, attention).model)
+            assert torch.equal(loaded(**batch).logits, before)
 
     def test_gradient_reaches_routers_only(self, name: str, group: str, attention: str) -> None:
         toy, model = routed(name, group, attention)
@@ -215,10 +219,56 @@ class TestContract:
         assert all(w.grad is None for w in model.backbone.parameters())
 
 
+def count_tokens(layer: nn.Module) -> dict[nn.Module, list[int]]:
+    """Tokens that go through each leaf module of a layer, in the order in which they are first called."""
+    seen: dict[nn.Module, list[int]] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        seen.setdefault(module, []).append(args[0].shape[0] * args[0].shape[1])
+
+    for module in layer.modules():
+        if not list(module.children()):
+            module.register_forward_hook(hook)
+    return seen
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_routed_is_refused_by_reason(name: str) -> None:
+    model = families.make_refused(name)
+    with pytest.raises(BackboneError, match=REFUSED[name][1]):
+        attach(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_the_readme_lists_them() -> None:
+    block = architectures.BLOCK.search(architectures.README.read_text(encoding="utf-8"))
+    assert block is not None
+    assert block[0] == f"{block[1]}{architectures.table()}{block[2]}", "type: python -m tests.architectures"
+
+
+def test_enough_families() -> None:
+    assert len({*TEXT, *VISION}) >= 40
+    assert len(VISION) >= 15
+
+
+@pytest.mark.parametrize("name", sorted(PADDING_MOVES))
+@torch.no_grad()
+def test_families_whose_rows_padding_moves_are_so_without_adaskip(name: str) -> None:
+    toy = families.make(name)
+    left, right = toy.batch(LENGTHS, "left"), toy.batch(LENGTHS, "right")
+    gap = (real(toy.model(**left).logits, left) - real(toy.model(**right).logits, right)).abs().max()
+    assert gap > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(EAGER_ONLY))
+def test_families_left_out_of_sdpa_have_none(name: str) -> None:
+    assert not families.make(name).model._supports_sdpa
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("plan", [SkipPlan.late_entry(2), SkipPlan.early_exit(1), SkipPlan.static([0, 3], "vision")])
 def test_static_vision_plans(name: str, plan: SkipPlan) -> None:
-    toy = make(name)
+    toy = families.make(name, "sdpa")
     model = attach(toy.model, plan=plan)
     batch = toy.batch(LENGTHS)
     skipped = model(**batch).logits
@@ -233,7 +283,7 @@ def test_static_vision_plans(name: str, plan: SkipPlan) -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 def test_absent_vision_cannot_be_attended_to(name: str) -> None:
     """With vision absent everywhere, text is blind: another picture gives the same logits."""
-    toy = make(name)
+    toy = families.make(name, "sdpa")
     model = attach(toy.model, plan=SkipPlan.early_exit(0))
     batch = toy.batch([6])
     other = {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
@@ -247,6 +297,7 @@ def test_absent_vision_cannot_be_attended_to(name: str) -> None:
 def test_a_later_turn_follows_the_first_decision() -> None:
     toy, model = routed("llama", "all")
     batch = toy.batch([5, 8])
+    del batch["position_ids"]
     first = model(**batch, use_cache=True)
     keep = model.routing.keep
     more = torch.randint(10, 90, (2, 3))

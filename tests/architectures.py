@@ -1,0 +1,52 @@
+"""The README's table of architectures, generated from what the contract suite runs: `python -m tests.architectures`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from adaskip.backbone import inspect_backbone
+from adaskip.errors import BackboneError
+from tests.families import REFUSED, TEXT, VISION, make_refused
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- architectures -->\n).*?(<!-- /architectures -->)", re.DOTALL)
+
+
+def reason(model_type: str) -> str:
+    """Why `attach` refuses a model of this type, in its own words but without the class name."""
+    try:
+        inspect_backbone(make_refused(model_type))
+    except BackboneError as refusal:
+        text = re.split(r"; (?:not routable|expected)|(?<=.), expected", str(refusal).split(": ", 1)[1])[0]
+        text = re.sub(r"layers of type .* keep", "its layers keep", text)
+        text = re.sub(r"expected one list of .*", "it has no single list of decoder layers as long as it says", text)
+        return re.sub(
+            r"decoder layer \d+ turns .*", "its layers work on states of another shape than (rows, tokens, width)", text
+        )
+    raise AssertionError(f"{model_type} is not refused")
+
+
+def table() -> str:
+    """Markdown: supported language and vision-language models, then the refused ones by reason."""
+    refused = defaultdict(list)
+    for model_type in REFUSED:
+        refused[reason(model_type)].append(model_type)
+    rows = [
+        ("language models, group `all`", sorted(TEXT)),
+        ("vision-language models, groups `all` and `vision`", sorted(VISION)),
+        *((f"refused: {why}", sorted(types)) for why, types in refused.items()),
+    ]
+    lines = ["| | model types |", "|---|---|"]
+    lines += [f"| {title} ({len(types)}) | {', '.join(types)} |" for title, types in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    README.write_text(BLOCK.sub(lambda found: found[1] + table() + found[2], text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
