@@ -1,0 +1,152 @@
+"""Inputs at the edge: right, or a plain error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError
+from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.runtime.attach import RoutedModel, attach
+from tests.contracts.test_runtime import GREEDY, decide, real, routed, some_keep
+from tests.families import IMAGE, LAYERS, Toy, make
+
+TYPES = ["llama", "qwen2", "llava", "qwen2_vl"]
+VISUAL = ["llava", "qwen2_vl", "internvl", "gemma3"]
+
+
+def same_both_ways(model: RoutedModel, batch: dict[str, Tensor], **more: Any) -> Tensor:
+    """Skipping equals the soft mix and cached equals uncached; returns the logits."""
+    with torch.no_grad():
+        skipped = model(**batch, **more).logits
+        with model.soft():
+            soft = model(**batch, **more).logits
+    assert skipped.isfinite().all()
+    assert (real(soft, batch) - real(skipped, batch)).abs().max() <= 1e-4
+    options = {"max_new_tokens": 4, **GREEDY}
+    assert torch.equal(
+        model.generate(**batch, **more, **options), model.generate(**batch, **more, **options, use_cache=False)
+    )
+    return skipped
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_an_empty_plan_is_the_dense_model(name: str) -> None:
+    toy = make(name)
+    batch = toy.batch([5, 8])
+    model = attach(toy.model, plan=SkipPlan())
+    logits = same_both_ways(model, batch)
+    with torch.no_grad(), model.dense():
+        assert torch.equal(model.backbone(**batch).logits, logits)
+    assert (model.routing.keep_rate == 1).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_row_that_skips_everything(name: str) -> None:
+    """Its answer is what head and embeddings give; the rows beside it do not notice; all rows may do so at once."""
+    toy, model = routed(name, "all")
+    batch = toy.batch([5, 8, 6])
+    keep = torch.ones(LAYERS, 3, dtype=torch.bool)
+    whole = same_both_ways(model, batch, routing=keep)
+    keep[:, 1] = False
+    logits = same_both_ways(model, batch, routing=keep)
+    assert model.routing.keep_rate.tolist() == [1, 0, 1]
+    assert (logits - whole)[[0, 2]].abs().max() <= 1e-5
+    nobody = same_both_ways(model, batch, routing=torch.zeros(LAYERS, 3, dtype=torch.bool))
+    assert (nobody - logits)[1].abs().max() <= 1e-5
+    assert model.routing.keep_rate.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "bloom", "gpt2"])
+def test_prompts_of_one_token(name: str) -> None:
+    toy, model = routed(name, "all", "eager")
+    for lengths in ([1], [1, 1, 1], [1, 6]):
+        batch = toy.batch(lengths)
+        same_both_ways(model, batch)
+        same_both_ways(model, batch, routing=some_keep(len(lengths)))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "llava"])
+def test_a_prompt_of_padding_only(name: str, attention: str) -> None:
+    """Its routers see nothing, so its decision is theirs about nothing; the other rows stay as they were."""
+    toy, model = routed(name, "all", attention)
+    batch = toy.batch([6, 7])
+    blank = {
+        key: torch.cat([value, torch.zeros_like(value[:1])]) if value.shape[0] == 2 and key != "pixel_values" else value
+        for key, value in batch.items()
+    }
+    with torch.no_grad():
+        alone, together = model(**batch).logits, model(**blank).logits
+    assert together[:2].isfinite().all()
+    assert (real(together[:2], batch) - real(alone, batch)).abs().max() <= 1e-4
+    assert model.routing.keep.shape == (LAYERS, 3)
+    assert model.routing.logits.isfinite().all()
+
+
+def pictures(toy: Toy, counts: list[int]) -> dict[str, Tensor]:
+    """One row per count, with that many pictures one after the other."""
+    assert toy.pictures is not None
+    draw = torch.Generator().manual_seed(0)
+    ids, shown = [], []
+    for count in counts:
+        opening = torch.tensor([*toy.pictures.opening, *[IMAGE] * toy.pictures.slots]).repeat(count)
+        ids.append({"input_ids": torch.cat([opening, torch.randint(16, 80, (5 + count,), generator=draw)])})
+        shown += [toy.pictures.inputs(draw) for _ in range(count)]
+    batch = toy.collate(ids)
+    return batch | {key: torch.cat([one[key] for one in shown]) for key in shown[0]}
+
+
+@pytest.mark.parametrize("group", ["all", "vision"])
+@pytest.mark.parametrize("name", VISUAL)
+def test_two_pictures_in_a_row_and_rows_without(name: str, group: str) -> None:
+    toy, model = routed(name, group)
+    for counts in ([2, 1], [1, 0, 2], [0, 1]):
+        batch = pictures(toy, counts)
+        same_both_ways(model, batch)
+        same_both_ways(model, batch, routing=some_keep(len(counts)))
+        if group == "vision":
+            blind = [i for i, count in enumerate(counts) if count == 0]
+            assert (model.routing.keep_rate[blind] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "cohere2", "gpt_oss", "llama4_text"])
+def test_prompts_longer_than_the_sliding_window(name: str) -> None:
+    toy = make(name)
+    model = decide(attach(toy.model, RouterConfig()))
+    batch = toy.batch([21, 13, 30])
+    with torch.no_grad():
+        whole = model(**batch, routing=torch.ones(LAYERS, 3, dtype=torch.bool)).logits
+        with model.dense():
+            assert (real(model.backbone(**batch).logits, batch) - real(whole, batch)).abs().max() <= 1e-5
+    same_both_ways(model, batch)
+    same_both_ways(model, batch, routing=some_keep(3))
+
+
+def test_embeddings_instead_of_ids() -> None:
+    toy, model = routed("llama", "all")
+    batch = toy.batch([5, 8])
+    with torch.no_grad():
+        logits = model(**batch).logits
+        keep = model.routing.keep
+        embeds = model.backbone.get_input_embeddings()(batch.pop("input_ids"))
+        assert torch.equal(model(**batch, inputs_embeds=embeds).logits, logits)
+    assert torch.equal(model.routing.keep, keep)
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded_static", "quantized", "offloaded"])
+def test_caches_that_cannot_hold_gaps_are_refused_by_name(kind: str) -> None:
+    toy, model = routed("llama", "all")
+    with pytest.raises(ConfigError, match=f"cache_implementation='{kind}' cannot hold skipped layers; leave it out"):
+        model.generate(**toy.batch([5]), max_new_tokens=2, cache_implementation=kind)
+
+
+def test_assisted_generation_says_what_the_model_says() -> None:
+    toy, model = routed("llama", "all")
+    batch = toy.batch([7])
+    options = {"max_new_tokens": 8, **GREEDY}
+    helper = make("llama", seed=1).model
+    assert torch.equal(model.generate(**batch, **options, assistant_model=helper), model.generate(**batch, **options))
