@@ -107,11 +107,15 @@ TEXT: dict[str, dict[str, Any]] = {
 """Language models that must be routable: model type, and what its configuration needs beside the small sizes."""
 
 
+def _known(kind: type[PreTrainedConfig]) -> set[str]:
+    return set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
+
+
 def small_config(model_type: str, **more: Any) -> PreTrainedConfig:
     """The configuration of a small model of this type."""
     kind = CONFIG_MAPPING[model_type]
     aliases = getattr(kind, "attribute_map", {}) or {}
-    known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
+    known = _known(kind)
     sizes = {(name if name in known else aliases.get(name, name)): value for name, value in _SMALL.items()}
     return kind(**{name: value for name, value in {**sizes, **more}.items() if name in known or name in more})
 
@@ -252,7 +256,7 @@ def _qwen_like(model_type: str, vision: dict[str, Any], text: dict[str, Any], **
     special = {"image_token_id": IMAGE, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
     special |= {"image_start_token_id": 7, "image_end_token_id": 8, "video_start_token_id": 9, "video_end_token_id": 10}
     kind = CONFIG_MAPPING[model_type]
-    known = set(kind.__dataclass_fields__)
+    known = _known(kind)
     config = kind(
         text_config={**_SMALL, **text}, vision_config=vision, **{k: v for k, v in special.items() if k in known}, **more
     )
