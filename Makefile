@@ -6,10 +6,10 @@ READY  := $(VENV)/.ready
 DEMO   := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint slow clean
+.PHONY: help install demo test test-oldest check lint slow clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "adaskip needs Python >= 3.11, this is " + sys.version.split()[0]'
@@ -29,6 +29,11 @@ demo: $(READY) ## train routers for the embedded vision-language model, compare 
 test: $(READY) ## all tests that need no GPU and no patience (15 minutes at most)
 	$(BIN)/python -m pytest
 
+test-oldest: ## the architecture contracts on the oldest transformers that pyproject.toml admits
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
+	$(VENV)-oldest/bin/python -m pytest tests/contracts tests/unit/test_backbone.py
+
 check: lint ## ruff, mypy, fast tests
 	$(BIN)/python -m pytest tests/unit tests/properties
 
@@ -41,4 +46,4 @@ slow: $(READY) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,6 +1,7 @@
 """Small random models of every decoder family that transformers builds, and batches for them.
 
-`TEXT` and `VISION` are what must be routable, `REFUSED` what must not, each with a piece of the reason.
+`TEXT` and `VISION` are what must be routable, `REFUSED` what must not, each with a piece of the reason: of the types
+listed here, those that the installed transformers knows.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ _PLAIN = [
 ]
 # fmt: on
 
-TEXT: dict[str, dict[str, Any]] = {
+_TEXT: dict[str, dict[str, Any]] = {
     **{model_type: {} for model_type in _PLAIN},
     "axk1": _LATENT,
     "deepseek_v2": _LATENT,
@@ -104,6 +105,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "pegasus": _STACK,
     "plbart": _STACK,
 }
+TEXT = {model_type: needs for model_type, needs in _TEXT.items() if model_type in CONFIG_MAPPING}
 """Language models that must be routable: model type, and what its configuration needs beside the small sizes."""
 
 
@@ -311,7 +313,7 @@ _GLM_TOWER = {
     "image_size": 16,
 }
 
-VISION: dict[str, Callable[[], tuple[PreTrainedConfig, Pictures]]] = {
+_VISION: dict[str, Callable[[], tuple[PreTrainedConfig, Pictures]]] = {
     "llava": partial(_llava_like, "llava", vision_feature_layer=-1),
     "vipllava": partial(_llava_like, "vipllava", vision_feature_layers=[-1, -2], vision_feature_layer=[-1, -2]),
     "llava_next": partial(
@@ -431,6 +433,7 @@ VISION: dict[str, Callable[[], tuple[PreTrainedConfig, Pictures]]] = {
     "glm4v_moe": partial(_qwen_like, "glm4v_moe", _GLM_TOWER, _MROPE),
     "glm_ocr": partial(_qwen_like, "glm_ocr", _GLM_TOWER, _MROPE),
 }
+VISION = {model_type: build for model_type, build in _VISION.items() if model_type in CONFIG_MAPPING}
 """Vision-language models that must be routable."""
 
 
@@ -446,7 +449,7 @@ _MLLAMA_TOWER = {
     **{"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
 }
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bailing_hybrid": ({}, _HYBRID),
     "bamba": ({"mamba_n_heads": 4, "mamba_d_head": 16}, _HYBRID),
     "deepseek_v32": ({}, _HYBRID),
@@ -509,7 +512,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "whisper": ({"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32}, _TWO_STACKS),
     "bert": ({"is_decoder": False}, "its attention is not causal"),
 }
+REFUSED = {model_type: why for model_type, why in _REFUSED.items() if model_type in CONFIG_MAPPING}
 """Models that cannot be routed soundly: what their configuration needs, and a piece of the reason."""
+
+NEWEST = len(TEXT) + len(VISION) + len(REFUSED) == len(_TEXT) + len(_VISION) + len(_REFUSED)
+"""Whether the installed transformers knows all of them; an older one is tested with those it has."""
 
 
 def make_refused(model_type: str) -> PreTrainedModel:
