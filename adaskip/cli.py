@@ -178,6 +178,42 @@ def check(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
+def calibrate(
+    run: Run,
+    risk: Annotated[float, typer.Option("--risk", help="Share of inputs whose answer may differ from dense.")] = 0.02,
+    delta: Annotated[float, typer.Option("--delta", help="Chance that the share is larger after all.")] = 0.1,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Certify the routers' threshold on fresh inputs and store it; exits 1 when none holds (every layer then runs)."""
+
+    def work() -> dict[str, Any]:
+        folder = _existing(run)
+        from rich.progress import Progress
+
+        from adaskip.calibrate import calibrate
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def advance(what: str, done: int, total: int) -> None:
+                tasks[what] = tasks[what] if what in tasks else bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done)
+
+            return calibrate(folder, risk, delta, max_new_tokens, progress=advance)
+
+    def show(found: dict[str, Any]) -> None:
+        _table(found["steps"])
+        _pairs({name: value for name, value in found.items() if name != "steps"})
+        if found["threshold"] is None:
+            _say("no threshold is certified: the checkpoint now runs every layer")
+        else:
+            _say(f"answers differ from dense on at most {risk:g} of the inputs, with probability {1 - delta:g}")
+
+    _do(work, show, as_json)
+
+
+@app.command()
 def generate(
     run: Run,
     image: Annotated[Path | None, typer.Option("--image", exists=True, dir_okay=False, help="A picture.")] = None,

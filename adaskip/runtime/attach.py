@@ -53,6 +53,7 @@ class RoutedModel(nn.Module):
 
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
     skipped work is really left out. ``facts`` are figures measured on these routers; the model card shows them.
+    ``certificate`` is what `adaskip calibrate` proved about the threshold, or None.
     """
 
     def __init__(self, described: Backbone, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None):
@@ -64,6 +65,7 @@ class RoutedModel(nn.Module):
         self.described = described
         self.runtime = Runtime(described, config, heads, plan)
         self.facts: dict[str, Any] = {}
+        self.certificate: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._trained: set[str] = set()
         self._was_training = False
@@ -205,9 +207,10 @@ class RoutedModel(nn.Module):
                 setattr(self.runtime, name, value)
 
     def set_threshold(self, threshold: float) -> None:
-        """Run a layer where its router's logit exceeds ``threshold``; saved with the routers."""
+        """Run a layer where its router's logit exceeds ``threshold``; saved with the routers, voids a certificate."""
         self.config = replace(self.config, threshold=threshold)
         self.runtime.config = self.config
+        self.certificate = None
 
     # -- life --------------------------------------------------------------------------------------------------------
 

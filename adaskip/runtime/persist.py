@@ -56,6 +56,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
         "backbone": {"name": model.backbone.config._name_or_path, **fingerprint(model.described)},
         "router": model.config.to_dict(),
         "facts": model.facts,
+        "certificate": model.certificate,
     }
     if Path(meta["backbone"]["name"]) == FOLDER:
         meta["backbone"]["name"] = EMBEDDED
@@ -79,7 +80,7 @@ def load(folder: str | Path, backbone: PreTrainedModel | None, *, strict: bool, 
     model = attach(base, config)
     try:
         check_fingerprint({k: v for k, v in named.items() if k != "name"}, fingerprint(model.described), strict)
-        model.facts = meta.get("facts", {})
+        model.facts, model.certificate = meta.get("facts", {}), meta.get("certificate")
         state = load_file(folder / WEIGHTS)
         assert model.routers is not None
         model.routers.load_state_dict(state)
@@ -171,6 +172,23 @@ Group `{router["group"]}`, scope `{router["scope"]}`, unit `{router["unit"]}`, k
 ## Measured
 
 {facts}
-
+{_promise(meta["certificate"])}
 Made with adaskip {meta["adaskip"]}.
+"""
+
+
+def _promise(certificate: dict[str, Any] | None) -> str:
+    if certificate is None:
+        return ""
+    risk, delta, n = (certificate[name] for name in ("risk", "delta", "n"))
+    what = "No threshold could be certified, so every layer runs: the answers are the dense model's."
+    if certificate["threshold"] is not None:
+        what = (
+            f"Routed and dense greedy answers differ on at most {risk:g} of the inputs, with probability {1 - delta:g} "
+            "over the draw of the calibration inputs."
+        )
+    return f"""
+## Guarantee
+
+{what} Learn-then-Test on {n} inputs (digest `{certificate["data"]["digest"]}`), for inputs from the same distribution.
 """

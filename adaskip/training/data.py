@@ -171,25 +171,24 @@ class Collator:
             "answer": [r["answer"] for r in records],
         }
         if self.answers:
-            self._append_answers(batch)
+            end = [self.tokenizer.eos_token_id]
+            tokens = [self.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in batch["answer"]]
+            append_answers(batch, [torch.tensor(ids) for ids in tokens], self.tokenizer.pad_token_id)
         return batch
 
-    def _append_answers(self, batch: Batch) -> None:
-        inputs = batch["inputs"]
-        shape = inputs["input_ids"].shape
-        end = [self.tokenizer.eos_token_id]
-        answers = [
-            torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"] + end) for text in batch["answer"]
-        ]
-        pad = torch.nn.utils.rnn.pad_sequence
-        labels = pad(answers, batch_first=True, padding_value=IGNORED)
-        real = labels != IGNORED
-        added = {"input_ids": torch.where(real, labels, self.tokenizer.pad_token_id), "attention_mask": real.long()}
-        for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.shape == shape:  # whatever else the processor says of every token
-                inputs[name] = torch.cat([value, added.get(name, torch.zeros_like(labels)).to(value)], 1)
-        batch["labels"] = torch.cat([torch.full(shape, IGNORED), labels], 1)
-        batch["prompt_mask"] = torch.nn.functional.pad(batch["prompt_mask"], (0, labels.shape[1]))
+
+def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> None:
+    """Put answers, long (n) each, behind the prompts of a batch in place, with their labels; ``pad`` fills up."""
+    inputs = batch["inputs"]
+    shape = inputs["input_ids"].shape
+    labels = torch.nn.utils.rnn.pad_sequence([*answers], batch_first=True, padding_value=IGNORED)
+    real = labels != IGNORED
+    added = {"input_ids": torch.where(real, labels, pad), "attention_mask": real.long()}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == shape:  # whatever else the processor says of every token
+            inputs[name] = torch.cat([value, added.get(name, torch.zeros_like(labels)).to(value)], 1)
+    batch["labels"] = torch.cat([torch.full(shape, IGNORED, device=labels.device), labels], 1)
+    batch["prompt_mask"] = torch.nn.functional.pad(batch["prompt_mask"], (0, labels.shape[1]))
 
 
 class RoundSampler(Sampler[int]):

@@ -225,6 +225,22 @@ def test_check_exits_1_when_the_conditions_do_not_hold(adaskip, fake, folder, ok
     assert (code, parsed(out)["ok"], parsed(out)["rows"]) == (status, ok, [row])
 
 
+@pytest.mark.parametrize(("threshold", "status"), [(-0.5, 0), (None, 1)])
+def test_calibrate_exits_1_when_no_threshold_is_certified(adaskip, fake, folder, threshold, status):
+    step = {"threshold": -0.5, "loss": 0.01, "p_value": 0.03, "keep": 0.6}
+    found = {"ok": threshold is not None, "threshold": threshold, "steps": [step]}
+    calls = fake("adaskip.calibrate", calibrate=found)
+    code, out, _ = adaskip("calibrate", folder, "--risk", 0.05, "--delta", 0.2, "--json")
+    assert (code, parsed(out)) == (status, found)
+    ((_, args, options),) = calls
+    assert args == (folder, 0.05, 0.2, 16)
+    options["progress"]("thresholds", 1, 40)
+    code, out, _ = adaskip("calibrate", folder)
+    assert code == status
+    assert ("with probability 0.9" in out) is (threshold is not None)
+    assert ("now runs every layer" in out) is (threshold is None)
+
+
 def test_generate(adaskip, fake, folder, tmp_path):
     found = {"prompt": "[/b] ?", "answer": "7", "dense_answer": "7", "expected": None, "keep": 0.5}
     calls = fake("adaskip.evaluate", answer={**found, "route": [True, False, False, True], "layers": 4})
@@ -256,7 +272,7 @@ def test_export(adaskip, fake, folder, tmp_path):
     assert calls == [("export", (folder, tmp_path / "out"), {})]
 
 
-@pytest.mark.parametrize("verb", [["eval"], ["check"], ["generate", "--prompt", "x"], ["export", "out"]])
+@pytest.mark.parametrize("verb", [["eval"], ["check"], ["calibrate"], ["generate", "--prompt", "x"], ["export", "out"]])
 def test_a_missing_run_is_named_with_what_to_type(adaskip, folder, verb):
     name, *rest = verb
     missing = folder.parent / "a-rum"

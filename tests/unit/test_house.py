@@ -28,6 +28,7 @@ ORDER = [
     "report",
     "train",
     "evaluate",
+    "calibrate",
     "cli",
 ]
 

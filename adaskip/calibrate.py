@@ -1,0 +1,200 @@
+"""`adaskip calibrate`: the threshold that keeps a run's answers those of the dense model, as often as the user asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError, DataError
+from adaskip.evaluate import open_run
+from adaskip.recipe import Recipe
+from adaskip.runtime.attach import RoutedModel
+from adaskip.theory.profile import exact_match
+from adaskip.theory.risk import learn_then_test, smallest_sample
+from adaskip.train import quality, records
+from adaskip.training.callbacks import to_device
+from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image
+from adaskip.training.tracking import write_text
+
+KEEP_ALL = -1e9  # below any logit: every layer runs
+STEPS = 40  # thresholds on the path
+
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def calibrate(
+    run: Path,
+    risk: float = 0.02,
+    delta: float = 0.1,
+    max_new_tokens: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Certify a finished run's router threshold by Learn-then-Test; store it with its certificate in ``RUN/router``.
+
+    Afterwards ``P(share of inputs whose routed greedy answer is not the dense one <= risk) >= 1 - delta``, over the
+    draw of the calibration inputs, for answers of up to ``max_new_tokens`` tokens (calibrated). The thresholds to try
+    are quantiles of the routers' logits on validation inputs. The calibration inputs are those of the calibration split
+    that the bound's constants were not fitted on: nothing has seen them. One question a split: trying several risks on
+    the same inputs and keeping the best answer voids the guarantee.
+
+    Returns:
+        The certificate, with the mean ``keep`` at every step of the path, ``generate_checked`` (inputs whose routed
+        answer was generated as well) and ``generate_differs`` (those of them where that told another loss). ``ok`` is
+        whether a threshold was certified and none of them differs. Also in ``calibration.json`` of the run folder.
+
+    Raises:
+        ConfigError: risk or delta outside (0, 1).
+        DataError: too few inputs are left for this risk and delta, or the dense model gives no finite logits.
+    """
+    needed = smallest_sample(risk, delta)
+    loaded = open_run(run)
+    model, recipe = loaded.model, loaded.recipe
+    chosen = fresh_records(recipe, needed, f"a risk of {risk} at delta {delta}")
+    size, device = recipe.trainer.batch_size, model.described.device
+    collate, validation = Collator(loaded.processor, answers=False), records(recipe, "validation")
+    path = threshold_path(model, validation, collate, size)
+    batches: list[Batch] = []
+    for batch in loader(chosen, collate, size):
+        batches.append(answered(model, to_device(batch, device), max_new_tokens, collate.tokenizer.pad_token_id))
+        if progress is not None:
+            progress("dense answers", len(batches) * size, len(chosen))
+    keep: list[float] = []
+
+    def losses_at(threshold: float) -> Tensor:
+        model.set_threshold(threshold)
+        losses, rates = zip(*(disagreement(model, batch) for batch in batches), strict=True)
+        keep.append(float(torch.cat(rates).mean()))
+        if progress is not None:
+            progress("thresholds", len(keep), len(path))
+        return torch.cat(losses).double().cpu()
+
+    certificate = learn_then_test(path, losses_at, risk, delta, binary=True)
+    model.set_threshold(KEEP_ALL if certificate.threshold is None else certificate.threshold)
+    checked, differs = check_generate(model, batches[0], max_new_tokens)
+    found = certificate.to_dict() | {
+        "loss": "the routed greedy answer is not the dense one (0 or 1)",
+        "max_new_tokens": max_new_tokens,
+        "keep": 1.0 if certificate.threshold is None else keep[path.index(certificate.threshold)],
+        "data": {"source": recipe.data.source, "split": "calibration", "digest": digest(chosen)},
+        "generate_checked": checked,
+        "generate_differs": differs,
+    }
+    for step, rate in zip(found["steps"], keep, strict=True):
+        step["keep"] = rate
+    validated = quality(model, [to_device(b, device) for b in loader(validation, Collator(loaded.processor), size)])
+    figures = dict(zip(("validation_keep", "validation_accuracy"), (round(x, 4) for x in validated), strict=True))
+    model.facts = {"target_keep": recipe.objective.keep} | figures  # what else stood there spoke of another threshold
+    model.certificate = found
+    model.save_pretrained(loaded.folder / "router")
+    write_text(loaded.folder / "calibration.json", json.dumps(found, indent=2) + "\n")
+    return {"ok": certificate.threshold is not None and not differs, **found}
+
+
+def fresh_records(recipe: Recipe, needed: int, wanted: str) -> list[Record]:
+    """The calibration records that training did not fit the bound's constants on.
+
+    Raises:
+        DataError: fewer than ``needed`` are left; says what to do.
+    """
+    used = 2 * recipe.conditions.examples
+    fresh = records(recipe, "calibration")[used:]
+    if len(fresh) < needed:
+        raise DataError(
+            f"calibrate: {wanted} needs at least {needed} inputs that nothing was fitted on; training used {used} "
+            f"calibration records and left {len(fresh)}. Give data.examples.calibration (or calibration.jsonl) at "
+            f"least {used + needed} before training, or allow a larger --risk"
+        )
+    return fresh
+
+
+def threshold_path(model: RoutedModel, validation: list[Record], collate: Collator, size: int) -> list[float]:
+    """Thresholds, conservative to aggressive: quantiles of the routers' logits on validation prompts, all layers run.
+
+    They depend on the routers and on validation inputs alone, so that calibration inputs find them fixed.
+
+    Raises:
+        ConfigError: the routers' logits do not vary, so no threshold tells inputs or layers apart.
+    """
+    model.set_threshold(KEEP_ALL)
+    logits = []
+    for batch in loader(validation, collate, size):
+        model(**to_device(batch, model.described.device)["inputs"], use_cache=False)
+        logits.append(model.runtime.routing.logits.flatten().cpu())  # type: ignore[union-attr]
+    shares = torch.linspace(0, 1, STEPS + 1)[:-1]
+    path = torch.cat(logits).double().quantile(shares.double(), interpolation="lower").unique().tolist()
+    if len(path) < 2:
+        raise ConfigError("calibrate: the routers give every layer and input one logit; train them before calibrating")
+    return path
+
+
+def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) -> Batch:
+    """A batch of prompts with the dense model's own greedy answers behind them, end token included.
+
+    Raises:
+        DataError: the dense model's logits are not finite.
+    """
+    width = batch["inputs"]["input_ids"].shape[1]
+    with model.dense():
+        out = model.generate(**batch["inputs"], **_greedy(model, max_new_tokens))
+        told = out[:, width:]
+        ended = torch.isin(told, _end_tokens(model, told)).long()
+        real = ended.cumsum(1) - ended == 0  # up to and with the first end token
+        batch = {**batch, "inputs": dict(batch["inputs"])}
+        append_answers(batch, [row[keep] for row, keep in zip(told, real, strict=True)], pad)
+        logits = model(**batch["inputs"], use_cache=False).logits
+    if not logits[:, :-1][batch["labels"][:, 1:] >= 0].isfinite().all():
+        raise DataError("calibrate: the dense model's logits are not finite; load the backbone in another dtype")
+    return batch
+
+
+def disagreement(model: RoutedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """bool (b) whether the routed greedy answer differs from the dense one that the labels hold; and keep rates (b).
+
+    Exact by one teacher-forced pass (an identity [D, THEORY 10]): the two answers are the same exactly if the argmax is
+    at every position of the dense answer.
+    """
+    logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+    return ~exact_match(logits, batch["labels"]), model.routing.keep_rate
+
+
+def check_generate(model: RoutedModel, batch: Batch, max_new_tokens: int) -> tuple[int, int]:
+    """How many inputs of a batch were answered by routed generation, and for how many that told another loss."""
+    width = int(batch["prompt_mask"].any(0).nonzero().max()) + 1
+    length = batch["inputs"]["input_ids"].shape[1]
+    prompts = {
+        name: value[:, :width] if isinstance(value, Tensor) and value.shape[:2] == (len(value), length) else value
+        for name, value in batch["inputs"].items()
+    }
+    told = model.generate(**prompts, **_greedy(model, max_new_tokens))[:, width:]
+    expected = batch["labels"][:, width:]
+    told = torch.nn.functional.pad(told, (0, max(0, expected.shape[1] - told.shape[1])), value=-1)
+    same = ((told[:, : expected.shape[1]] == expected) | (expected < 0)).all(1)
+    loss, _ = disagreement(model, batch)
+    return len(loss), int((loss == same).sum())
+
+
+def digest(chosen: list[Record]) -> str:
+    """What identifies calibration inputs: a digest of their prompts and pictures, in order."""
+    total = hashlib.sha256()
+    for record in chosen:
+        total.update(record["prompt"].encode() + b"\0")
+        if record.get("image") is not None:
+            picture = open_image(record["image"])
+            total.update(f"{picture.size}".encode() + picture.tobytes())
+    return total.hexdigest()[:32]
+
+
+def _greedy(model: RoutedModel, max_new_tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+
+
+def _end_tokens(model: RoutedModel, like: Tensor) -> Tensor:
+    ends = model.backbone.generation_config.eos_token_id
+    return torch.as_tensor([] if ends is None else ends, device=like.device, dtype=like.dtype).reshape(-1)
