@@ -90,7 +90,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Certificate:
-    """P(risk of the model at `threshold` <= `risk`) >= 1 - `delta` over calibration draws; threshold None means dense."""
+    """P(risk of the model at `threshold` <= `risk`) >= 1 - `delta` over calibration draws; None means dense."""
 
     risk: float
     delta: float

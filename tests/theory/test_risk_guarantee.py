@@ -71,7 +71,7 @@ def test_hoeffding_bentkus_holds_for_losses_that_are_no_coins(shape: tuple[float
 
 @pytest.mark.parametrize("kind", ["coins", "graded", "clustered"])
 def test_the_drift_monitor_rarely_alarms_without_drift(kind: str) -> None:
-    """Losses whose mean given the past is exactly the risk: an alarm within 1000 inputs in at most delta of the runs."""
+    """Losses whose mean given the past is exactly the risk: alarm within 1000 inputs in at most delta of runs."""
     rng = np.random.default_rng(4)
     shape = (1000, 1000)
     losses = (rng.random(shape) < RISK).astype(float)
