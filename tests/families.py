@@ -472,7 +472,7 @@ _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "olmo_hybrid": ({}, _HYBRID),
     "qwen3_5_text": ({}, _HYBRID),
     "qwen3_next": ({}, _HYBRID),
-    "recurrent_gemma": ({}, _HYBRID),
+    "recurrent_gemma": ({}, f"{_HYBRID}|keeps no keys and values of its own|{_STATE}"),
     "zamba2": ({"layers_block_type": ["mamba", "hybrid"] * 2}, _HYBRID),
     "reformer": (
         {
