@@ -15,6 +15,7 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.evaluate import open_run
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.greedy import greedy_options, greedy_processors, process
 from adaskip.theory.profile import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
 from adaskip.train import quality, records
@@ -39,10 +40,16 @@ def calibrate(
     """Certify a finished run's router threshold by Learn-then-Test; store it with its certificate in ``RUN/router``.
 
     Afterwards ``P(share of inputs whose routed greedy answer is not the dense one <= risk) >= 1 - delta``, over the
-    draw of the calibration inputs, for answers of up to ``max_new_tokens`` tokens (calibrated). The thresholds to try
-    are quantiles of the routers' logits on validation inputs. The calibration inputs are those of the calibration split
-    that the bound's constants were not fitted on: nothing has seen them. One question a split: trying several risks on
-    the same inputs and keeping the best answer voids the guarantee.
+    draw of the calibration inputs, for answers of up to ``max_new_tokens`` tokens (calibrated), generated under the
+    backbone's own generation config: its logits processors are applied to both answers, and named in the certificate;
+    options that a caller adds to ``generate`` are not covered. The thresholds to try are quantiles of the routers'
+    logits on validation inputs. The calibration inputs are those of the calibration split that the bound's constants
+    were not fitted on: nothing has seen them. One question a split: trying several risks on the same inputs and keeping
+    the best answer voids the guarantee.
+
+    The guarantee speaks of inputs exchangeable with the calibration inputs. Where validation and calibration inputs
+    share a source (the demo composes both from one pool of scans), it holds given that source: for new pictures of
+    these scans, not for new scans.
 
     Returns:
         The certificate, with the mean ``keep`` at every step of the path, ``generate_checked`` (inputs whose routed
@@ -50,7 +57,7 @@ def calibrate(
         whether a threshold was certified and none of them differs. Also in ``calibration.json`` of the run folder.
 
     Raises:
-        ConfigError: risk or delta outside (0, 1).
+        ConfigError: risk or delta outside (0, 1), or a generation config that is not greedy.
         DataError: too few inputs are left for this risk and delta, or the dense model gives no finite logits.
     """
     needed = smallest_sample(risk, delta)
@@ -81,6 +88,7 @@ def calibrate(
     found = certificate.to_dict() | {
         "loss": "the routed greedy answer is not the dense one (0 or 1)",
         "max_new_tokens": max_new_tokens,
+        "logits_processors": [type(processor).__name__ for processor in batches[0]["processors"]],
         "keep": 1.0 if certificate.threshold is None else keep[path.index(certificate.threshold)],
         "data": {"source": recipe.data.source, "split": "calibration", "digest": digest(chosen)},
         "generate_checked": checked,
@@ -137,16 +145,20 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
 def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) -> Batch:
     """A batch of prompts with the dense model's own greedy answers behind them, end token included.
 
+    Also holds the ``processors`` of generation for these prompts.
+
     Raises:
+        ConfigError: the generation config is not greedy.
         DataError: the dense model's logits are not finite.
     """
     width = batch["inputs"]["input_ids"].shape[1]
+    processors = greedy_processors(model, batch["inputs"], max_new_tokens)
     with model.dense():
-        out = model.generate(**batch["inputs"], **_greedy(model, max_new_tokens))
+        out = model.generate(**batch["inputs"], **greedy_options(max_new_tokens))
         told = out[:, width:]
         ended = torch.isin(told, _end_tokens(model, told)).long()
         real = ended.cumsum(1) - ended == 0  # up to and with the first end token
-        batch = {**batch, "inputs": dict(batch["inputs"])}
+        batch = {**batch, "inputs": dict(batch["inputs"]), "processors": processors}
         append_answers(batch, [row[keep] for row, keep in zip(told, real, strict=True)], pad)
         logits = model(**batch["inputs"], use_cache=False).logits
     if not logits[:, :-1][batch["labels"][:, 1:] >= 0].isfinite().all():
@@ -157,22 +169,23 @@ def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) ->
 def disagreement(model: RoutedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """bool (b) whether the routed greedy answer differs from the dense one that the labels hold; and keep rates (b).
 
-    Exact by one teacher-forced pass (an identity [D, THEORY 10]): the two answers are the same exactly if the argmax is
-    at every position of the dense answer.
+    Exact by one teacher-forced pass (an identity [D, link 10]): the two answers are the same exactly if the argmax of
+    what generation ranks by, the processed logits, is at every position of the dense answer.
     """
     logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-    return ~exact_match(logits, batch["labels"]), model.routing.keep_rate
+    ranked = process(logits, batch["inputs"]["input_ids"], _width(batch), batch["processors"])
+    return ~exact_match(ranked, batch["labels"]), model.routing.keep_rate
 
 
 def check_generate(model: RoutedModel, batch: Batch, max_new_tokens: int) -> tuple[int, int]:
     """How many inputs of a batch were answered by routed generation, and for how many that told another loss."""
-    width = int(batch["prompt_mask"].any(0).nonzero().max()) + 1
+    width = _width(batch)
     length = batch["inputs"]["input_ids"].shape[1]
     prompts = {
         name: value[:, :width] if isinstance(value, Tensor) and value.shape[:2] == (len(value), length) else value
         for name, value in batch["inputs"].items()
     }
-    told = model.generate(**prompts, **_greedy(model, max_new_tokens))[:, width:]
+    told = model.generate(**prompts, **greedy_options(max_new_tokens))[:, width:]
     expected = batch["labels"][:, width:]
     told = torch.nn.functional.pad(told, (0, max(0, expected.shape[1] - told.shape[1])), value=-1)
     same = ((told[:, : expected.shape[1]] == expected) | (expected < 0)).all(1)
@@ -191,8 +204,9 @@ def digest(chosen: list[Record]) -> str:
     return total.hexdigest()[:32]
 
 
-def _greedy(model: RoutedModel, max_new_tokens: int) -> dict[str, Any]:
-    return {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+def _width(batch: Batch) -> int:
+    """The column at which the answers begin."""
+    return int(batch["prompt_mask"].any(0).nonzero().max()) + 1
 
 
 def _end_tokens(model: RoutedModel, like: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 
 import adaskip
 from adaskip import evaluate
-from adaskip.calibrate import KEEP_ALL, calibrate, digest, fresh_records
+from adaskip.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records
 from adaskip.errors import ConfigError, DataError
 from adaskip.recipe import dump, load
+from adaskip.runtime.greedy import greedy_processors
 from adaskip.runtime.persist import load_backbone
+from adaskip.theory.profile import exact_match
 from adaskip.train import records
 from adaskip.training.data import Collator
 
@@ -75,6 +77,47 @@ def test_the_losses_are_those_of_generation(run: Path, found: dict) -> None:
         assert step["keep"] == pytest.approx(float(loaded.model.routing.keep_rate.mean()), abs=0.02)
     assert losses[-1] > 0
     assert (found["generate_checked"], found["generate_differs"]) == (24, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"suppress_tokens": "common"}, {"repetition_penalty": 4.0}, {"min_new_tokens": 4, "no_repeat_ngram_size": 1}],
+    ids=lambda options: "-".join(options),
+)
+def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, options: dict) -> None:
+    """A generation config that changes logits changes both answers; the teacher-forced loss follows it exactly."""
+    loaded = evaluate.open_run(run)
+    model = loaded.model
+    batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, ""))
+    if options.get("suppress_tokens"):
+        with model.dense():
+            first = model(**batch["inputs"]).logits[:, -1].argmax(-1)
+        options = {"suppress_tokens": first.unique().tolist()}
+    model.backbone.generation_config.update(**options)
+    batch_answered = answered(model, batch, 16, 0)
+    assert batch_answered["processors"]
+    for threshold in (-6.0, -5.5, -5.0, -4.5, -4.0, -3.0, -2.0, 0.0, 2.0):
+        model.set_threshold(threshold)
+        expected = by_generation(model, batch)
+        if 0 < sum(expected) < len(expected):
+            break
+    assert 0 < sum(expected) < len(expected)
+    assert disagreement(model, batch_answered)[0].tolist() == expected
+    raw = model(**batch_answered["inputs"], prompt_mask=batch_answered["prompt_mask"], use_cache=False).logits
+    assert (~exact_match(raw, batch_answered["labels"])).tolist() != expected  # what the raw logits rank is not told
+
+
+def test_a_generation_that_is_not_greedy_is_refused(run: Path) -> None:
+    loaded = evaluate.open_run(run)
+    inputs = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:2])["inputs"]
+    assert list(greedy_processors(loaded.model, inputs, 4)) == []
+    config = loaded.model.backbone.generation_config
+    config.prompt_lookup_num_tokens = 2
+    with pytest.raises(ConfigError, match="expected greedy decoding, got assisted_generation; unset what asks for it"):
+        greedy_processors(loaded.model, inputs, 4)
+    config.prompt_lookup_num_tokens, config.guidance_scale = None, 1.5
+    with pytest.raises(ConfigError, match=r"guidance_scale=1.5 runs the model twice a token.*= None"):
+        greedy_processors(loaded.model, inputs, 4)
 
 
 def test_what_is_stored_is_applied(run: Path, found: dict) -> None:
