@@ -61,6 +61,11 @@ class Tokens:
     valid: Tensor  # bool (b t)
     vision: Tensor | None  # bool (b t); None for a model without vision tokens
 
+    @property
+    def has_vision(self) -> bool:
+        """Whether any row holds a vision token."""
+        return self.vision is not None and bool(self.vision.any())
+
     def kinds(self, among: Tensor) -> Tensor:
         """bool (b k t): the kinds of token pooled apart (text, and vision where the model has it), within ``among``."""
         among = among & self.valid

@@ -17,7 +17,8 @@ from adaskip.backbone import Backbone, Tokens, bind_arguments, inspect_backbone,
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
-from adaskip.runtime.forward import Mode, Observer, Runtime
+from adaskip.runtime.forward import Observer, Runtime
+from adaskip.runtime.request import Mode
 
 _MARK = "_adaskip"
 
