@@ -1,0 +1,48 @@
+"""The chain from geometry to information: bounds, identities and estimators as pure functions.
+
+Z are dense logits, p = softmax(Z); Z' and p' the same after skipping; dz = Z' - Z; KL = KL(p, p'), always in nats.
+The notions named geometric, proximal, functional and informational are the paper's [P]; every formula is ours [D], and
+docs/theory.md proves it. "Real" arguments are tensors or floats that broadcast. Results are float64 unless a docstring
+says otherwise.
+"""
+
+from adaskip.theory.bounds.certificates import argmax_certified_kl, argmax_certified_margin
+from adaskip.theory.bounds.compose import compose, joint_shift, redundancy_bound
+from adaskip.theory.bounds.geometry import cosine_band, distance_sq, geometric_from_proximal, proximal_from_geometric
+from adaskip.theory.bounds.information import fano, information_lost
+from adaskip.theory.bounds.logits import (
+    LogitShift,
+    kl_bennett,
+    kl_exact,
+    kl_lower,
+    kl_quadratic,
+    kl_range,
+    kl_two_point,
+    logit_shift,
+    risk_shift,
+    tv_from_range,
+)
+
+__all__ = [
+    "LogitShift",
+    "argmax_certified_kl",
+    "argmax_certified_margin",
+    "compose",
+    "cosine_band",
+    "distance_sq",
+    "fano",
+    "geometric_from_proximal",
+    "information_lost",
+    "joint_shift",
+    "kl_bennett",
+    "kl_exact",
+    "kl_lower",
+    "kl_quadratic",
+    "kl_range",
+    "kl_two_point",
+    "logit_shift",
+    "proximal_from_geometric",
+    "redundancy_bound",
+    "risk_shift",
+    "tv_from_range",
+]

@@ -1,0 +1,46 @@
+"""Link 3d: when the argmax provably stands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaskip.theory.bounds.numerics import Real, centred_shift, f64
+
+
+def argmax_certified_margin(logits: Tensor, logits_skipped: Tensor) -> Tensor:
+    """True where max_y (dz_y - dz_top) < Z_top - Z_second, so the argmax stands (bound [D, link 3d]).
+
+    (..., vocab) -> (...) bool. A hair of slack absorbs rounding: a tie is never certified. Errors as `logit_shift`.
+
+    >>> argmax_certified_margin(torch.tensor([2.0, 0.0]), torch.tensor([1.5, 1.0])).item()
+    True
+    """
+    x = centred_shift(logits, logits_skipped, torch.softmax(logits.double(), -1))
+    (first, second), top = _top_two(logits)
+    gap = first - second
+    rise = (x - x.gather(-1, top)).amax(-1)
+    size = gap + 2.0 * x.abs().amax(-1) + first.abs() + logits_skipped.double().gather(-1, top).squeeze(-1).abs()
+    return rise < gap - 8.0 * torch.finfo(torch.float64).eps * size
+
+
+def argmax_certified_kl(logits: Tensor, kl: Real) -> Tensor:
+    """True where KL < p1 log(2 p1/(p1+p2)) + p2 log(2 p2/(p1+p2)), p1 >= p2 the dense top two: the argmax stands.
+
+    Bound [D, link 3d]; `kl` (...) is the exact KL or a bound on it, and a calibrated bound gives a decision that
+    holds with its probability. (..., vocab) -> (...) bool.
+
+    >>> argmax_certified_kl(torch.tensor([2.0, 0.0]), torch.tensor([0.1, 0.4])).tolist()
+    [True, False]
+    """
+    (first, second), _ = _top_two(logits)
+    mass = (torch.stack([first, second], -1) - torch.logsumexp(logits.double(), -1, keepdim=True)).exp().sum(-1)
+    gap = (first - second).clamp(max=80.0)
+    # with p1/p2 = e^gap the formula is (p1+p2)/2 (gap tanh(gap/2) - 2 log cosh(gap/2)), which near-ties do not cancel
+    limit = mass / 2.0 * (gap * torch.tanh(gap / 2.0) - 2.0 * torch.log1p(2.0 * torch.sinh(gap / 4.0) ** 2))
+    return f64(kl) < limit * (1.0 - 1e-12)
+
+
+def _top_two(logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    value, index = logits.double().topk(2, -1)
+    return (value[..., 0], value[..., 1]), index[..., :1]

@@ -1,0 +1,64 @@
+"""Link 6a, and the redundancy bound B that training is regularised with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError
+from adaskip.theory.bounds.logits import LogitShift
+from adaskip.theory.bounds.numerics import two_point
+
+
+def compose(shifts: Sequence[LogitShift]) -> LogitShift:
+    """Bound [D, link 6a] on the total shift along a path: r, s, u and b add over its increments.
+
+    Layers go one after the other; increment i is `logit_shift(Z_{i-1}, Z_i, reference=Z_0)`. Single-layer shifts from
+    the dense model are no path: their sum bounds nothing. Raises ConfigError without increments.
+
+    >>> step = logit_shift(torch.zeros(2), torch.tensor([1.0, -1.0]))
+    >>> compose([step, step]).u.item()
+    2.0
+    """
+    if not shifts:
+        raise ConfigError("compose: expected at least one LogitShift, got none")
+    return LogitShift(*(torch.stack([getattr(x, name) for x in shifts]).sum(0) for name in "rsub"))
+
+
+def joint_shift(keep_gates: Tensor, costs: Tensor) -> Tensor:
+    """S(x), heuristic [D] for the joint s: S^2 = (sum_l (1-g_l) s_l)^2 + sum_l g_l (1-g_l) s_l^2. (b, L) twice -> (b,).
+
+    S^2 is the mean of (sum of the skipped s_l)^2 when layers are kept independently with probability g_l in [0, 1].
+    Differentiable in the gates, costs detached; the gradient at S = 0, where the root has none, is 0.
+
+    >>> joint_shift(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[5.0, 1.0, 2.0]])).tolist()
+    [3.0]
+    """
+    variance = _joint_variance(keep_gates, costs)
+    return variance.where(variance > 0, 1.0).sqrt().where(variance > 0, 0.0)
+
+
+def redundancy_bound(gates: Tensor, s_costs: Tensor, u_costs: Tensor | None = None) -> Tensor:
+    """B(x): `kl_two_point` at (S, U), S of `joint_shift`, U = sum_l (1-g_l) u_l; S^2/2 without `u_costs`.
+
+    Heuristic [D] shaped like the bound: gates are soft and costs single-layer; calibrating the frozen router restores
+    coverage. (b, L) each -> (b,), in the gates' dtype, at least float32. Differentiable in the gates, costs detached.
+    Exactly 0 where every gate is 1; the slope there is -s_l^2/2, so that a closed router feels what a skip would cost.
+
+    >>> gates, costs = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.ones(2, 2)
+    >>> [round(x, 4) for x in redundancy_bound(gates, costs, costs).tolist()]
+    [0.0, 0.4338]
+    """
+    variance = _joint_variance(gates, s_costs)
+    if u_costs is None:
+        bound = variance / 2.0
+    else:
+        bound = two_point(variance, ((1.0 - gates.double()) * u_costs.detach().double()).sum(-1))
+    return bound.to(torch.promote_types(gates.dtype, torch.float32))
+
+
+def _joint_variance(gates: Tensor, costs: Tensor) -> Tensor:
+    keep, s = gates.double(), costs.detach().double()
+    return ((1.0 - keep) * s).sum(-1) ** 2 + (keep * (1.0 - keep) * s**2).sum(-1)

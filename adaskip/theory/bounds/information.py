@@ -1,0 +1,40 @@
+"""Links 4 and 5: from functional cost to information, and from a quantiser's errors to its entropy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError
+from adaskip.theory.bounds.numerics import Real, f64
+
+
+def information_lost(probabilities: Tensor, cells: Tensor) -> Tensor:
+    """I(Y*; H | H') over n equally likely inputs: the mean of KL(p_i, mean of p in i's cell). (n, K), (n,) -> ().
+
+    Y* ~ p_i is a fresh label; inputs of one cell (an integer) share the state H' left after skipping. Identity
+    [D, link 4]: E KL(p, q) = I + E KL(cell mean, q) for any q that sees the cell alone, so I <= the functional cost.
+
+    >>> round(information_lost(torch.eye(2), torch.tensor([0, 0])).item(), 4)
+    0.6931
+    """
+    p, cell = f64(probabilities), cells.unique(return_inverse=True)[1]
+    count = cell.bincount()
+    mean = (p.new_zeros(len(count), p.shape[-1]).index_add(0, cell, p) / count.unsqueeze(-1))[cell]
+    return (torch.xlogy(p, p) - torch.xlogy(p, mean)).sum(-1).mean().clamp_min(0.0)
+
+
+def fano(p_error: Real, K: int) -> Tensor:
+    """Bound [D, link 5] on H(Q_l | Q_{l-1}) over K codes, P_e = P(Q_l != Q_{l-1}): h_b(P_e) + P_e log(K - 1).
+
+    Raises ConfigError if K < 2.
+
+    >>> round(fano(0.5, 2).item(), 4)
+    0.6931
+    """
+    if K < 2:
+        raise ConfigError(f"fano: expected K >= 2 codes, got {K}")
+    p = f64(p_error)
+    return torch.special.entr(p) + torch.special.entr(1.0 - p) + p * math.log(K - 1)
