@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -167,10 +169,12 @@ def read_tokens(backbone: Backbone, inputs: dict[str, Any], need_vision: bool) -
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of ``module.forward``, by name."""
-    if not args:
-        return kwargs
-    names = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs if args else kwargs
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def fingerprint(backbone: Backbone) -> dict[str, Any]:

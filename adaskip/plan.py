@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
@@ -15,6 +16,8 @@ Scope = Literal["prompt"]
 Unit = Literal["block"]
 Group = Literal["all", "vision"]
 KV = Literal["absent"]
+Flags = tuple[bool, ...]
+"""Decisions that Python knows: one a row."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,11 @@ class SkipPlan:
         return kept
 
 
+def host(keep: Tensor) -> tuple[Flags, ...]:
+    """Decisions, bool (l b), as Python's: of each layer, of each row."""
+    return tuple(map(tuple, keep.tolist()))
+
+
 @dataclass(frozen=True)
 class Routing:
     """The decisions of one request, and what they cost.
@@ -145,6 +153,11 @@ class Routing:
         if self.executed is None or self.dense is None:
             raise ConfigError("Routing.keep_rate: no request has run under this routing yet; call the model first")
         return self.executed / self.dense
+
+    @cached_property
+    def flags(self) -> tuple[Flags, ...]:
+        """``keep`` on the host, layer by layer: read from the device once."""
+        return host(self.keep)
 
     def select(self, rows: Tensor) -> Routing:
         """The routing of the given rows (long, repeats allowed), in that order."""

@@ -13,7 +13,7 @@ def mean_weights(masks: Tensor) -> Tensor:
     return weights / rearrange(weights.sum(-1).clamp(min=1.0), "b k -> b k 1")
 
 
-def pool(states: Tensor, weights: Tensor) -> Tensor:
+def pool(states: Tensor, weights: Tensor, padded: bool = True) -> Tensor:
     """Masked means of the states, one per kind of token: ``pooled[b, k] = sum_t weights[b, k, t] * states[b, t]``.
 
     Zeros where a row has no such token, so a row's features depend on its own tokens alone; states that no kind weighs
@@ -22,10 +22,13 @@ def pool(states: Tensor, weights: Tensor) -> Tensor:
     Args:
         states: (b t d), any float type.
         weights: float32 (b k t), from `mean_weights`.
+        padded: whether some position may be weighed by no kind; False spares a copy of the states.
 
     Returns:
         float32 (b k d).
     """
     weights = weights.to(states.device)
-    unseen = rearrange((weights == 0).all(1), "b t -> b t 1")
-    return torch.bmm(weights, states.float().masked_fill(unseen, 0.0))
+    states = states.float()
+    if padded:
+        states = states.masked_fill(rearrange((weights == 0).all(1), "b t -> b t 1"), 0.0)
+    return torch.bmm(weights, states)

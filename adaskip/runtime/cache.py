@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from adaskip.plan import Routing
+from adaskip.plan import Flags, Routing
 from adaskip.runtime.cost import Ledger
-from adaskip.runtime.segment import Segment
+from adaskip.runtime.segment import Memo, Segment, once
 
 
 class SkipLayer(DynamicLayer):
@@ -29,6 +29,7 @@ class SkipLayer(DynamicLayer):
         self.index: Tensor | None = None
         self._segment: Segment | None = None
         self._fresh: list[tuple[Segment, Tensor, Tensor]] = []
+        self._joined: tuple[Tensor, Tensor] | None = None  # stored and fresh ones, where the segment sees them all
 
     @property
     def filled(self) -> bool:
@@ -43,46 +44,65 @@ class SkipLayer(DynamicLayer):
         if not self.filled:
             return key_states, value_states
         stored = self._stored_rows(self._segment.rows)
-        past_keys = self.keys if stored is None else self.keys[stored]
-        past_values = self.values if stored is None else self.values[stored]
-        return torch.cat([past_keys, key_states], -2), torch.cat([past_values, value_states], -2)
+        if stored is None:
+            self._joined = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+            return self._joined
+        return torch.cat([self.keys[stored], key_states], -2), torch.cat([self.values[stored], value_states], -2)
 
-    def begin(self, segment: Segment, positions: Tensor) -> Tensor:
-        """Announce the segment whose attention comes next; long (r k): the place of every key it will see."""
+    def begin(self, segment: Segment) -> None:
+        """Announce the segment whose attention comes next."""
         self._segment = segment
+
+    def seen(self, segment: Segment, positions: Tensor, memo: Memo) -> Tensor:
+        """Long (r k): the place of every key that the segment, itself at ``positions``, attends to."""
         if not self.filled:
             return positions
-        stored = self._stored_rows(segment.rows)
-        past = self._places()
-        return torch.cat([past if stored is None else past[stored], positions], -1)
 
-    def commit(self, offset: int, length: int, batch: int) -> None:
+        def join() -> Tensor:
+            stored, past = self._stored_rows(segment.rows), self._places()
+            return torch.cat([past if stored is None else past[stored], positions], -1)
+
+        return once(memo, "seen", (segment, positions, *self._layout()), join)
+
+    def commit(self, offset: int, length: int, batch: int, memo: Memo) -> None:
         """Store what the segments since the last commit have computed."""
         fresh, self._fresh, self._segment = self._fresh, [], None
+        joined, self._joined = self._joined, None
         if not fresh:
             return
-        dense = len(fresh) == 1 and self.follows_on(fresh[0][0], offset)
-        placed = [(s, s.positions(offset, length, batch, k.device), k, v) for s, k, v in fresh]
-        rows, index, keys, values = _merge(placed, batch)
-        if self.filled:
-            index = index if dense else torch.cat([self._places(), index], -1)
+        segments = [segment for segment, _, _ in fresh]
+        index = None
+        if len(fresh) > 1 or not self.follows_on(segments[0], offset):
+
+            def places() -> Tensor:
+                device = fresh[0][1].device
+                new = _merge_places(
+                    [s.positions(offset, length, batch, device, memo) for s in segments], segments, batch
+                )
+                return torch.cat([self._places(), new], -1) if self.filled else new
+
+            index = once(memo, "places", (*segments, *self._layout()), places)
+        keys, values = _merge_states(fresh, batch)
+        if joined is not None and len(fresh) == 1:
+            keys, values = joined
+        elif self.filled:
             keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
         else:
             self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        rows = segments[0].rows if len(segments) == 1 else None
+        self.keys, self.values, self.index = keys, values, index
         self.rows = None if rows is None or len(rows) == batch else rows
-        self.index = None if dense else index
 
     def follows_on(self, segment: Segment, offset: int) -> bool:
         """Whether, with this segment, slot i still is position i: no key was left out, so no mask need be cut."""
         stored = self.keys.shape[-2] if self.filled else 0
         return segment.tokens is None and self.index is None and stored == offset
 
-    def select(self, rows: Tensor, batch: int) -> None:
+    def select(self, rows: Tensor, batch: int, memo: Memo) -> None:
         """Make row i what row ``rows[i]`` was (repeats allowed)."""
         if not self.filled:
             return
-        rows = rows.to(self.keys.device)
+        rows, held = rows.to(self.keys.device), self.rows
         if self.rows is not None:
             slot = torch.full((batch,), -1, device=self.keys.device)
             slot[self.rows] = torch.arange(len(self.rows), device=slot.device)
@@ -90,9 +110,10 @@ class SkipLayer(DynamicLayer):
             self.rows = (picked >= 0).nonzero().squeeze(1)
             rows = picked[self.rows]
         self.keys, self.values = self.keys[rows], self.values[rows]
-        self.index = None if self.index is None else self.index[rows]
+        if (index := self.index) is not None:
+            self.index = once(memo, "select", (index, held), lambda: index[rows])
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int, memo: Memo) -> None:
         """Forget every position from ``length`` on."""
         if not self.filled:
             return
@@ -100,7 +121,8 @@ class SkipLayer(DynamicLayer):
         places = torch.where(places < length, places, -1)
         used = (places >= 0).any(0)
         self.keys, self.values = self.keys[:, :, used], self.values[:, :, used]
-        self.index = None if self.index is None else places[:, used]
+        if (index := self.index) is not None:
+            self.index = once(memo, "truncate", (index,), lambda: places[:, used])
 
     def nbytes(self) -> int:
         """Bytes of the keys and values of real slots, holes left out."""
@@ -109,6 +131,10 @@ class SkipLayer(DynamicLayer):
         slots = self.keys.shape[0] * self.keys.shape[-2] if self.index is None else int((self.index >= 0).sum())
         per_slot = sum(int(x.shape[1] * x.shape[-1] * x.element_size()) for x in (self.keys, self.values))
         return slots * per_slot
+
+    def _layout(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """What tells two layers apart that hold different positions."""
+        return self.index, self.rows, self.keys.shape[-2] if self.filled else 0
 
     def _places(self) -> Tensor:
         if self.index is not None:
@@ -121,23 +147,26 @@ class SkipLayer(DynamicLayer):
         return rows if self.rows is None else torch.searchsorted(self.rows, rows)
 
 
-def _merge(
-    placed: list[tuple[Segment, Tensor, Tensor, Tensor]], batch: int
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+def _merge_places(places: list[Tensor], segments: list[Segment], batch: int) -> Tensor:
     """One block out of segments; several share out the whole batch and are made equally long by holes on the left."""
-    if len(placed) == 1:
-        segment, index, keys, values = placed[0]
-        return segment.rows, index, keys, values
-    width = max(index.shape[1] for _, index, _, _ in placed)
-    _, index, keys, values = placed[0]
-    index = index.new_full((batch, width), -1)
-    keys, values = (x.new_zeros(batch, x.shape[1], width, x.shape[-1]) for x in (keys, values))
-    for segment, places, new_keys, new_values in placed:
-        start = width - places.shape[1]
-        index[segment.rows, start:] = places
-        keys[segment.rows, :, start:] = new_keys
-        values[segment.rows, :, start:] = new_values
-    return None, index, keys, values
+    if len(places) == 1:
+        return places[0]
+    width = max(index.shape[1] for index in places)
+    merged = places[0].new_full((batch, width), -1)
+    for segment, index in zip(segments, places, strict=True):
+        merged[segment.rows, width - index.shape[1] :] = index
+    return merged
+
+
+def _merge_states(fresh: list[tuple[Segment, Tensor, Tensor]], batch: int) -> tuple[Tensor, Tensor]:
+    if len(fresh) == 1:
+        return fresh[0][1:]
+    width = max(keys.shape[-2] for _, keys, _ in fresh)
+    merged = tuple(x.new_zeros(batch, x.shape[1], width, x.shape[-1]) for x in fresh[0][1:])
+    for segment, *states in fresh:
+        for into, one in zip(merged, states, strict=True):
+            into[segment.rows, :, width - one.shape[-2] :] = one
+    return merged[0], merged[1]
 
 
 class SkipCache(Cache):
@@ -154,6 +183,7 @@ class SkipCache(Cache):
         self.batch = 0
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
+        self.rows: dict[Flags, tuple[Segment, Tensor]] = {}  # that keep a layer, and that skip it
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen so far, whichever layers they ran."""
@@ -173,14 +203,15 @@ class SkipCache(Cache):
         """No maximum."""
         return -1
 
-    def commit(self, layer: int, chunk: int, batch: int) -> None:
+    def commit(self, layer: int, chunk: int, batch: int, memo: Memo) -> None:
         """Store what the segments of one layer have computed for this chunk."""
-        self.layers[layer].commit(self.length, chunk, batch)
+        self.layers[layer].commit(self.length, chunk, batch, memo)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was, routing included."""
+        memo: Memo = {}
         for layer in self.layers:
-            layer.select(beam_idx, self.batch)
+            layer.select(beam_idx, self.batch, memo)
         if self.routing is not None and self.ledger is not None:
             self.routing = self.routing.select(beam_idx.to(self.routing.keep.device))
             self.ledger.select(beam_idx)
@@ -199,8 +230,9 @@ class SkipCache(Cache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected a number <= 0 of tokens to remove, got {tokens_to_remove}")
         self.length += tokens_to_remove
+        memo: Memo = {}
         for layer in self.layers:
-            layer.truncate(self.length)
+            layer.truncate(self.length, memo)
 
     def reset(self) -> None:
         """Forget the request."""

@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from adaskip.plan import Group
+from adaskip.plan import Flags, Group
 from adaskip.runtime.request import Request
-from adaskip.runtime.segment import Segment, cut, take
+from adaskip.runtime.segment import WHOLE, Segment, cut, take
 
 
 class Executor:
@@ -53,29 +53,30 @@ class Executor:
         call: Callable[..., Any],
         states: Tensor,
         named: dict[str, Any],
-        keep: Tensor,
+        flags: Flags,
     ) -> Any:
         """Gather what runs, run it, scatter; the rest is not computed."""
-        kept, skipped = _rows(request, keep, states.device)
-        if self.group == "all":
-            segments = [Segment(kept)] if kept is None or len(kept) else []
-        elif kept is None or skipped is None or not request.has_vision:
-            segments = [Segment()]
-        else:
-            segments = [Segment(kept), _text(request, skipped)] if len(kept) else [_text(request)]
+        segments = self._segments(request, flags, states.device)
         layer = request.cache.layers[index] if request.cache is not None else None
-        if (
-            len(segments) == 1
-            and segments[0] == Segment()
-            and (layer is None or layer.follows_on(segments[0], request.offset))
-        ):
+        whole = len(segments) == 1 and segments[0].whole
+        if whole and (layer is None or layer.follows_on(segments[0], request.offset)):
             return call(states, **named)
         after = states
         for segment in segments:
             after = self._run_segment(request, index, call, states, named, segment, after)
-        if request.cache is not None:
-            request.cache.commit(index, states.shape[1], states.shape[0])
+        if request.cache is not None and segments:
+            request.cache.commit(index, states.shape[1], states.shape[0], request.memo)
         return self.wrap(after)
+
+    def _segments(self, request: Request, flags: Flags, device: torch.device) -> tuple[Segment, ...]:
+        """What runs a layer that these rows keep; the same objects for the same flags."""
+        if all(flags) or (self.group == "vision" and not request.has_vision):
+            return (WHOLE,)
+        if flags not in request.memo:
+            kept, skipped = _rows(request, flags, device) if any(flags) else (None, None)
+            left = () if self.group == "all" else (_text(request, skipped),)
+            request.memo[flags] = left if kept is None else (kept, *left)
+        return request.memo[flags]
 
     def wrap(self, states: Tensor) -> Any:
         """States in the form in which a layer returns them."""
@@ -103,12 +104,12 @@ class Executor:
             return into
         cache = request.cache.layers[index] if request.cache is not None else None
         whole = segment.tokens is None and (cache is None or cache.follows_on(segment, request.offset))
-        positions = segment.positions(request.offset, length, batch, states.device)
-        keys = cache.begin(segment, positions) if cache is not None else positions
-        out = call(
-            take(states, segment, batch_axis=0),
-            **cut(named, segment, batch, positions, None if whole else keys),
-        )
+        positions = segment.positions(request.offset, length, batch, states.device, request.memo)
+        keys = None if whole else positions
+        if cache is not None:
+            cache.begin(segment)
+            keys = None if whole else cache.seen(segment, positions, request.memo)
+        out = call(take(states, segment, batch_axis=0), **cut(named, segment, batch, positions, keys, request.memo))
         return _scatter(self.states(out), segment, into)
 
 
@@ -126,18 +127,18 @@ def _scatter(result: Tensor, segment: Segment, into: Tensor) -> Tensor:
     return into.index_put(where, result[real])
 
 
-def _rows(request: Request, keep: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """The rows that keep (None: all), and the rows that skip (None: none)."""
-    flags = tuple(keep.tolist())
-    if flags not in request.memo:
-        rows, on = torch.arange(len(flags), device=device), torch.tensor(flags, device=device)
-        request.memo[flags] = (None, None) if all(flags) else (rows[on], rows[~on])
-    return request.memo[flags]
+def _rows(request: Request, flags: Flags, device: torch.device) -> tuple[Segment, Tensor]:
+    """The rows that keep, as a segment, and the rows that skip; a cache remembers them from token to token."""
+    known = request.cache.rows if request.cache is not None else request.memo.setdefault("rows", {})
+    if flags not in known:
+        keeps = torch.tensor(flags, device=device)
+        known[flags] = Segment(keeps.nonzero().squeeze(1)), (~keeps).nonzero().squeeze(1)
+    return known[flags]
 
 
 def _text(request: Request, rows: Tensor | None = None) -> Segment:
     """The real text positions of the given rows."""
-    key = "text" if rows is None else ("text", *rows.tolist())
+    key = ("text", None if rows is None else id(rows))
     if key not in request.memo:
         vision = request.tokens.vision
         text = request.tokens.valid if vision is None else request.tokens.valid & ~vision

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import RouterConfig, Routing, SkipPlan
+from adaskip.plan import Flags, RouterConfig, Routing, SkipPlan, host
 from adaskip.routers import gates
 from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
@@ -36,6 +36,7 @@ class Runtime:
     ) -> None:
         self.backbone, self.config, self.heads = backbone, config, heads
         self.planned = None if plan is None else plan.keep(len(backbone.layers))
+        self.planned_flags: Flags = () if self.planned is None else tuple(self.planned.tolist())
         self.group = config.group if plan is None else plan.group
         self.cost = CostModel.of(backbone)
         self.executor = Executor(self.group, backbone.outputs)
@@ -76,11 +77,12 @@ class Runtime:
         if started:
             assert cache is not None
             assert cache.routing is not None
-            self.request = Request(self.mode, tokens, tokens.valid, cache, cache.routing.keep)
+            routing = cache.routing
+            self.request = Request(self.mode, tokens, tokens.valid, cache, routing.keep, routing.flags)
         else:
-            fixed = self._fixed(tokens.valid.shape[0])
+            fixed, flags = self._fixed(tokens.valid.shape[0])
             prompt = read_prompt(tokens, inputs, self.prompt_mask, self.prompt_length)
-            self.request = Request(self.mode, tokens, prompt, cache, fixed)
+            self.request = Request(self.mode, tokens, prompt, cache, fixed, flags)
         if self.mode == "soft":
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
@@ -92,14 +94,14 @@ class Runtime:
             return
         if not torch.is_grad_enabled() or failed:
             self.request = None  # else kept: gradient checkpointing runs the layers again in the backward pass
-        if failed or not request.keep:
+        if failed or request.mode == "dense" or (request.fixed is None and not request.keep):
             return
         cache = request.cache
         ledger = cache.ledger if cache is not None and cache.ledger is not None else Ledger(self.group)
         ledger.add(request.tokens.valid, request.tokens.vision)
         if cache is None or cache.routing is None:
             routing = Routing(
-                keep=torch.stack(request.keep),
+                keep=torch.stack(request.keep) if request.fixed is None else request.fixed,
                 group=self.group,
                 logits=torch.stack(request.logits) if request.logits else None,
                 gates=torch.stack(request.gates) if request.gates else None,
@@ -128,14 +130,20 @@ class Runtime:
         wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
         return SkipCache(len(self.backbone.layers)) if wanted and self.mode == "skip" else None
 
-    def _fixed(self, batch: int) -> Tensor | None:
-        """bool (l b): decisions made beforehand, for this request or by a plan; repeated for beams and samples."""
+    def _fixed(self, batch: int) -> tuple[Tensor | None, tuple[Flags, ...] | None]:
+        """bool (l b): decisions made beforehand, for this request or by a plan; repeated for beams and samples.
+
+        And the same on the host: a plan's are known there, a routing's are read once.
+        """
         if self.fixed is None:
-            return None if self.planned is None else self.planned[:, None].expand(-1, batch)
+            if self.planned is None:
+                return None, None
+            return self.planned[:, None].expand(-1, batch), tuple((keeps,) * batch for keeps in self.planned_flags)
         repeats, rest = divmod(batch, self.fixed.shape[1])
         if rest:
             raise ConfigError(f"routing: expected decisions for {batch} rows, got {self.fixed.shape[1]}")
-        return self.fixed.repeat_interleave(repeats, 1)
+        fixed = self.fixed.repeat_interleave(repeats, 1)
+        return fixed, host(fixed)
 
     # -- one layer ---------------------------------------------------------------------------------------------------
 
@@ -151,16 +159,13 @@ class Runtime:
         first = next(iter(named)) if args else "hidden_states"
         states = named.pop(first)
         if index + 1 < len(self.replay):
-            if request.fixed is not None:
-                request.keep.append(request.fixed[index])
-            after = self.replay[index + 1]
-            return self.executor.wrap(after)
+            return self.executor.wrap(self.replay[index + 1])
         if request.mode == "dense":
             out = call(states, **named)
         elif request.mode == "soft":
             out = self.executor.soft(request, index, call, states, named, self._gate(request, index, states))
         else:
-            out = self.executor.skip(request, index, call, states, named, self._keep(request, index, states))
+            out = self.executor.skip(request, index, call, states, named, self._flags(request, index, states))
         if self.observer is not None:
             self.observer(index, states, self.executor.states(out))
         return out
@@ -170,9 +175,10 @@ class Runtime:
     def _logit(self, request: Request, index: int, states: Tensor) -> Tensor:
         assert self.heads is not None
         if "weights" not in request.memo:
-            request.memo["weights"] = mean_weights(request.tokens.kinds(request.prompt))
+            weights = mean_weights(request.tokens.kinds(request.prompt))
+            request.memo["weights"] = weights, bool((weights == 0).all(1).any())
         with torch.autocast(states.device.type, enabled=False):
-            return self.heads[index](pool(states.detach(), request.memo["weights"]))
+            return self.heads[index](pool(states.detach(), *request.memo["weights"]))
 
     def _gate(self, request: Request, index: int, states: Tensor) -> Tensor:
         if request.fixed is not None:
@@ -188,15 +194,15 @@ class Runtime:
         return gate
 
     @torch.no_grad()
-    def _keep(self, request: Request, index: int, states: Tensor) -> Tensor:
-        if request.fixed is not None:
-            keep = request.fixed[index]
-        else:
-            logit = self._logit(request, index, states)
-            keep = gates.hard(logit, self.config.threshold)
-            _put(request.logits, index, logit)
+    def _flags(self, request: Request, index: int, states: Tensor) -> Flags:
+        """Which rows keep; only a router's fresh decision has to be read from the device."""
+        if request.flags is not None:
+            return request.flags[index]
+        logit = self._logit(request, index, states)
+        keep = gates.hard(logit, self.config.threshold)
+        _put(request.logits, index, logit)
         _put(request.keep, index, keep)
-        return keep
+        return tuple(keep.tolist())
 
 
 def _put(values: list[Tensor], index: int, value: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaskip.backbone import Tokens
 from adaskip.errors import DataError
+from adaskip.plan import Flags
 from adaskip.runtime.cache import SkipCache
 
 Mode = Literal["dense", "soft", "skip"]
@@ -24,6 +25,7 @@ class Request:
     prompt: Tensor  # bool (b t): real tokens that stand before the first supervised or generated one
     cache: SkipCache | None = None
     fixed: Tensor | None = None  # bool (l b): decisions made beforehand
+    flags: tuple[Flags, ...] | None = None  # the same on the host: of each layer, of each row
     keep: list[Tensor] = field(default_factory=list)  # bool (b) each
     logits: list[Tensor] = field(default_factory=list)  # float32 (b) each
     gates: list[Tensor] = field(default_factory=list)  # float32 (b) each

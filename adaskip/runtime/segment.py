@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,19 @@ from einops import rearrange
 from torch import Tensor
 
 from adaskip.errors import BackboneError
+
+Memo = dict[Any, Any]
+"""What the layers of one request share, see `once`."""
+
+_MASKS = ("attention_mask", "causal_mask")
+
+
+def once(memo: Memo, name: str, sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What ``make`` makes of these very objects, made once; equal results so stay one object from layer to layer."""
+    key = (name, *(source if isinstance(source, int) else id(source) for source in sources))
+    if key not in memo:
+        memo[key] = (make(), sources)  # held, so that no other object takes over their ids
+    return memo[key][0]
 
 
 @dataclass(frozen=True)
@@ -20,12 +35,24 @@ class Segment:
     tokens: Tensor | None = None  # long (r n): places in the chunk, -1 where a row has fewer; None: all
     ragged: bool = False  # whether some row has fewer positions than another, so that there is filling
 
-    def positions(self, offset: int, length: int, batch: int, device: torch.device) -> Tensor:
+    @property
+    def whole(self) -> bool:
+        """Whether it is every position of every row."""
+        return self.rows is None and self.tokens is None
+
+    def positions(self, offset: int, length: int, batch: int, device: torch.device, memo: Memo) -> Tensor:
         """long (r n): places in the whole sequence of the segment's tokens, -1 for filling."""
-        if self.tokens is not None:
-            return torch.where(self.tokens < 0, -1, self.tokens + offset)
-        count = batch if self.rows is None else len(self.rows)
-        return torch.arange(offset, offset + length, device=device).expand(count, length)
+
+        def make() -> Tensor:
+            if self.tokens is not None:
+                return torch.where(self.tokens < 0, -1, self.tokens + offset)
+            count = batch if self.rows is None else len(self.rows)
+            return torch.arange(offset, offset + length, device=device).expand(count, length)
+
+        return once(memo, "positions", (self,), make)
+
+
+WHOLE = Segment()
 
 
 def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
@@ -44,7 +71,9 @@ def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
     return value.gather(axis, index.expand(shape))
 
 
-def cut(named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, keys: Tensor | None) -> dict[str, Any]:
+def cut(
+    named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, keys: Tensor | None, memo: Memo
+) -> dict[str, Any]:
     """The arguments of a layer, cut to a segment.
 
     The batch axis of each is found from its name's meaning, since sizes can coincide.
@@ -55,10 +84,11 @@ def cut(named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, ke
         batch: rows of the whole batch.
         queries: long (r q), the place of every query in the sequence, -1 for filling.
         keys: long (r k), the place of every key the segment attends to, -1 for a hole; None: all keys, in order.
+        memo: what earlier layers of the request have cut; tables and masks are cut once per distinct part.
     """
 
     def one(name: str, value: Any) -> Any:
-        if name in ("attention_mask", "causal_mask"):
+        if name in _MASKS:
             return _cut_mask(value, segment, queries, keys)
         if name == "position_embeddings" and isinstance(value, tuple):
             return tuple(one(name, item) for item in value)
@@ -75,7 +105,12 @@ def cut(named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, ke
             return value.index_select(0, segment.rows)
         return value
 
-    return {name: one(name, value) for name, value in named.items()}
+    return {
+        name: once(memo, name, (value, segment, keys), partial(one, name, value))
+        if isinstance(value, Tensor | tuple) or name in _MASKS
+        else value
+        for name, value in named.items()
+    }
 
 
 def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None) -> Any:
