@@ -167,7 +167,8 @@ class RoutedModel(nn.Module):
     def replay(self, states: list[Tensor]) -> Iterator[None]:
         """Inside, for one and the same batch: layer i < len(states) - 1 returns ``states[i + 1]`` instead of running.
 
-        ``states`` are what `observe` saw before layers 0, 1, ...; used to rerun only the decoder's suffix.
+        ``states`` are what `observe` saw before layer 0, then after layers 0, 1, ...; used to rerun only the decoder's
+        suffix.
         """
         with self._set(replay=states):
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from adaskip.errors import DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds, measures
 from adaskip.theory.conformal import conformal_quantile, conformal_rank, safe_ratio
+from adaskip.theory.crossmodal import read_attention
 
 IGNORED = -100
 
@@ -123,7 +125,7 @@ def measure(
         model: attached; its group says which tokens leave a layer.
         batches: as `Collator` makes them, on the model's device.
         layers: which layers to measure; default all.
-        attention: also measure the text's attention mass on vision (needs eager attention for one pass).
+        attention: also measure the text's attention mass on vision, in the same pass.
         progress: called with the number of inputs done after each batch.
     """
     n_layers = len(model.described.layers)
@@ -134,14 +136,15 @@ def measure(
         geometry: dict[str, list[Tensor]] = {"cosine": [], "rho": []}
 
         def watch(index: int, before: Tensor, after: Tensor) -> None:
-            states.append(before)  # noqa: B023 - read within this very batch
+            # what a layer returned, not what the next one got: some models add to the states in between
+            states.extend([after] if states else [before, after])  # noqa: B023 - read within this very batch
             group = model.group_mask()
             geometry["cosine"].append(measures.cosine_distance(before, after, group))  # noqa: B023
             geometry["rho"].append(measures.relative_change(before, after, group))  # noqa: B023
 
-        with model.dense(), model.observe(watch):
+        reading = read_attention(model, model.read_tokens(batch["inputs"])) if attention else nullcontext()
+        with model.dense(), model.observe(watch), reading as read:
             dense = model(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
-        mass = attention_on_vision(model, batch) if attention else None
         found: dict[str, list[Tensor]] = {"kl": [], "s": [], "u": []}
         for index in chosen:
             keep = torch.ones(n_layers, len(dense), dtype=torch.bool, device=dense.device)
@@ -152,25 +155,9 @@ def measure(
                 found[name].append(value)
         columns = {name: torch.stack(values, 1) for name, values in found.items()}
         columns |= {name: torch.stack([values[i] for i in chosen], 1) for name, values in geometry.items()}
-        columns["mass"] = torch.zeros_like(columns["rho"]) if mass is None else mass[:, list(chosen)]
+        columns["mass"] = torch.zeros_like(columns["rho"]) if read is None else read.mass[:, list(chosen)]
         rows.append({name: value.float().cpu() for name, value in columns.items()})
         if progress is not None:
             progress(sum(len(row["kl"]) for row in rows))
     names = [f.name for f in fields(LayerMeasures) if f.name != "layers"]
     return LayerMeasures(chosen, **{name: torch.cat([row[name] for row in rows]) for name in names})
-
-
-@torch.no_grad()
-def attention_on_vision(model: RoutedModel, batch: dict[str, Any]) -> Tensor:
-    """(b l): per layer, the mean share of the text queries' attention that lies on vision (one eager dense pass)."""
-    before = model.backbone.config.get_text_config(decoder=True)._attn_implementation
-    model.backbone.set_attn_implementation("eager")
-    try:
-        with model.dense():
-            out = model(**batch["inputs"], output_attentions=True, use_cache=False)
-    finally:
-        model.backbone.set_attn_implementation(before)
-    tokens = model.read_tokens(batch["inputs"])
-    vision = tokens.vision if tokens.vision is not None else torch.zeros_like(tokens.valid)
-    text = tokens.valid & ~vision
-    return torch.stack([measures.attention_mass(layer, text, vision) for layer in out.attentions], 1)

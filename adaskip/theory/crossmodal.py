@@ -1,0 +1,166 @@
+"""How much the text takes from vision at each layer: attention mass, how far it moves the text, and its causal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from adaskip.backbone import Tokens
+from adaskip.errors import BackboneError, DataError
+from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.attention import AttentionCall, intercept_attention, repeat_heads
+
+_CHUNK = 2**24  # attention probabilities held at once
+
+
+def value_weighted_mass(attention: Tensor, values: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
+    """a ||v_removed - v_rest||: how far the masked keys move the masked queries' attention output [D, link 7].
+
+    v_removed and v_rest are the attention-weighted mean values of the masked and of the other keys, a the masked keys'
+    mass. Per query the norm is over all heads together, and the queries are averaged. Identity: it is the change of
+    the attention's output when those keys are removed, in the unit of the values; as a predictor of cost a heuristic.
+    Where a row of `attention` sums to less than 1 (a sink), the missing mass counts as a key of value zero. Without
+    any other key the output vanishes. (b h q k), (b h k e), (b q), (b k) bool -> (b,). No query: NaN; no key: 0.
+    Raises DataError on shapes that do not fit.
+
+    >>> uniform, values = torch.full((1, 1, 1, 2), 0.5), torch.tensor([[[[3.0], [1.0]]]])
+    >>> value_weighted_mass(uniform, values, torch.ones(1, 1).bool(), torch.tensor([[True, False]])).tolist()
+    [1.0]
+    """
+    b, h, q, k = attention.shape
+    if values.shape[:3] != (b, h, k) or query_mask.shape != (b, q) or key_mask.shape != (b, k):
+        raise DataError(
+            f"value_weighted_mass: expected values ({b}, {h}, {k}, e), query_mask ({b}, {q}), key_mask ({b}, {k}), "
+            f"got {tuple(values.shape)}, {tuple(query_mask.shape)}, {tuple(key_mask.shape)}"
+        )
+    removed = attention.float() * rearrange(key_mask.float(), "b k -> b 1 1 k")
+    moved = _moved(removed, attention.float() @ values.float(), values.float())
+    return moved.masked_fill(~query_mask, 0.0).sum(1) / query_mask.sum(1)
+
+
+def _moved(removed: Tensor, output: Tensor, values: Tensor) -> Tensor:
+    """(b q): norm over heads of the output's change when the mass ``removed`` (b h q k) goes."""
+    mass = removed.sum(-1, keepdim=True)
+    left = 1.0 - mass
+    alone = left < 1e-6
+    rest = (output - removed @ values) / left.masked_fill(alone, 1.0)
+    change = torch.where(alone, output, torch.where(mass > 0, output - rest, 0.0))
+    return rearrange(change, "b h q e -> b q (h e)").norm(dim=-1)
+
+
+class AttentionReading:
+    """What `read_attention` collected. ``mass`` and ``moved`` are (b l), once the pass is over; NaN without text."""
+
+    def __init__(self, layers: int) -> None:
+        self._columns: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    @property
+    def mass(self) -> Tensor:
+        """Share of the text queries' attention on vision, mean over heads and queries, in [0, 1]; `attention_mass`."""
+        return self._stack(0)
+
+    @property
+    def moved(self) -> Tensor:
+        """How far those keys move the text queries' attention output; `value_weighted_mass`."""
+        return self._stack(1)
+
+    def put(self, layer: int, mass: Tensor, moved: Tensor) -> None:
+        """Keep one layer's rows, (b) each."""
+        self._columns[layer] = (mass, moved)
+
+    def _stack(self, which: int) -> Tensor:
+        missing = [layer for layer, column in enumerate(self._columns) if column is None]
+        if missing:
+            raise BackboneError(
+                f"attention of decoder layers {', '.join(map(str, missing))} was not seen: run the model once inside "
+                "read_attention; if it ran, these layers do not use transformers' attention interface"
+            )
+        return torch.stack([column[which] for column in self._columns if column is not None], 1)
+
+
+@contextmanager
+def read_attention(model: RoutedModel, tokens: Tokens) -> Iterator[AttentionReading]:
+    """Inside: one pass of the model also reads the text's attention on vision, layer by layer.
+
+    Probabilities are recomputed for text queries only, a chunk of queries at a time, so SDPA stays SDPA and nothing
+    the size of the whole attention is held. What is recomputed is compared with what the kernel returned.
+
+    Raises:
+        BackboneError: a layer's attention is not what was recomputed, or cannot be intercepted; says which layer.
+    """
+    vision = _vision(tokens)
+    text = tokens.valid & ~vision
+    reading = AttentionReading(len(model.described.layers))
+
+    def visit(call: AttentionCall) -> Any:
+        out = call.run()
+        reading.put(call.layer, *_read(call, out[0], text, vision))
+        return out
+
+    with intercept_attention(model.described.layers, visit):
+        yield reading
+
+
+def _vision(tokens: Tokens) -> Tensor:
+    if tokens.vision is None:
+        raise DataError(
+            "cross-modal measures: expected a model with vision tokens, got a text-only one; leave them out"
+        )
+    return tokens.vision
+
+
+@torch.no_grad()
+def _read(call: AttentionCall, output: Tensor, text: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads = call.query.shape[:2]
+    values = repeat_heads(call.value, heads).float()
+    places = text.any(0).nonzero()[:, 0]
+    mass, moved = (torch.zeros(text.shape, device=text.device) for _ in range(2))
+    step = max(1, _CHUNK // (batch * heads * values.shape[2]))
+    on_vision = rearrange(vision.float(), "b k -> b 1 1 k")
+    for start in range(0, len(places), step):
+        chosen = places[start : start + step]
+        weights = call.weights(chosen)
+        here = weights @ values
+        _check_same(call, here, rearrange(output[:, chosen], "b q h e -> b h q e").float(), text[:, chosen])
+        removed = weights * on_vision
+        mass[:, chosen] = removed.sum(-1).mean(1)
+        moved[:, chosen] = _moved(removed, here, values)
+    count = text.sum(1)
+    return tuple(v.masked_fill(~text, 0.0).sum(1) / count for v in (mass, moved))  # type: ignore[return-value]
+
+
+def _check_same(call: AttentionCall, ours: Tensor, theirs: Tensor, queries: Tensor) -> None:
+    real = rearrange(queries, "b q -> b 1 q 1")
+    gap = (ours - theirs).abs().masked_fill(~real, 0.0).max()
+    size = theirs.abs().masked_fill(~real, 0.0).max()
+    allowed = 32 * torch.finfo(call.query.dtype).eps ** 0.75
+    if gap <= allowed * size:
+        return
+    if not (theirs.isfinite() | ~real).all():
+        raise DataError(f"attention of decoder layer {call.layer} is not finite; the backbone's states are not")
+    raise BackboneError(
+        f"decoder layer {call.layer} ({type(call.module).__name__}): its attention is not the softmax attention that "
+        f"was recomputed from its queries and keys (largest difference {gap / size:.2g} of the largest output, "
+        f"expected at most {allowed:.2g}); its attention mass cannot be read"
+    )
+
+
+@contextmanager
+def remove_keys(model: RoutedModel, tokens: Tokens, layer: int) -> Iterator[None]:
+    """Inside: at one layer the text does not see the vision keys; vision itself is updated as always.
+
+    The causal counterpart of attention mass [D]: the KL that it costs is exact.
+    """
+    vision = _vision(tokens)
+    text = tokens.valid & ~vision
+
+    def visit(call: AttentionCall) -> Any:
+        return (call.without(text, vision) if call.layer == layer else call).run()
+
+    with intercept_attention(model.described.layers, visit):
+        yield
