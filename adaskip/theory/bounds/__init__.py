@@ -6,8 +6,10 @@ docs/theory.md proves it. "Real" arguments are tensors or floats that broadcast.
 says otherwise.
 """
 
-from adaskip.theory.bounds.certificates import argmax_certified_kl, argmax_certified_margin
-from adaskip.theory.bounds.compose import compose, joint_shift, redundancy_bound
+from adaskip.theory.bounds.attention import key_removal
+from adaskip.theory.bounds.certificates import argmax_certified_kl, argmax_certified_margin, argmax_kl_limit
+from adaskip.theory.bounds.compose import compose, gate_matrix, joint_quadratic, joint_shift, redundancy_bound
+from adaskip.theory.bounds.fisher import first_order, fisher_form
 from adaskip.theory.bounds.geometry import cosine_band, distance_sq, geometric_from_proximal, proximal_from_geometric
 from adaskip.theory.bounds.information import fano, information_lost
 from adaskip.theory.bounds.logits import (
@@ -17,6 +19,7 @@ from adaskip.theory.bounds.logits import (
     kl_lower,
     kl_quadratic,
     kl_range,
+    kl_sequence,
     kl_two_point,
     logit_shift,
     risk_shift,
@@ -27,18 +30,25 @@ __all__ = [
     "LogitShift",
     "argmax_certified_kl",
     "argmax_certified_margin",
+    "argmax_kl_limit",
     "compose",
     "cosine_band",
     "distance_sq",
     "fano",
+    "first_order",
+    "fisher_form",
+    "gate_matrix",
     "geometric_from_proximal",
     "information_lost",
+    "joint_quadratic",
     "joint_shift",
+    "key_removal",
     "kl_bennett",
     "kl_exact",
     "kl_lower",
     "kl_quadratic",
     "kl_range",
+    "kl_sequence",
     "kl_two_point",
     "logit_shift",
     "proximal_from_geometric",

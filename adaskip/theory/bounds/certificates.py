@@ -24,21 +24,31 @@ def argmax_certified_margin(logits: Tensor, logits_skipped: Tensor) -> Tensor:
     return rise < gap - 8.0 * torch.finfo(torch.float64).eps * size
 
 
-def argmax_certified_kl(logits: Tensor, kl: Real) -> Tensor:
-    """True where KL < p1 log(2 p1/(p1+p2)) + p2 log(2 p2/(p1+p2)), p1 >= p2 the dense top two: the argmax stands.
+def argmax_kl_limit(logits: Tensor) -> Tensor:
+    """p1 log(2 p1/(p1+p2)) + p2 log(2 p2/(p1+p2)) in nats, p1 >= p2 the dense top two: no smaller KL moves the argmax.
 
-    Bound [D, link 3d]; `kl` (...) is the exact KL or a bound on it, and a calibrated bound gives a decision that
-    holds with its probability. (..., vocab) -> (...) bool.
+    Bound [D, link 3d], attained by the p' that gives both the same share; 0 at a tie. (..., vocab) -> (...).
 
-    >>> argmax_certified_kl(torch.tensor([2.0, 0.0]), torch.tensor([0.1, 0.4])).tolist()
-    [True, False]
+    >>> round(argmax_kl_limit(torch.tensor([2.0, 0.0])).item(), 4)
+    0.3278
     """
     (first, second), _ = _top_two(logits)
     mass = (torch.stack([first, second], -1) - torch.logsumexp(logits.double(), -1, keepdim=True)).exp().sum(-1)
     gap = (first - second).clamp(max=80.0)
     # with p1/p2 = e^gap the formula is (p1+p2)/2 (gap tanh(gap/2) - 2 log cosh(gap/2)), which near-ties do not cancel
-    limit = mass / 2.0 * (gap * torch.tanh(gap / 2.0) - 2.0 * torch.log1p(2.0 * torch.sinh(gap / 4.0) ** 2))
-    return f64(kl) < limit * (1.0 - 1e-12)
+    return mass / 2.0 * (gap * torch.tanh(gap / 2.0) - 2.0 * torch.log1p(2.0 * torch.sinh(gap / 4.0) ** 2))
+
+
+def argmax_certified_kl(logits: Tensor, kl: Real) -> Tensor:
+    """True where KL < `argmax_kl_limit`, so the argmax stands (bound [D, link 3d]).
+
+    `kl` (...) is the exact KL or a bound on it; a calibrated bound gives a decision that holds with its probability.
+    (..., vocab) -> (...) bool.
+
+    >>> argmax_certified_kl(torch.tensor([2.0, 0.0]), torch.tensor([0.1, 0.4])).tolist()
+    [True, False]
+    """
+    return f64(kl) < argmax_kl_limit(logits) * (1.0 - 1e-12)
 
 
 def _top_two(logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

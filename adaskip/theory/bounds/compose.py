@@ -1,4 +1,4 @@
-"""Link 6a, and the redundancy bound B that training is regularised with."""
+"""Links 6a and 6c: many layers at once; and the redundancy bound B that training is regularised with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError
 from adaskip.theory.bounds.logits import LogitShift
-from adaskip.theory.bounds.numerics import two_point
+from adaskip.theory.bounds.numerics import centred_shift, f64, two_point
 
 
 def compose(shifts: Sequence[LogitShift]) -> LogitShift:
@@ -25,6 +25,32 @@ def compose(shifts: Sequence[LogitShift]) -> LogitShift:
     if not shifts:
         raise ConfigError("compose: expected at least one LogitShift, got none")
     return LogitShift(*(torch.stack([getattr(x, name) for x in shifts]).sum(0) for name in "rsub"))
+
+
+def gate_matrix(logits: Tensor, skipped: Tensor) -> Tensor:
+    """G_lm = Cov_p(dz_l, dz_m), in nats^2, from the logits with layer l alone skipped; symmetric, never negative.
+
+    Estimator [D, link 6c] of how skips add up or cancel; its diagonal is s_l^2. logits (..., vocab), skipped
+    (..., l, vocab) -> (..., l, l). Average it over an input's predicted tokens. Errors as `logit_shift`.
+    """
+    p = torch.softmax(logits.double(), -1).unsqueeze(-2)
+    x = centred_shift(logits.unsqueeze(-2).expand_as(skipped), skipped, p.expand(skipped.shape))
+    x = p.sqrt() * x
+    return x @ x.transpose(-1, -2)
+
+
+def joint_quadratic(keep_gates: Tensor, G: Tensor) -> Tensor:
+    """(1-g)^T G (1-g) / 2 in nats: the joint KL to second order, where layers' shifts of the logits add up.
+
+    Estimator [D, link 6c]. With hard gates and additive shifts twice this is the joint s^2 (identity), and never above
+    (sum of the skipped s_l)^2. Its level is off where they do not add: rescale it by a conformal quantile of exact over
+    estimated KL. (..., l), (..., l, l) -> (...).
+
+    >>> joint_quadratic(torch.zeros(2), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).item()
+    0.0
+    """
+    skip = 1.0 - f64(keep_gates)
+    return torch.einsum("...l,...lm,...m->...", skip, f64(G), skip).clamp_min(0.0) / 2.0
 
 
 def joint_shift(keep_gates: Tensor, costs: Tensor) -> Tensor:

@@ -124,3 +124,15 @@ def risk_shift(tv: Real, B: Real) -> Tensor:
     0.5
     """
     return f64(B) * f64(tv)
+
+
+def kl_sequence(kl: Tensor, predicted: Tensor) -> Tensor:
+    """KL along an answer, in nats: the sum over its tokens, whose mean over dense answers is the KL of whole answers.
+
+    Identity [D, link 10] (chain rule): KL(P, P') = E_{Y ~ P} sum_t KL(P(.|Y_<t), P'(.|Y_<t)), up to and with the end
+    token, the skipping model on its own cache. kl (b t), predicted bool (b t) -> (b,).
+
+    >>> kl_sequence(torch.tensor([[0.5, 0.25, 9.0]]), torch.tensor([[True, True, False]])).tolist()
+    [0.75]
+    """
+    return f64(kl).masked_fill(~predicted, 0.0).sum(-1)
