@@ -124,6 +124,8 @@ def train(
 
     def show(done: dict[str, Any]) -> None:
         _pairs(done)
+        if not done.get("ok", True):
+            return
         _say(f"next: adaskip eval {done['folder']}, adaskip check {done['folder']}")
 
     _do(work, show, as_json)

@@ -196,7 +196,7 @@ def check(run: Path) -> dict[str, Any]:
     batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
     measured = measure(model, batches, attention=recipe.router.group == "vision")
     watcher = ConditionCheck(
-        0, tolerance=recipe.conditions.tolerance, level=recipe.conditions.level, batches=batches, measured=measured
+        0, tolerance=recipe.conditions.nats, level=recipe.conditions.level, batches=batches, measured=measured
     )
     look = watcher.inspect(model, prices, recipe.trainer.steps)
     joint = look.joint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class RouterConfig:
         hidden: width of each router's hidden layer.
         keep_bias: every router's logit before training; positive, so that training starts from the dense model.
         threshold: a layer runs where its router's logit exceeds this value.
+        held: layers that run whatever their router says.
 
     Raises:
         ConfigError: a value outside its set or range; all faults at once.
@@ -46,11 +47,13 @@ class RouterConfig:
     hidden: int = 64
     keep_bias: float = 2.0
     threshold: float = 0.0
+    held: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "held", tuple(sorted(set(self.held))))
         faults = []
         for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint) if name != "__pydantic_config__" else ()
+            allowed = get_args(hint) if get_origin(hint) is Literal else ()
             if allowed and getattr(self, name) not in allowed:
                 hint_text = did_you_mean(str(getattr(self, name)), allowed)
                 faults.append(f"{name}: expected {' | '.join(allowed)}, got {getattr(self, name)!r}; {hint_text}")

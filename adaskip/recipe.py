@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.plan import RouterConfig
+from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Objective
 
 _NAMES = {int: "an integer", float: "a number", str: "a string"}
@@ -89,8 +90,15 @@ class ConditionsSection(Section):
 
     every: Count = 200  # steps; 0: only at the end
     examples: Positive = 128  # held-out examples a check looks at
-    tolerance: float = Field(0.05, ge=0)  # tolerated nats
+    tolerance: float = Field(0.05, ge=0)  # nats per predicted token that one skip may cost
+    points: float | None = Field(None, ge=0, le=100)  # instead: points of sampled accuracy; a bound makes nats of them
+    on_violation: Literal["warn", "hold", "stop"] = "warn"  # when the router's skips of a layer clearly cost more
     level: float = Field(0.95, gt=0, lt=1)  # confidence of the intervals
+
+    @property
+    def nats(self) -> float:
+        """What one skip may cost, in nats per predicted token."""
+        return self.tolerance if self.points is None else float(kl_for_accuracy(self.points))
 
 
 class TrackingSection(Section):

@@ -109,8 +109,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     )
     conditions = ConditionCheck(
         recipe.conditions.every,
-        tolerance=recipe.conditions.tolerance,
+        tolerance=recipe.conditions.nats,
         level=recipe.conditions.level,
+        on_violation=recipe.conditions.on_violation,
         batches=check,
         measured=measured,
         folder=folder,
@@ -128,6 +129,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     )
     validation = loader(splits["validation"], collate, size)
     trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    if conditions.stopped:
+        return {"ok": False, "folder": str(folder), "steps": trainer.global_step, "stopped": conditions.stopped}
     if trainer.interrupted or trainer.global_step < recipe.trainer.steps:
         raise CheckpointError(
             f"{folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
@@ -273,7 +276,12 @@ def _finish(
         "seconds": round(seconds, 1),
         "threshold": threshold,
         "val": {name: found[f"val/{name}"] for name in ("accuracy", "kl", "keep")},
-        "conditions": {"layers": look.to_dict()["layers"], "joint": joint},
+        "conditions": {
+            "layers": look.to_dict()["layers"],
+            "joint": joint,
+            "violations": sorted(look.violations),
+            "held": list(look.held),
+        },
     }
     if trainer.is_global_zero:
         model.save_pretrained(folder / "router")

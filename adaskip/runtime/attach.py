@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +214,17 @@ class RoutedModel(nn.Module):
         self.runtime.config = self.config
         self.certificate = None
 
+    def hold(self, layers: Iterable[int]) -> None:
+        """Run exactly these layers whatever their routers say; saved with the routers, voids a certificate.
+
+        Raises:
+            ConfigError: a layer the model does not have.
+        """
+        self.config = replace(self.config, held=tuple(layers))
+        _check_held(self.config, len(self.described.layers))
+        self.runtime.config = self.config
+        self.certificate = None
+
     # -- life --------------------------------------------------------------------------------------------------------
 
     def detach(self) -> PreTrainedModel:
@@ -261,6 +272,11 @@ class RoutedModel(nn.Module):
         return f"layers={len(self.described.layers)}, group={self.runtime.group}, scope={self.config.scope}"
 
 
+def _check_held(config: RouterConfig, layers: int) -> None:
+    if wrong := [layer for layer in config.held if not 0 <= layer < layers]:
+        raise ConfigError(f"held: expected layers 0 to {layers - 1}, got {', '.join(map(str, wrong))}")
+
+
 def attach(
     model: PreTrainedModel, config: RouterConfig | None = None, *, plan: SkipPlan | None = None, seed: int = 0
 ) -> RoutedModel:
@@ -284,6 +300,7 @@ def attach(
     if getattr(model, _MARK, None) is not None:
         raise BackboneError(f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first")
     backbone = inspect_backbone(model)
+    _check_held(config, len(backbone.layers))
     group = config.group if plan is None else plan.group
     if group == "vision" and not backbone.vision_ids:
         raise BackboneError(

@@ -187,6 +187,8 @@ class Runtime:
         else:
             logit = self._logit(request, index, states)
             gate = gates.straight_through(logit, self.config.threshold, self.temperature, self.noise)
+            if index in self.config.held:
+                gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning
             keep = gate.detach() > 0.5
             _put(request.logits, index, logit)
         _put(request.keep, index, keep)
@@ -200,6 +202,7 @@ class Runtime:
             return request.flags[index]
         logit = self._logit(request, index, states)
         keep = gates.hard(logit, self.config.threshold)
+        keep = torch.ones_like(keep) if index in self.config.held else keep
         _put(request.logits, index, logit)
         _put(request.keep, index, keep)
         return tuple(keep.tolist())

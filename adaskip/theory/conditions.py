@@ -1,12 +1,16 @@
 """Verdicts: may a layer be skipped, and does the router skip what may be skipped?
 
-All thresholds follow from one number, the nats a skip may cost (``tolerance``). With s* the spread whose quadratic
-cost s*^2 / 2 is the tolerance, and Lambda_l the calibrated constant that turns movement into spread:
+All thresholds follow from one number, the nats per predicted token a skip may cost (``tolerance``), or the accuracy
+points it may cost (`bounds.kl_for_accuracy` makes nats of them):
 
     functional    E KL            <= tolerance                          exact cost
     geometric     E[1 - cos]      <= eps_l = min(2, (s* / Lambda_l)^2 / 2)  heuristic
     proximal      P(1 - cos > eps_l) <= alpha                           the same threshold, for single inputs
     cross-modal   attention mass  <= s* / (c Lambda_l)                  heuristic; vision with keys absent only
+
+Derivation [D]: s* = sqrt(2 tolerance) is the spread whose cost to second order is the tolerance. The calibrated
+s <= Lambda (rho + c a) stays below s* where rho <= s* / Lambda and c a <= s* / Lambda, each with the other at 0; and
+rho^2 = 2 (1 - cos) for states of equal norm (link 2). alpha is what the constants' own calibration leaves open.
 
 Only the functional notion is the cost itself; the others are cheap predictors, and `Findings.rank_correlation` shows
 how well each of them predicts here.
@@ -122,6 +126,58 @@ def judge(
             found, threshold = read[notion]
             rows.append(Finding(layer, group, notion, found.estimate, found.low, found.high, threshold, found.n))
     return Findings(tuple(rows), rank_correlations(measured))
+
+
+@dataclass(frozen=True)
+class SkipFinding:
+    """Whether a router's skips of one layer, at one look, cost more than they may."""
+
+    layer: int
+    n: int  # inputs for which the router leaves the layer out
+    rows: tuple[Finding, ...]  # the notions on these inputs
+
+    @property
+    def verdict(self) -> Verdict:
+        """The exact cost decides where it is clear; where it is not, all notions together do."""
+        functional = next(row for row in self.rows if row.notion == "functional")
+        if functional.verdict != "undecided":
+            return functional.verdict
+        return Findings(self.rows, {}).verdict(self.layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"layer": self.layer, "n": self.n, "verdict": self.verdict, "rows": [row.to_dict() for row in self.rows]}
+
+
+def judge_skips(
+    measured: LayerMeasures,
+    keep: Tensor,
+    prices: Prices,
+    group: Group,
+    tolerance: float,
+    level: float = 0.95,
+    looks: int = 1,
+) -> dict[int, SkipFinding]:
+    """Judge each layer on those inputs for which the router leaves it out: the skips it really makes.
+
+    The cost is that of this one skip, all other layers run. Layers skipped for fewer than two inputs are left out.
+
+    Args:
+        measured: all layers, on inputs that neither routers nor prices were fitted on.
+        keep: bool (l n), the router's decisions on the same inputs.
+        prices: calibrated constants.
+        group: the tokens that leave a layer.
+        tolerance: nats per predicted token that one skipped layer may cost.
+        level: that all intervals of all layers and looks hold at once (Bonferroni).
+        looks: how often this question is asked during a run.
+    """
+    found = {}
+    for layer in measured.layers:
+        rows = ~keep[layer].cpu()
+        if int(rows.sum()) >= 2:
+            judged = judge(measured.select(rows, layer), prices, group, tolerance, level, looks * len(measured.layers))
+            found[layer] = SkipFinding(layer, int(rows.sum()), judged.rows)
+    return found
 
 
 def rank_correlations(measured: LayerMeasures) -> dict[str, float]:

@@ -35,6 +35,12 @@ class LayerMeasures:
     def __len__(self) -> int:
         return len(self.kl)
 
+    def select(self, rows: Tensor, layer: int) -> LayerMeasures:
+        """One layer's column, of the given inputs (bool (n))."""
+        column = self.layers.index(layer)
+        values = {f.name: getattr(self, f.name)[rows, column : column + 1] for f in fields(self) if f.name != "layers"}
+        return LayerMeasures((layer,), **values)
+
 
 @dataclass(frozen=True)
 class Prices:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning
 import torch
 from torch import Tensor
 
-from adaskip.errors import DataError
+from adaskip.errors import ConfigError, DataError, did_you_mean
+from adaskip.routers.gates import hard
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.bounds import redundancy_bound
-from adaskip.theory.conditions import Findings, Joint, judge, judge_joint
+from adaskip.theory.conditions import Findings, Joint, SkipFinding, judge, judge_joint, judge_skips
 from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, compare, measure
 from adaskip.training.data import Batch
 from adaskip.training.tracking import CONDITIONS, Board
+
+OnViolation = Literal["warn", "hold", "stop"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,13 @@ class Look:
     tolerance: float
     findings: Findings
     joint: Joint
+    skips: dict[int, SkipFinding]  # of each layer that the routers leave out, on the inputs for which they do
+    held: tuple[int, ...] = ()  # layers that were forced to keep when looking
+
+    @property
+    def violations(self) -> dict[int, SkipFinding]:
+        """The layers whose skips clearly cost more than they may."""
+        return {layer: found for layer, found in self.skips.items() if found.verdict == "inadmissible"}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a line of ``conditions.jsonl``."""
@@ -41,6 +54,8 @@ class Look:
             "layers": {str(layer): verdict for layer, verdict in self.findings.layers.items()},
             "rank_correlation": self.findings.rank_correlation,
             "joint": self.joint.to_dict(),
+            "skips": [found.to_dict() for found in self.skips.values()],
+            "held": list(self.held),
         }
 
 
@@ -48,22 +63,27 @@ class Look:
 def joint_cost(model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices: Prices) -> dict[str, Tensor]:
     """What the routers' real decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), and ``keep`` (l n).
 
+    ``wanted`` (l n) is what the routers would do if no layer were held.
+
     Args:
         model: with frozen or current routers.
         batches: prompts with answers.
         rho: (n l) relative change of every layer in the dense pass, for the same inputs in the same order.
         prices: calibrated constants.
     """
-    kl, keep = [], []
+    kl, keep, wanted = [], [], []
     for batch in batches:
         with model.dense():
             dense = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
         routed = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
         kl.append(compare(dense, routed, batch["labels"])["kl"].cpu())
         keep.append(model.routing.keep.cpu())
+        logits = model.routing.logits
+        wanted.append(keep[-1] if logits is None else hard(logits, model.config.threshold).cpu())
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
-    return {"kl": torch.cat(kl), "bound": redundancy_bound(kept.T.float(), s, u), "keep": kept}
+    bound = redundancy_bound(kept.T.float(), s, u)
+    return {"kl": torch.cat(kl), "bound": bound, "keep": kept, "wanted": torch.cat(wanted, 1)}
 
 
 class ConditionCheck(lightning.Callback):
@@ -71,16 +91,24 @@ class ConditionCheck(lightning.Callback):
 
     The backbone is frozen, so what a single layer is worth to an input does not change while routers train: it is
     measured once, before the first step. Every look then judges what does change, the routers' own decisions: their
-    joint cost against the calibrated bound, and the share of them that lies on admissible layers.
+    joint cost against the calibrated bound, the share of them that lies on admissible layers, and each layer anew on
+    those inputs for which the routers leave it out. A layer whose skips clearly cost more than they may violates the
+    conditions; the intervals are corrected for all layers, notions and looks of the run.
 
     Args:
         every: steps between looks; 0: only at the end.
         examples: validation inputs to look at.
         tolerance: nats per predicted token that one skipped layer may cost.
         level: that all intervals hold at once.
+        on_violation: ``warn`` says so in the log; ``hold`` makes the layer run for every input until the skips its
+            router asks for are admissible (held layers are saved with the routers, and resume); ``stop`` ends training,
+            with the reason in ``stopped``.
         batches: what to look at; default: the trainer's validation data.
         measured: quantities of the same batches, if they are at hand already.
         folder: where ``conditions.jsonl`` goes; None: only logged.
+
+    Raises:
+        ConfigError: another ``on_violation``.
     """
 
     def __init__(
@@ -90,13 +118,24 @@ class ConditionCheck(lightning.Callback):
         examples: int = 128,
         tolerance: float = 0.05,
         level: float = 0.95,
+        on_violation: OnViolation = "warn",
         batches: list[Batch] | None = None,
         measured: LayerMeasures | None = None,
         folder: Path | None = None,
     ) -> None:
+        if on_violation not in get_args(OnViolation):
+            raise ConfigError(
+                f"ConditionCheck: on_violation: expected {' | '.join(get_args(OnViolation))}, got {on_violation!r}; "
+                + did_you_mean(str(on_violation), get_args(OnViolation))
+            )
         self.every, self.examples, self.tolerance, self.level = every, examples, tolerance, level
         self.batches, self.measured, self.folder = batches, measured, folder
+        self.on_violation: OnViolation = on_violation
+        self.looks = 1
+        self.stopped: str | None = None
         self.look: Look | None = None
+        self._warned: set[int] = set()
+        self._held: tuple[int, ...] | None = None  # read from a checkpoint
         self.findings: Findings | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -112,6 +151,22 @@ class ConditionCheck(lightning.Callback):
         if tuner.prices is None:
             tuner.prices = calibrate_prices(self.measured, self.measured.mass.mean(0), alpha=0.1)
         self.findings = self._judge_layers(model, tuner.prices)
+        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        if self.every and steps == float("inf"):
+            raise ConfigError(
+                "ConditionCheck: repeated looks need to know their number; give the trainer max_steps or max_epochs"
+            )
+        self.looks = int(steps) // self.every + 1 if self.every else 1
+        if self._held is not None:
+            model.hold(self._held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layers that are held, for a run that resumes."""
+        return {"held": list(self._held or ())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the held layers until the model is at hand."""
+        self._held = tuple(state_dict["held"])
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,6 +186,7 @@ class ConditionCheck(lightning.Callback):
         tuner.eval()
         self.look = self.inspect(tuner.model, tuner.prices, trainer.global_step)
         tuner.train(training)
+        self._act(trainer, tuner.model)
         joint = self.look.joint
         numbers = {
             "theory/joint_kl": joint.kl,
@@ -139,6 +195,8 @@ class ConditionCheck(lightning.Callback):
             "theory/coverage": joint.coverage,
             "theory/admissible_skips": joint.admissible_skips,
             "theory/admissible_layers": sum(v == "admissible" for v in self.look.findings.layers.values()),
+            "theory/violations": len(self.look.violations),
+            "theory/held_layers": len(tuner.model.config.held),
         }
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
@@ -147,6 +205,32 @@ class ConditionCheck(lightning.Callback):
         if self.folder is not None and trainer.is_global_zero:
             with (self.folder / CONDITIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+    def _act(self, trainer: lightning.Trainer, model: RoutedModel) -> None:
+        """Warn of, hold or stop at the layers whose skips clearly cost more than they may."""
+        look = self.look
+        assert look is not None
+        violations = look.violations
+        if self.on_violation == "hold":
+            passed = {layer for layer, found in look.skips.items() if found.verdict == "admissible"}
+            held = tuple(sorted((set(model.config.held) | set(violations)) - passed))
+            held = tuple(trainer.strategy.broadcast(held))  # ranks may have looked at other inputs
+            for layer in set(held) ^ set(model.config.held):
+                word = "held from now on" if layer in held else "free again"
+                _log.warning("step %d: layer %d is %s; %s", look.step, layer, word, _say(look, layer))
+            model.hold(held)
+            self._held = held
+        elif violations and self.on_violation == "stop":
+            self.stopped = (
+                f"conditions violated at step {look.step}: {'; '.join(_say(look, layer) for layer in violations)}. "
+                "Raise conditions.tolerance or objective.keep, or train with conditions.on_violation=hold"
+            )
+            _log.warning("%s", self.stopped)
+            trainer.should_stop = True
+        else:
+            for layer in set(violations) - self._warned:
+                _log.warning("step %d: %s", look.step, _say(look, layer))
+            self._warned = set(violations)
 
     def _judge_layers(self, model: RoutedModel, prices: Prices) -> Findings:
         assert self.measured is not None
@@ -160,7 +244,10 @@ class ConditionCheck(lightning.Callback):
             self.findings = self._judge_layers(model, prices)
         found = joint_cost(model, self.batches, self.measured.rho, prices)
         joint = judge_joint(found["kl"], found["bound"], found["keep"], self.findings.layers, prices.alpha)
-        return Look(step, model.runtime.group, self.tolerance, self.findings, joint)
+        skips = judge_skips(
+            self.measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
+        )
+        return Look(step, model.runtime.group, self.tolerance, self.findings, joint, skips, model.config.held)
 
     def _validation(self, trainer: lightning.Trainer) -> list[Batch]:
         loaders = trainer.val_dataloaders
@@ -174,6 +261,18 @@ class ConditionCheck(lightning.Callback):
             if sum(len(b["labels"]) for b in batches) >= self.examples:
                 break
         return batches
+
+
+def _say(look: Look, layer: int) -> str:
+    """One sentence on what the routers' skips of a layer cost."""
+    found = look.skips.get(layer)
+    if found is None:
+        return f"the routers no longer ask to skip layer {layer}"
+    cost = next(row for row in found.rows if row.notion == "functional")
+    return (
+        f"layer {layer} is skipped for {found.n} of {look.joint.n} inputs at {cost.estimate:.3g} nats "
+        f"[{cost.low:.3g}, {cost.high:.3g}] a token, {look.tolerance:.3g} tolerated"
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

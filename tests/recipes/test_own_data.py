@@ -69,6 +69,19 @@ def test_text_only_recipe_end_to_end(language_model: Path, data: Path, tmp_path:
         check(folder)
 
 
+def test_a_run_that_stops_at_violated_conditions_says_so(language_model: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    strict = ["conditions.on_violation=stop", "conditions.tolerance=0", "conditions.level=0.5", "router.keep_bias=-2"]
+    settings = [*SHORT, *strict, f"backbone.path={language_model}", f"data.source={data}", f"output={folder}"]
+    done = train(load("causal-lm", settings))
+    assert (done["ok"], done["steps"]) == (False, 2)
+    assert done["stopped"].startswith("conditions violated at step 2: layer ")
+    assert not (folder / "router").exists()
+    assert (
+        json.loads((folder / "conditions.jsonl").read_text().splitlines()[0])["skips"][0]["verdict"] == "inadmissible"
+    )
+
+
 def test_group_vision_needs_vision_tokens(language_model: Path, data: Path, tmp_path: Path) -> None:
     recipe = load(
         "causal-lm",

@@ -106,7 +106,10 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
         ("trainer.learning_rate=.nan", "trainer.learning_rate: expected "),
         ("trainer.devices={a: 1}", "trainer.devices: expected a valid integer | a valid string | a valid list, got {"),
         ("tracking.tags=[a, 1]", "tracking.tags.1: expected a valid string, got 1"),
-        ("conditions=", "conditions: expected a mapping of keys (every, examples, tolerance, level), got None"),
+        (
+            "conditions=",
+            "conditions: expected a mapping of keys (every, examples, tolerance, points, on_violation, level), got",
+        ),
         ("backbone.path=''", "backbone.path: expected at least 1 character, got ''"),
         ("conditions.level=1", "conditions.level: expected less than 1, got 1"),
     ],

@@ -16,6 +16,7 @@ from adaskip.theory.bounds.logits import (
     LogitShift,
     kl_bennett,
     kl_exact,
+    kl_for_accuracy,
     kl_lower,
     kl_quadratic,
     kl_range,
@@ -23,6 +24,7 @@ from adaskip.theory.bounds.logits import (
     kl_two_point,
     logit_shift,
     risk_shift,
+    tv_from_kl,
     tv_from_range,
 )
 
@@ -45,6 +47,7 @@ __all__ = [
     "key_removal",
     "kl_bennett",
     "kl_exact",
+    "kl_for_accuracy",
     "kl_lower",
     "kl_quadratic",
     "kl_range",
@@ -54,5 +57,6 @@ __all__ = [
     "proximal_from_geometric",
     "redundancy_bound",
     "risk_shift",
+    "tv_from_kl",
     "tv_from_range",
 ]
