@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from adaskip.errors import BackboneError, DataError
 from adaskip.probe import check_layers
+from adaskip.sublayers import Sublayers, find_sublayers
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _ROUTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -36,6 +37,7 @@ class Backbone:
         width: hidden size of the decoder.
         vision_ids: placeholder token ids of images and videos; empty for a language model.
         outputs: what a layer returns: a tensor (0), or a tuple of this many.
+        sublayers: what each layer is made of, where the routing needs to know.
     """
 
     model: PreTrainedModel
@@ -44,6 +46,7 @@ class Backbone:
     width: int = 0
     vision_ids: tuple[int, ...] = ()
     outputs: int = 0
+    sublayers: tuple[Sublayers, ...] = field(default=(), repr=False)
 
     @property
     def config(self) -> Any:
@@ -76,8 +79,13 @@ class Tokens:
         return torch.stack([among & ~self.vision, among & self.vision], dim=1)
 
 
-def inspect_backbone(model: nn.Module) -> Backbone:
-    """Find the decoder layers of a causal language or image-text-to-text model.
+def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") -> Backbone:
+    """Find the decoder layers of a causal language or image-text-to-text model, and what the routing needs of them.
+
+    Args:
+        model: the Hugging Face object.
+        unit: what is to be left out of a layer: block, attention or mlp.
+        kv: what is to become of the keys and values of what is left out: absent or kept.
 
     Raises:
         BackboneError: the object is no such model, or routing it would be unsound; says which and why.
@@ -105,7 +113,9 @@ def inspect_backbone(model: nn.Module) -> Backbone:
         )
     outputs = check_layers(model, layers, config.hidden_size)
     ids = tuple(dict.fromkeys(i for key in _PLACEHOLDERS if (i := getattr(model.config, key, None)) is not None))
-    return Backbone(model, path, layers, config.hidden_size, ids, outputs)
+    needed = unit != "block" or kv == "kept"
+    sublayers = find_sublayers(model, layers, config.hidden_size, unit) if needed else ()
+    return Backbone(model, path, layers, config.hidden_size, ids, outputs, sublayers)
 
 
 def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Module, ...]]:

@@ -194,7 +194,7 @@ def check(run: Path) -> dict[str, Any]:
     chosen, held_out = _unfitted(recipe)
     device = model.described.device
     batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
-    measured = measure(model, batches, attention=recipe.router.group == "vision")
+    measured = measure(model, batches, attention=model.runtime.hides_vision)
     watcher = ConditionCheck(
         0, tolerance=recipe.conditions.nats, level=recipe.conditions.level, batches=batches, measured=measured
     )

@@ -13,9 +13,9 @@ from torch import Tensor
 from adaskip.errors import ConfigError, did_you_mean
 
 Scope = Literal["prompt"]
-Unit = Literal["block"]
+Unit = Literal["block", "attention", "mlp"]
 Group = Literal["all", "vision"]
-KV = Literal["absent"]
+KV = Literal["absent", "kept"]
 Flags = tuple[bool, ...]
 """Decisions that Python knows: one a row."""
 
@@ -26,9 +26,12 @@ class RouterConfig:
 
     Args:
         scope: ``prompt``: each layer's router looks at the prompt once, at prefill; generated tokens follow.
-        unit: ``block``: the whole decoder layer (attention and MLP).
-        group: the positions that leave the layer: ``all`` tokens of a row, or only its ``vision`` tokens.
-        kv: ``absent``: what skips a layer is not in that layer at all, so nothing can attend to it there.
+        unit: what is left out of a layer: the whole ``block``, only its ``attention``, or only its ``mlp``. A sublayer
+            that is left out adds nothing to the states.
+        group: the positions that leave the unit: ``all`` tokens of a row, or only its ``vision`` tokens.
+        kv: ``absent``: what skips an attention is not in it at all, so nothing can attend to it there. ``kept``: it is
+            not updated, but its keys and values are projected from the state that bypasses the layer, stored, and
+            attended to by what runs; for group ``vision``. A skipped ``mlp`` has keys and values as ever.
         hidden: width of each router's hidden layer.
         keep_bias: every router's logit before training; positive, so that training starts from the dense model.
         threshold: a layer runs where its router's logit exceeds this value.
@@ -61,6 +64,7 @@ class RouterConfig:
             faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
         if faults:
             raise ConfigError("RouterConfig: " + "; ".join(faults))
+        _check_kv("RouterConfig", self.unit, self.group, self.kv)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
@@ -77,6 +81,19 @@ class RouterConfig:
         return cls(**values)
 
 
+def _check_kv(where: str, unit: Unit, group: Group, kv: KV) -> None:
+    if kv == "kept" and unit == "mlp":
+        raise ConfigError(
+            f"{where}: kv='kept' says nothing for unit 'mlp', whose attention runs and keeps every key and value; "
+            "leave kv out"
+        )
+    if kv == "kept" and group == "all":
+        raise ConfigError(
+            f"{where}: kv='kept' is pure waste for group 'all' under scope 'prompt': all tokens of a row skip "
+            "together, so no query would ever read the keys; use kv='absent', or group='vision'"
+        )
+
+
 @dataclass(frozen=True)
 class SkipPlan:
     """A hand-written, input-independent choice of layers.
@@ -86,6 +103,8 @@ class SkipPlan:
         enter: the group is absent from the first ``enter`` layers (late entry).
         leave: the group is absent after the first ``leave`` layers (early exit); ``None``: it stays to the end.
         group: the positions the plan speaks of.
+        unit: what of a layer is left out, and
+        kv: what becomes of its keys and values, both as in `RouterConfig`.
 
     >>> SkipPlan.static([1, 3]).keep(5).tolist()
     [True, False, True, False, True]
@@ -97,21 +116,26 @@ class SkipPlan:
     enter: int = 0
     leave: int | None = None
     group: Group = "all"
+    unit: Unit = "block"
+    kv: KV = "absent"
+
+    def __post_init__(self) -> None:
+        _check_kv("SkipPlan", self.unit, self.group, self.kv)
 
     @classmethod
-    def static(cls, skip: Iterable[int], group: Group = "all") -> SkipPlan:
+    def static(cls, skip: Iterable[int], group: Group = "all", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
         """Leave out exactly these layers."""
-        return cls(skip=tuple(sorted(set(skip))), group=group)
+        return cls(skip=tuple(sorted(set(skip))), group=group, unit=unit, kv=kv)
 
     @classmethod
-    def late_entry(cls, layers: int, group: Group = "vision") -> SkipPlan:
+    def late_entry(cls, layers: int, group: Group = "vision", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
         """Be absent from the first ``layers`` layers."""
-        return cls(enter=layers, group=group)
+        return cls(enter=layers, group=group, unit=unit, kv=kv)
 
     @classmethod
-    def early_exit(cls, layers: int, group: Group = "vision") -> SkipPlan:
+    def early_exit(cls, layers: int, group: Group = "vision", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
         """Be absent after the first ``layers`` layers."""
-        return cls(leave=layers, group=group)
+        return cls(leave=layers, group=group, unit=unit, kv=kv)
 
     def keep(self, n_layers: int) -> Tensor:
         """bool (l): whether the group runs each layer.

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from adaskip.errors import BackboneError
 
-_ROWS, _TOKENS = 2, 5
+ROWS, TOKENS = 2, 5
 _SLICED = {"attention_mask", "causal_mask", "position_ids", "position_embeddings", "alibi", "padding_mask"}
 """Arguments of a layer that are cut to the rows and tokens that run."""
 
@@ -34,41 +34,49 @@ def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: i
     caches = "past_key_values" in takes
     if not caches and "use_cache" in takes:
         raise BackboneError(f"{name}: it remembers earlier tokens in something else than a KV cache; not routable")
-    inputs: dict[str, Any] = {"input_ids": _plain_tokens(model)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in takes:
-        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    watch = _look(model, layers, inputs, caches)
+    watch = _look(model, layers, caches)
     if watch.ahead and "token_type_ids" in takes:  # a prefix model reads its prompt both ways, what follows is causal
-        watch = _look(model, layers, {**inputs, "token_type_ids": torch.ones_like(inputs["input_ids"])}, caches)
+        watch = _look(model, layers, caches, token_type_ids=torch.ones(ROWS, TOKENS, dtype=torch.long))
     for fault in watch.faults(width, caches):
         raise BackboneError(f"{name}: {fault}; not routable")
     return watch.outputs
 
 
-def _look(model: PreTrainedModel, layers: tuple[nn.Module, ...], inputs: dict[str, Any], caches: bool) -> _Watch:
-    """Run the model in ``eval()`` under a watch, and leave it as it was."""
+def _look(model: PreTrainedModel, layers: tuple[nn.Module, ...], caches: bool, **more: Any) -> _Watch:
     watch = _Watch(layers)
-    if caches:
-        inputs = {**inputs, "past_key_values": _WatchedCache(watch), "use_cache": True}
+    with watch:
+        dense_pass(model, **more, **({"past_key_values": _WatchedCache(watch), "use_cache": True} if caches else {}))
+    return watch
+
+
+@torch.no_grad()
+def dense_pass(model: PreTrainedModel, **more: Any) -> Any:
+    """What the model says about ten plain tokens in ``eval()``; it is left as it was.
+
+    Raises:
+        BackboneError: it cannot read them; says why.
+    """
+    ids = plain_tokens(model)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+        inputs["mm_token_type_ids"] = torch.zeros_like(ids)
+    inputs |= {name: value.to(ids.device) if isinstance(value, Tensor) else value for name, value in more.items()}
     training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), watch:
-            model.eval()(**inputs)
+        return model.eval()(**inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackboneError(
-            f"{type(model).__name__}: it cannot read {_TOKENS} plain tokens, so its layers cannot be watched: {first}"
+            f"{type(model).__name__}: it cannot read {TOKENS} plain tokens, so its layers cannot be watched: {first}"
         ) from error
     finally:
         for module, mode in training.items():
             module.training = mode
-    return watch
 
 
-def _plain_tokens(model: PreTrainedModel) -> Tensor:
+def plain_tokens(model: PreTrainedModel) -> Tensor:
     """long (2 5): rows that differ in the last token only; no id that the configuration gives a meaning."""
     config = model.config.get_text_config(decoder=True)
     named = {
@@ -77,8 +85,8 @@ def _plain_tokens(model: PreTrainedModel) -> Tensor:
         for key, value in vars(part).items()
         if "token" in key and type(value) is int
     }
-    ids = [i for i in range(min(config.vocab_size, 4096)) if i not in named][-(_TOKENS + 1) :]
-    rows = torch.tensor([ids[:_TOKENS], [*ids[: _TOKENS - 1], ids[_TOKENS]]])
+    ids = [i for i in range(min(config.vocab_size, 4096)) if i not in named][-(TOKENS + 1) :]
+    rows = torch.tensor([ids[:TOKENS], [*ids[: TOKENS - 1], ids[TOKENS]]])
     return rows.to(next(model.get_input_embeddings().parameters()).device)
 
 
@@ -123,14 +131,14 @@ class _Watch:
             self.shapes.append(
                 tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (states, after))
             )
-            if isinstance(after, Tensor) and after.shape[:2] == (_ROWS, _TOKENS):
+            if isinstance(after, Tensor) and after.shape[:2] == (ROWS, TOKENS):
                 change = (after[0, :-1] - after[1, :-1]).float().norm()
                 if change > max(1e-4, 4 * torch.finfo(after.dtype).eps) * after[:, :-1].float().norm():
                     self.ahead.append(index)
             self.extra |= {
                 key
                 for key, value in named.items()
-                if key not in _SLICED and isinstance(value, Tensor) and value.shape[:2] == (_ROWS, _TOKENS)
+                if key not in _SLICED and isinstance(value, Tensor) and value.shape[:2] == (ROWS, TOKENS)
             }
 
         return hook
@@ -145,7 +153,7 @@ class _Watch:
                 )
         if self.called != sorted(self.called):
             found.append(f"its decoder layers run in the order {self.called}")
-        expected = (_ROWS, _TOKENS, width)
+        expected = (ROWS, TOKENS, width)
         for index, (before, after) in zip(self.called, self.shapes, strict=False):
             if before != expected or after != expected:
                 found.append(

@@ -173,7 +173,7 @@ def _price(
     if torch.cuda.is_available() and not recipe.backbone.device_map:
         model.cuda()
     device = model.described.device
-    vision = recipe.router.group == "vision"
+    vision = model.runtime.hides_vision
     measured = measure(model, [to_device(b, device) for b in check], attention=vision)
     fresh = measure(model, [to_device(b, device) for b in calibration])
     return measured, calibrate_prices(fresh, measured.mass.mean(0), recipe.objective.alpha)

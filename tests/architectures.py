@@ -8,18 +8,19 @@ from pathlib import Path
 
 from adaskip.backbone import inspect_backbone
 from adaskip.errors import BackboneError
-from tests.families import REFUSED, TEXT, VISION, make_refused
+from tests.families import REFUSED, TEXT, UNIT_REFUSED, VISION, make, make_refused
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- architectures -->\n).*?(<!-- /architectures -->)", re.DOTALL)
 
 
-def reason(model_type: str) -> str:
+def reason(model_type: str, unit: str = "block") -> str:
     """Why `attach` refuses a model of this type, in its own words but without the class name."""
     try:
-        inspect_backbone(make_refused(model_type))
+        inspect_backbone(make_refused(model_type) if unit == "block" else make(model_type).model, unit)
     except BackboneError as refusal:
         text = re.split(r"; (?:not routable|expected)|(?<=.), expected", str(refusal).split(": ", 1)[1])[0]
+        text = re.sub(r"^unit '\w+': decoder layer \d+", "a layer", text.split("; use ")[0])
         text = re.sub(r"layers of type .* keep", "its layers keep", text)
         text = re.sub(r"expected one list of .*", "it has no single list of decoder layers as long as it says", text)
         return re.sub(
@@ -38,6 +39,11 @@ def table() -> str:
         ("vision-language models, groups `all` and `vision`", sorted(VISION)),
         *((f"refused: {why}", sorted(types)) for why, types in refused.items()),
     ]
+    for unit, families in UNIT_REFUSED.items():
+        without = defaultdict(list)
+        for model_type in families:
+            without[reason(model_type, unit)].append(model_type)
+        rows += [(f"unit `{unit}` refused: {why}", sorted(types)) for why, types in without.items()]
     lines = ["| | model types |", "|---|---|"]
     lines += [f"| {title} ({len(types)}) | {', '.join(types)} |" for title, types in rows]
     return "\n".join(lines) + "\n"

@@ -437,6 +437,33 @@ VISION = {model_type: build for model_type, build in _VISION.items() if model_ty
 """Vision-language models that must be routable."""
 
 
+_RESIDUAL = "is not the identity when its attention and MLP add nothing"
+_NO_MLP = "has no MLP module of its own"
+_NO_CACHE = "it keeps no KV cache"
+# fmt: off
+_POST_NORM = [
+    "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "marian", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
+]
+_OPEN_MLP = [
+    "bart", "biogpt", "blenderbot", "llama4_text", "mbart", "opt", "pegasus", "plbart", "trocr", "xglm",
+]
+# fmt: on
+_UNIT_REFUSED = {
+    "attention": {**dict.fromkeys(["beam", "bloom", "mpt", *_POST_NORM], _RESIDUAL), "openai-gpt": _NO_CACHE},
+    "mlp": {
+        **dict.fromkeys(["beam", "bloom", "mpt"], _RESIDUAL),
+        **dict.fromkeys([*_POST_NORM, *_OPEN_MLP], _NO_MLP),
+        "openai-gpt": _NO_CACHE,
+    },
+}
+UNIT_REFUSED = {
+    unit: {model_type: why for model_type, why in refused.items() if model_type in CONFIG_MAPPING}
+    for unit, refused in _UNIT_REFUSED.items()
+}
+"""Families whose layers are routable, but not these sublayers of them alone: a piece of the reason."""
+
+
 _HYBRID = "keep something else than keys and values between tokens"
 _STATE = "remembers earlier tokens in something else than a KV cache"
 _OTHER_STATES = "expected states"

@@ -17,6 +17,7 @@ from adaskip.backbone import Backbone, Tokens, bind_arguments, inspect_backbone,
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
+from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Observer, Runtime
 from adaskip.runtime.request import Mode
 
@@ -24,16 +25,27 @@ _MARK = "_adaskip"
 
 
 class _Slot:
-    """What a patched layer remembers: its number, the shared runtime, and a forward it had of its own before."""
+    """What a patched module remembers: its executor, the shared runtime, and a forward it had of its own before."""
 
-    def __init__(self, index: int, runtime: Runtime, inner: Any) -> None:
-        self.index, self.runtime, self.inner = index, runtime, inner
+    def __init__(self, executor: Executor, runtime: Runtime, inner: Any) -> None:
+        self.executor, self.runtime, self.inner = executor, runtime, inner
 
 
 def _layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     slot: _Slot = getattr(self, _MARK)
     call = slot.inner or types.MethodType(type(self).forward, self)
-    return slot.runtime.run(slot.index, self, call, args, kwargs)
+    return slot.runtime.run(slot.executor.index, self, call, args, kwargs)
+
+
+def _sublayer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    slot: _Slot = getattr(self, _MARK)
+    call = slot.inner or types.MethodType(type(self).forward, self)
+    return slot.runtime.run_sublayer(slot.executor, self, call, args, kwargs)
+
+
+def _patch(module: nn.Module, forward: Any, executor: Executor, runtime: Runtime) -> None:
+    setattr(module, _MARK, _Slot(executor, runtime, module.__dict__.get("forward")))
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
 def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -153,7 +165,10 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
-        """Inside: ``observer(layer, before, after)`` sees the states (b t d) around every layer; nothing is stored."""
+        """Inside: ``observer(layer, before, after)`` sees the states (b t d) around every layer; nothing is stored.
+
+        Around the whole layer also where the unit is one of its sublayers.
+        """
         with self._set(observer=observer):
             yield
 
@@ -229,14 +244,14 @@ class RoutedModel(nn.Module):
 
     def detach(self) -> PreTrainedModel:
         """Take the routers off and return the model as it was: forwards, gradients asked for, training mode."""
-        for layer in self.described.layers:
-            slot: _Slot = layer.__dict__.pop(_MARK)
-            del layer.__dict__["forward"]
-            if slot.inner is not None:
-                layer.forward = slot.inner  # type: ignore[method-assign]
+        for module in self.backbone.modules():
+            slot = module.__dict__.pop(_MARK, None)
+            if isinstance(slot, _Slot):
+                del module.__dict__["forward"]
+                if slot.inner is not None:
+                    module.forward = slot.inner  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
-        del self.backbone.__dict__[_MARK]
         for name, weight in self.backbone.named_parameters():
             weight.requires_grad_(name in self._trained)
         return self.backbone.train(self._was_training)
@@ -268,8 +283,10 @@ class RoutedModel(nn.Module):
         return load_routers(folder, backbone, strict=strict, options=load)
 
     def extra_repr(self) -> str:
-        """Layers, group and scope."""
-        return f"layers={len(self.described.layers)}, group={self.runtime.group}, scope={self.config.scope}"
+        """Layers, and what of them is routed."""
+        runtime = self.runtime
+        what = f"scope={self.config.scope}, unit={runtime.unit}, group={runtime.group}, kv={runtime.kv}"
+        return f"layers={len(self.described.layers)}, {what}"
 
 
 def _check_held(config: RouterConfig, layers: int) -> None:
@@ -299,9 +316,9 @@ def attach(
     config = config or RouterConfig()
     if getattr(model, _MARK, None) is not None:
         raise BackboneError(f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first")
-    backbone = inspect_backbone(model)
+    decides = config if plan is None else plan
+    backbone, group = inspect_backbone(model, decides.unit, decides.kv), decides.group
     _check_held(config, len(backbone.layers))
-    group = config.group if plan is None else plan.group
     if group == "vision" and not backbone.vision_ids:
         raise BackboneError(
             f"group 'vision': {type(model).__name__} has no vision tokens in its sequence "
@@ -317,8 +334,9 @@ def attach(
     routed._was_training = model.training
     model.requires_grad_(False).eval()
     for index, layer in enumerate(backbone.layers):
-        setattr(layer, _MARK, _Slot(index, routed.runtime, layer.__dict__.get("forward")))
-        layer.forward = types.MethodType(_layer_forward, layer)  # type: ignore[method-assign]
+        _patch(layer, _layer_forward, routed.runtime.layers[index], routed.runtime)
+        for module, executor in routed.runtime.sublayers(index):
+            _patch(module, _sublayer_forward, executor, routed.runtime)
     setattr(model, _MARK, routed.runtime)
     routed._handles = [
         model.register_forward_pre_hook(_open, with_kwargs=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -169,6 +170,83 @@ def _merge_states(fresh: list[tuple[Segment, Tensor, Tensor]], batch: int) -> tu
     return merged[0], merged[1]
 
 
+class Projected(Exception):
+    """Raised inside an attention that was only to project keys and values: a `KeptLayer` has them, nothing follows."""
+
+
+class KeptLayer(SkipLayer):
+    """Keys and values of every position, whether it ran the layer or only had them projected from its bypassed state.
+
+    Slot i is position i. A chunk is put together part by part before it is stored; whoever attends sees all of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._size = (0, 0)
+        self._chunk: list[Tensor] = []
+        self._project = False
+
+    def open(self, batch: int, length: int) -> None:
+        """A chunk of this size comes next, in parts."""
+        self._size, self._chunk = (batch, length), []
+
+    def begin(self, segment: Segment, project: bool = False) -> None:
+        """Announce the part whose attention comes next; ``project``: only its keys and values are wanted."""
+        self._segment, self._project = segment, project
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Called by the attention: all keys and values of the part's rows.
+
+        Raises:
+            Projected: nothing more was wanted.
+        """
+        if self._segment is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        batch, length = self._size
+        if not self._chunk:
+            self._chunk = [x.new_zeros(batch, x.shape[1], length, x.shape[-1]) for x in (key_states, value_states)]
+        for into, states in zip(self._chunk, (key_states, value_states), strict=True):
+            _place(into, states, self._segment)
+        if self._project:
+            raise Projected
+        rows = self._segment.rows
+        keys, values = (x if rows is None else x[rows] for x in self._chunk)
+        if not self.filled:
+            return keys, values
+        past = (x if rows is None else x[rows] for x in (self.keys, self.values))
+        return tuple(torch.cat([old, new], -2) for old, new in zip(past, (keys, values), strict=True))  # type: ignore[return-value]
+
+    def seen(self, segment: Segment, positions: Tensor, memo: Memo) -> Tensor:
+        """Long (r k): every position so far."""
+        total = (self.keys.shape[-2] if self.filled else 0) + self._size[1]
+        return once(
+            memo,
+            "all",
+            (segment, total),
+            lambda: torch.arange(total, device=positions.device).expand(len(positions), -1),
+        )
+
+    def commit(self, offset: int, length: int, batch: int, memo: Memo) -> None:
+        """Store the chunk."""
+        (keys, values), self._chunk, self._segment = self._chunk, [], None
+        if self.filled:
+            keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+        else:
+            self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+
+def _place(into: Tensor, states: Tensor, segment: Segment) -> None:
+    """Write (r h n d) states to a segment's places in a chunk (b h t d)."""
+    if segment.tokens is None:
+        into[slice(None) if segment.rows is None else segment.rows] = states
+        return
+    rows = torch.arange(len(into), device=into.device) if segment.rows is None else segment.rows
+    real = segment.tokens >= 0
+    where = rearrange(rows, "r -> r 1").expand_as(real)[real], segment.tokens[real]
+    into.transpose(1, 2)[where] = states.transpose(1, 2)[real]
+
+
 class SkipCache(Cache):
     """A request's cache: its layers, its length, and the routing that every later token follows.
 
@@ -177,8 +255,9 @@ class SkipCache(Cache):
 
     layers: list[SkipLayer]  # type: ignore[assignment]
 
-    def __init__(self, n_layers: int) -> None:
-        super().__init__(layers=[SkipLayer() for _ in range(n_layers)])
+    def __init__(self, n_layers: int, kept: bool = False) -> None:
+        super().__init__(layers=[KeptLayer() if kept else SkipLayer() for _ in range(n_layers)])
+        self.kept = kept
         self.length = 0
         self.batch = 0
         self.routing: Routing | None = None
@@ -202,10 +281,6 @@ class SkipCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """No maximum."""
         return -1
-
-    def commit(self, layer: int, chunk: int, batch: int, memo: Memo) -> None:
-        """Store what the segments of one layer have computed for this chunk."""
-        self.layers[layer].commit(self.length, chunk, batch, memo)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was, routing included."""
@@ -236,7 +311,7 @@ class SkipCache(Cache):
 
     def reset(self) -> None:
         """Forget the request."""
-        self.__init__(len(self.layers))  # type: ignore[misc]
+        self.__init__(len(self.layers), self.kept)  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes of the keys and values that are really held."""

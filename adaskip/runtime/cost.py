@@ -13,18 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.backbone import Backbone
-from adaskip.plan import Group
+from adaskip.plan import KV, Group, Unit
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """FLOPs of each layer of one backbone: ``linear[l] * tokens + attention[l] * query-key pairs``."""
+    """FLOPs of each layer of one backbone: ``linear[l] * tokens + attention[l] * query-key pairs``.
+
+    A token that skips the unit is spared ``spared[l]`` of the former, and its queries: its keys as well, unless they
+    are ``kept``; nothing of the attention where the unit is the MLP.
+    """
 
     linear: Tensor  # float64 (l)
     attention: Tensor  # float64 (l)
+    spared: Tensor  # float64 (l)
+    unit: Unit = "block"
+    kept: bool = False
 
     @classmethod
-    def of(cls, backbone: Backbone) -> CostModel:
+    def of(cls, backbone: Backbone, unit: Unit = "block", kv: KV = "absent") -> CostModel:
         """Read the shapes off the backbone's layers; a mixture of experts counts the experts a token really uses."""
         config = backbone.config
         heads = config.num_attention_heads
@@ -32,12 +39,27 @@ class CostModel:
         share = _expert_share(config)
         linear = [2.0 * _matrix_weights(layer, share) for layer in backbone.layers]
         pairs = [4.0 * heads * head_dim] * len(backbone.layers)
-        return cls(torch.tensor(linear, dtype=torch.float64), torch.tensor(pairs, dtype=torch.float64))
+        spared = list(linear)
+        for index, parts in enumerate(backbone.sublayers):
+            modules = {"block": (backbone.layers[index],), "attention": (parts.attention,), "mlp": parts.mlp}[unit]
+            spared[index] = 2.0 * sum(_matrix_weights(module, share) for module in modules)
+            spared[index] -= 2.0 * parts.projected * (kv == "kept")
+        table = torch.tensor([linear, pairs, spared], dtype=torch.float64)
+        return cls(table[0], table[1], table[2], unit, kv == "kept")
 
     def chunk(self, new: Tensor, past: Tensor) -> Tensor:
         """float64 (l b): ``new`` tokens (b) that attend to ``past`` ones (b) and to one another."""
         new, past = new.double().cpu(), past.double().cpu()
         return self.linear[:, None] * new + self.attention[:, None] * new * (past + new)
+
+    def skipped(self, ran: Tensor, new: Tensor, past_ran: Tensor, past: Tensor) -> Tensor:
+        """float64 (l b): as `chunk`, where only ``ran`` of the new tokens and ``past_ran`` of the past ones ran."""
+        ran, new, past_ran, past = (tokens.double().cpu() for tokens in (ran, new, past_ran, past))
+        queries, keys = (new, past + new) if self.unit == "mlp" else (ran, past_ran + ran)
+        if self.kept:
+            keys = past + new
+        linear = self.linear[:, None] * new - self.spared[:, None] * (new - ran)
+        return linear + self.attention[:, None] * queries * keys
 
 
 def _matrix_weights(layer: nn.Module, expert_share: float) -> float:
@@ -93,6 +115,7 @@ class Ledger:
         for text, vision in [*self.chunks, *self._singles()]:
             text, both = text.cpu(), (text + vision).cpu()
             run += cost.chunk(both, past_all)
-            left += cost.chunk(text, past_text)
-            past_all, past_text = past_all + both, past_text + text
-        return run, left if self.group == "vision" else torch.zeros_like(left)
+            ran = text if self.group == "vision" else torch.zeros_like(text)
+            left += cost.skipped(ran, both, past_text, past_all)
+            past_all, past_text = past_all + both, past_text + ran
+        return run, left

@@ -1,116 +1,156 @@
-"""One layer under a decision: soft mixing while training, real skipping otherwise.
+"""One layer, or a sublayer of it, under a decision: soft mixing while training, real skipping otherwise.
 
-Both executions are built from the same call of the untouched layer on the same part of the batch (a `Segment`), so for
+Both executions are built from the same call of the untouched module on the same part of the batch (a `Segment`), so for
 the same decisions they give the same logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from adaskip.plan import Flags, Group
+from adaskip.plan import KV, Flags, Group, Unit
+from adaskip.runtime.cache import KeptLayer, Projected, SkipCache, SkipLayer
 from adaskip.runtime.request import Request
 from adaskip.runtime.segment import WHOLE, Segment, cut, take
 
+Call = Callable[..., Any]
+
 
 class Executor:
-    """Runs layers for the part of the batch that runs them.
+    """Runs one patched module, a layer or a sublayer of it, for the part of the batch that runs it.
 
     Args:
+        index: the decoder layer.
+        unit: what the module is. What leaves a block goes on as it was; what leaves a sublayer gets nothing added.
         group: the positions that decisions speak of.
-        outputs: what a layer returns: a tensor (0), or a tuple of this many.
+        kv: what becomes of the keys and values of what leaves.
+        outputs: what the module returns: a tensor (0), or a tuple of this many.
+        cache_name: the argument by which it receives the cache.
     """
 
-    def __init__(self, group: Group, outputs: int) -> None:
-        self.group, self.outputs = group, outputs
+    def __init__(
+        self, index: int, unit: Unit, group: Group, kv: KV, outputs: int, cache_name: str = "past_key_values"
+    ) -> None:
+        self.index, self.unit, self.group, self.kv = index, unit, group, kv
+        self.outputs, self.cache_name = outputs, cache_name
 
-    def soft(
-        self,
-        request: Request,
-        index: int,
-        call: Callable[..., Any],
-        states: Tensor,
-        named: dict[str, Any],
-        gate: Tensor,
-    ) -> Any:
+    def execute(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], decision: Any) -> Any:
+        """What the module returns under a decision: gates while training, else which rows keep."""
+        return (self.soft if request.mode == "soft" else self.skip)(request, call, states, named, decision)
+
+    def soft(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], gate: Tensor) -> Any:
         """``lerp(left, run, gate)``: both branches are computed, so the gate's gradient is their exact difference."""
         out = call(states, **named)
-        left = states
-        if self.group == "vision":
-            left = self._run_segment(request, index, call, states, named, _text(request), states)
-        mixed = torch.lerp(left, self.states(out), rearrange(gate, "b -> b 1 1").to(states.dtype))
+        left = self._left(states)
+        weight = rearrange(gate, "b -> b 1 1")
+        if self.group == "vision" and (self.unit == "mlp" or self.kv == "kept"):
+            assert request.tokens.vision is not None
+            vision = rearrange(request.tokens.vision, "b t -> b t 1")
+            weight = torch.where(vision, weight, 1.0)  # what vision does here is no other token's business
+        elif self.group == "vision":
+            left = self._run_segment(request, call, states, named, _text(request), left)
+        mixed = torch.lerp(left, self.states(out), weight.to(states.dtype))
         return (mixed, *out[1:]) if isinstance(out, tuple | list) else mixed
 
-    def skip(
-        self,
-        request: Request,
-        index: int,
-        call: Callable[..., Any],
-        states: Tensor,
-        named: dict[str, Any],
-        flags: Flags,
-    ) -> Any:
+    def skip(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], flags: Flags) -> Any:
         """Gather what runs, run it, scatter; the rest is not computed."""
-        segments = self._segments(request, flags, states.device)
-        layer = request.cache.layers[index] if request.cache is not None else None
-        whole = len(segments) == 1 and segments[0].whole
-        if whole and (layer is None or layer.follows_on(segments[0], request.offset)):
+        run, left = self._segments(request, flags, states.device)
+        layer = self._layer(request)
+        if run == (WHOLE,) and (layer is None or layer.follows_on(WHOLE, request.offset)):
             return call(states, **named)
-        after = states
-        for segment in segments:
-            after = self._run_segment(request, index, call, states, named, segment, after)
-        if request.cache is not None and segments:
-            request.cache.commit(index, states.shape[1], states.shape[0], request.memo)
+        if isinstance(layer, KeptLayer):
+            named = {**named, self.cache_name: _cache(request)}
+            layer.open(*states.shape[:2])
+            for segment in left:
+                self._project(request, layer, call, states, named, segment)
+        after = self._left(states)
+        for segment in run:
+            after = self._run_segment(request, call, states, named, segment, after)
+        if layer is not None and (run or left):
+            layer.commit(request.offset, states.shape[1], states.shape[0], request.memo)
+            if request.scratch is not None:
+                request.scratch.layers[self.index] = KeptLayer()
         return self.wrap(after)
 
-    def _segments(self, request: Request, flags: Flags, device: torch.device) -> tuple[Segment, ...]:
-        """What runs a layer that these rows keep; the same objects for the same flags."""
+    def _layer(self, request: Request) -> SkipLayer | None:
+        """Where this module's keys and values go; what is kept must be brought together even if nothing is cached."""
+        cache = _cache(request)
+        return None if cache is None or self.unit == "mlp" else cache.layers[self.index]
+
+    def _segments(
+        self, request: Request, flags: Flags, device: torch.device
+    ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """What runs where these rows keep, and what only has its keys kept; the same objects for the same flags."""
         if all(flags) or (self.group == "vision" and not request.has_vision):
-            return (WHOLE,)
+            return (WHOLE,), ()
         if flags not in request.memo:
             kept, skipped = _rows(request, flags, device) if any(flags) else (None, None)
-            left = () if self.group == "all" else (_text(request, skipped),)
-            request.memo[flags] = left if kept is None else (kept, *left)
+            text = () if self.group == "all" else (_text(request, skipped),)
+            left = (_vision(request, skipped),) if self.kv == "kept" else ()
+            request.memo[flags] = (text if kept is None else (kept, *text)), left
         return request.memo[flags]
 
     def wrap(self, states: Tensor) -> Any:
-        """States in the form in which a layer returns them."""
+        """States in the form in which the module returns them."""
         return (states, *[None] * (self.outputs - 1)) if self.outputs else states
 
     def states(self, out: Any) -> Tensor:
-        """The states among what a layer returned."""
+        """The states among what the module returned."""
         several = isinstance(out, tuple | list)
         self.outputs = len(out) if several else 0
         return out[0] if several else out
 
+    def _left(self, states: Tensor) -> Tensor:
+        """What the module hands on for a token that leaves it."""
+        return states if self.unit == "block" else torch.zeros_like(states)
+
     def _run_segment(
+        self, request: Request, call: Call, states: Tensor, named: dict[str, Any], segment: Segment, into: Tensor
+    ) -> Tensor:
+        """Gather the segment, run the module on it, scatter the result into a copy of ``into``."""
+        if segment.tokens is not None and not segment.tokens.shape[1]:
+            return into
+        layer = self._layer(request)
+        whole = segment.tokens is None and (layer is None or layer.follows_on(segment, request.offset))
+        positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.memo)
+        keys = None if whole else positions
+        if layer is not None:
+            layer.begin(segment)
+            keys = None if whole else layer.seen(segment, positions, request.memo)
+        out = call(
+            take(states, segment, batch_axis=0), **cut(named, segment, len(states), positions, keys, request.memo)
+        )
+        return _scatter(self.states(out), segment, into)
+
+    def _project(
         self,
         request: Request,
-        index: int,
-        call: Callable[..., Any],
+        layer: KeptLayer,
+        call: Call,
         states: Tensor,
         named: dict[str, Any],
         segment: Segment,
-        into: Tensor,
-    ) -> Tensor:
-        """Gather the segment, run the layer on it, scatter the result into a copy of ``into``."""
-        batch, length = states.shape[:2]
+    ) -> None:
+        """Call the module on what leaves it, and stop it where its attention hands keys and values to the cache."""
         if segment.tokens is not None and not segment.tokens.shape[1]:
-            return into
-        cache = request.cache.layers[index] if request.cache is not None else None
-        whole = segment.tokens is None and (cache is None or cache.follows_on(segment, request.offset))
-        positions = segment.positions(request.offset, length, batch, states.device, request.memo)
-        keys = None if whole else positions
-        if cache is not None:
-            cache.begin(segment)
-            keys = None if whole else cache.seen(segment, positions, request.memo)
-        out = call(take(states, segment, batch_axis=0), **cut(named, segment, batch, positions, keys, request.memo))
-        return _scatter(self.states(out), segment, into)
+            return
+        positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.memo)
+        layer.begin(segment, project=True)
+        with suppress(Projected):
+            call(
+                take(states, segment, batch_axis=0),
+                **cut(named, segment, len(states), positions, positions, request.memo),
+            )
+
+
+def _cache(request: Request) -> SkipCache | None:
+    return request.cache if request.cache is not None else request.scratch
 
 
 def _scatter(result: Tensor, segment: Segment, into: Tensor) -> Tensor:
@@ -138,13 +178,22 @@ def _rows(request: Request, flags: Flags, device: torch.device) -> tuple[Segment
 
 def _text(request: Request, rows: Tensor | None = None) -> Segment:
     """The real text positions of the given rows."""
-    key = ("text", None if rows is None else id(rows))
+    tokens = request.tokens
+    return _marked(request, "text", tokens.valid if tokens.vision is None else tokens.valid & ~tokens.vision, rows)
+
+
+def _vision(request: Request, rows: Tensor | None = None) -> Segment:
+    """The vision positions of the given rows."""
+    assert request.tokens.vision is not None
+    return _marked(request, "vision", request.tokens.vision, rows)
+
+
+def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) -> Segment:
+    key = (kind, None if rows is None else id(rows))
     if key not in request.memo:
-        vision = request.tokens.vision
-        text = request.tokens.valid if vision is None else request.tokens.valid & ~vision
-        text = text if rows is None else text[rows]
-        places = torch.where(text, torch.arange(text.shape[1], device=text.device), -1).sort(1).values
-        counts = text.sum(1)
-        places = places[:, text.shape[1] - int(counts.max()) :]
+        marked = marked if rows is None else marked[rows]
+        places = torch.where(marked, torch.arange(marked.shape[1], device=marked.device), -1).sort(1).values
+        counts = marked.sum(1)
+        places = places[:, marked.shape[1] - int(counts.max()) :]
         request.memo[key] = Segment(rows, places, ragged=bool((counts != counts[0]).any()))
     return request.memo[key]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import Flags, RouterConfig, Routing, SkipPlan, host
+from adaskip.plan import Flags, RouterConfig, Routing, SkipPlan, Unit, host
 from adaskip.routers import gates
 from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
@@ -37,9 +37,10 @@ class Runtime:
         self.backbone, self.config, self.heads = backbone, config, heads
         self.planned = None if plan is None else plan.keep(len(backbone.layers))
         self.planned_flags: Flags = () if self.planned is None else tuple(self.planned.tolist())
-        self.group = config.group if plan is None else plan.group
-        self.cost = CostModel.of(backbone)
-        self.executor = Executor(self.group, backbone.outputs)
+        decides = config if plan is None else plan
+        self.group, self.unit, self.kv = decides.group, decides.unit, decides.kv
+        self.cost = CostModel.of(backbone, self.unit, self.kv)
+        self.layers = [self._executor(i, "block", backbone.outputs) for i in range(len(backbone.layers))]
         self.mode: Mode = "skip"
         self.temperature = 1.0
         self.noise: torch.Generator | None = None
@@ -51,6 +52,24 @@ class Runtime:
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
+
+    @property
+    def hides_vision(self) -> bool:
+        """Whether vision tokens that skip are gone for the text's attention, so that what it had of them counts."""
+        return self.group == "vision" and self.kv == "absent" and self.unit != "mlp"
+
+    def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
+        names = {"block": 0, "attention": 1}
+        named = self.backbone.sublayers[index].cache_names[names[unit]] if self.kv == "kept" else ""
+        return Executor(index, unit, self.group, self.kv, outputs, named)
+
+    def sublayers(self, index: int) -> list[tuple[nn.Module, Executor]]:
+        """What of a layer is routed where not the layer itself is, with what runs it."""
+        if self.unit == "block":
+            return []
+        parts = self.backbone.sublayers[index]
+        modules = (parts.attention,) if self.unit == "attention" else parts.mlp
+        return [(module, self._executor(index, self.unit, parts.outputs[module])) for module in modules]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the request under way, nor the last one's graph."""
@@ -78,11 +97,13 @@ class Runtime:
             assert cache is not None
             assert cache.routing is not None
             routing = cache.routing
-            self.request = Request(self.mode, tokens, tokens.valid, cache, routing.keep, routing.flags)
+            self.request = Request(self.mode, tokens, tokens.valid, cache, fixed=routing.keep, flags=routing.flags)
         else:
             fixed, flags = self._fixed(tokens.valid.shape[0])
             prompt = read_prompt(tokens, inputs, self.prompt_mask, self.prompt_length)
-            self.request = Request(self.mode, tokens, prompt, cache, fixed, flags)
+            self.request = Request(self.mode, tokens, prompt, cache, fixed=fixed, flags=flags)
+            if self.kv == "kept" and cache is None and self.mode == "skip":
+                self.request.scratch = SkipCache(len(self.backbone.layers), kept=True)
         if self.mode == "soft":
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
@@ -128,7 +149,7 @@ class Runtime:
             )
         use = inputs.get("use_cache")
         wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
-        return SkipCache(len(self.backbone.layers)) if wanted and self.mode == "skip" else None
+        return SkipCache(len(self.backbone.layers), self.kv == "kept") if wanted and self.mode == "skip" else None
 
     def _fixed(self, batch: int) -> tuple[Tensor | None, tuple[Flags, ...] | None]:
         """bool (l b): decisions made beforehand, for this request or by a plan; repeated for beams and samples.
@@ -158,17 +179,33 @@ class Runtime:
         named = bind_arguments(layer, args, kwargs)
         first = next(iter(named)) if args else "hidden_states"
         states = named.pop(first)
+        executor = self.layers[index]
         if index + 1 < len(self.replay):
-            return self.executor.wrap(self.replay[index + 1])
+            return executor.wrap(self.replay[index + 1])
         if request.mode == "dense":
             out = call(states, **named)
-        elif request.mode == "soft":
-            out = self.executor.soft(request, index, call, states, named, self._gate(request, index, states))
         else:
-            out = self.executor.skip(request, index, call, states, named, self._flags(request, index, states))
+            soft = request.mode == "soft"
+            decision = self._gate(request, index, states) if soft else self._flags(request, index, states)
+            if self.unit == "block":
+                out = executor.execute(request, call, states, named, decision)
+            else:
+                request.decision = decision
+                out = call(states, **named)
         if self.observer is not None:
-            self.observer(index, states, self.executor.states(out))
+            self.observer(index, states, executor.states(out))
         return out
+
+    def run_sublayer(
+        self, executor: Executor, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """The forward of a patched sublayer, inside its layer's."""
+        request = self.request
+        if request is None or request.mode == "dense":
+            return call(*args, **kwargs)
+        named = bind_arguments(module, args, kwargs)
+        states = named.pop("hidden_states" if "hidden_states" in named else next(iter(named)))
+        return executor.execute(request, call, states, named, request.decision)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 

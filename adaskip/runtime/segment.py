@@ -115,8 +115,8 @@ def cut(
 
 def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None) -> Any:
     if mask is None:
-        # None means plain causal attention; it stays true for a subset unless some keys are holes
-        if keys is None or not bool((keys < 0).any()):
+        # None means plain causal attention; it stays true for a subset without holes whose queries are the last keys
+        if keys is None or bool((keys >= 0).all() & (keys[:, -queries.shape[1] :] == queries).all()):
             return None
         seen = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
         return rearrange(seen, "r q k -> r 1 q k")

@@ -145,7 +145,7 @@ class ConditionCheck(lightning.Callback):
             self.batches = self._validation(trainer)
         self.batches = [to_device(batch, tuner.device) for batch in self.batches]
         model: RoutedModel = tuner.model
-        vision = model.runtime.group == "vision"
+        vision = model.runtime.hides_vision
         if self.measured is None:
             self.measured = measure(model, self.batches, attention=vision)
         if tuner.prices is None:

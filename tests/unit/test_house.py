@@ -17,6 +17,7 @@ ORDER = [
     "demo",
     "plan",
     "probe",
+    "sublayers",
     "backbone",
     "routers",
     "runtime",
