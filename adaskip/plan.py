@@ -176,10 +176,10 @@ class Routing:
 
     @property
     def keep_rate(self) -> Tensor:
-        """float64 (b): executed over dense decoder FLOPs of each row."""
+        """float64 (b): executed over dense decoder FLOPs of each row; 1 for a row without a token."""
         if self.executed is None or self.dense is None:
             raise ConfigError("Routing.keep_rate: no request has run under this routing yet; call the model first")
-        return self.executed / self.dense
+        return torch.where(self.dense > 0, self.executed / self.dense, 1.0)
 
     @cached_property
     def flags(self) -> tuple[Flags, ...]:

@@ -305,6 +305,8 @@ class SkipCache(Cache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected a number <= 0 of tokens to remove, got {tokens_to_remove}")
         self.length += tokens_to_remove
+        if self.ledger is not None:
+            self.ledger.crop(-tokens_to_remove)
         memo: Memo = {}
         for layer in self.layers:
             layer.truncate(self.length, memo)

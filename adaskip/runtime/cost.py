@@ -79,12 +79,13 @@ def _expert_share(config: Any) -> float:
 
 @dataclass
 class Ledger:
-    """The tokens one request has put through the decoder so far, chunk by chunk; priced only when asked."""
+    """The tokens that one request holds, chunk by chunk as they came; priced only when asked.
+
+    What a rollback took back, as assisted generation does with refused candidates, is no part of it.
+    """
 
     group: Group
-    chunks: list[tuple[Tensor, Tensor]] = field(
-        default_factory=list
-    )  # (text, vision) tokens of each row: long (b) each
+    chunks: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # which are text, and vision: bool (b t) each
     decoded: int = 0  # single text tokens after the last chunk
 
     def add(self, valid: Tensor, vision: Tensor | None) -> None:
@@ -95,10 +96,21 @@ class Ledger:
         self.chunks.extend(self._singles())
         self.decoded = 0
         seen = vision if vision is not None else torch.zeros_like(valid)
-        self.chunks.append(((valid & ~seen).sum(1), (valid & seen).sum(1)))
+        self.chunks.append((valid & ~seen, valid & seen))
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` positions."""
+        singles = min(count, self.decoded)
+        self.decoded, count = self.decoded - singles, count - singles
+        while count and self.chunks:
+            text, vision = self.chunks.pop()
+            if (left := text.shape[1] - count) > 0:
+                self.chunks.append((text[:, :left], vision[:, :left]))
+            count = max(-left, 0)
 
     def _singles(self) -> list[tuple[Tensor, Tensor]]:
-        return [(torch.ones_like(text), torch.zeros_like(text)) for text, _ in self.chunks[:1]] * self.decoded
+        one = [(torch.ones_like(text[:, :1]), torch.zeros_like(text[:, :1])) for text, _ in self.chunks[:1]]
+        return one * self.decoded
 
     def select(self, rows: Tensor) -> None:
         """Follow a reordering of the batch."""
@@ -108,12 +120,12 @@ class Ledger:
         """float64 (l b) each: every row's cost of running a layer, and of leaving its group out of it."""
         if not self.chunks:
             raise ValueError("an empty ledger has no price")
-        rows = self.chunks[0][0].cpu()
-        past_all, past_text = torch.zeros_like(rows), torch.zeros_like(rows)
-        run = torch.zeros(len(cost.linear), len(rows), dtype=torch.float64)
+        past_all = past_text = torch.zeros(len(self.chunks[0][0]), dtype=torch.long)
+        run = torch.zeros(len(cost.linear), len(past_all), dtype=torch.float64)
         left = torch.zeros_like(run)
-        for text, vision in [*self.chunks, *self._singles()]:
-            text, both = text.cpu(), (text + vision).cpu()
+        for text_mask, vision_mask in [*self.chunks, *self._singles()]:
+            text = text_mask.sum(1).cpu()
+            both = text + vision_mask.sum(1).cpu()
             run += cost.chunk(both, past_all)
             ran = text if self.group == "vision" else torch.zeros_like(text)
             left += cost.skipped(ran, both, past_text, past_all)

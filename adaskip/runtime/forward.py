@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
@@ -79,6 +80,12 @@ class Runtime:
 
     def open(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Read the call's inputs; returns them as the model should see them."""
+        given = inputs.get("past_key_values")
+        if self.mode == "dense" and isinstance(given, SkipCache) and given.length:
+            raise DataError(
+                "past_key_values: expected the cache of a dense request, got one that a routed request left gaps in; "
+                "start from the prompt without a cache"
+            )
         if self.mode == "dense" and self.observer is None:
             nothing = torch.ones(0, 0, dtype=torch.bool)
             self.request = Request("dense", Tokens(nothing, None), nothing)
@@ -87,7 +94,7 @@ class Runtime:
         cache = None if self.mode == "dense" else self._cache(inputs)
         if cache is not None and cache.length == 0:
             cache.batch = tokens.valid.shape[0]
-        started = cache is not None and cache.length > 0
+        started = cache is not None and cache.routing is not None
         if self.group == "vision" and self.mode != "dense" and not started and not tokens.has_vision:
             raise DataError(
                 "group 'vision': no row of this batch holds a vision token; pass images together with the text, "
@@ -142,9 +149,12 @@ class Runtime:
                     "training mode reads whole sequences; expected no cache, got one that already holds tokens"
                 )
             return given if self.mode == "skip" else None
-        if given is not None and (type(given).__name__ != "DynamicCache" or given.get_seq_length()):
+        if given is not None and (type(given) is not DynamicCache or given.offloading):
+            kind = "an offloaded DynamicCache" if type(given) is DynamicCache else f"a {type(given).__name__}"
+            raise DataError(f"past_key_values: {kind} cannot hold skipped layers; leave it out")
+        if given is not None and given.get_seq_length():
             raise DataError(
-                f"past_key_values: expected an adaskip cache or an empty DynamicCache, got {type(given).__name__} "
+                "past_key_values: expected an adaskip cache or an empty DynamicCache, got a DynamicCache "
                 f"holding {given.get_seq_length()} tokens; start from the prompt without a cache"
             )
         use = inputs.get("use_cache")

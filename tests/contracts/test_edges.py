@@ -85,6 +85,8 @@ def test_a_prompt_of_padding_only(name: str, attention: str) -> None:
     assert (real(together[:2], batch) - real(alone, batch)).abs().max() <= 1e-4
     assert model.routing.keep.shape == (LAYERS, 3)
     assert model.routing.logits.isfinite().all()
+    assert model.routing.keep_rate.isfinite().all()
+    assert model.routing.keep_rate[2] == 1
 
 
 def pictures(toy: Toy, counts: list[int]) -> dict[str, Tensor]:
