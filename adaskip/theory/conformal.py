@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -82,3 +83,54 @@ def beta_binomial_pvalue(
     law = stats.betabinom(n_test, rank, n_cal + 1 - rank)
     lower, upper = law.cdf(covered), law.sf(covered - 1)
     return float(lower) if alternative == "less" else float(min(1.0, 2.0 * min(lower, upper)))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often a conformal quantile of one part of a pool covered the other, over many random splits of it."""
+
+    mean: float  # share covered, over all splits
+    expected: float  # what the beta-binomial law says: k / (n_cal + 1)
+    worst: float  # smallest share in any split
+    low_splits: float  # share of splits with a p-value below 5 %; about 0.05 under the law, less with ties
+    law_p: float  # p-value of all counts together against the law (Kolmogorov-Smirnov, randomised transform)
+    splits: int
+    n_cal: int
+    n_test: int
+
+
+def resplit_coverage(scores: Tensor, alpha: float, n_cal: int, splits: int = 200, seed: int = 0) -> Coverage:
+    """Split a pool of scores at random many times: does coverage follow the beta-binomial law of split conformal?
+
+    Given the pool, splits are exchangeable by construction, so without ties the law is exact: what this can show is a
+    wrong quantile, ties, or scores that are not numbers; not that deployed inputs resemble the pool. (n,) -> Coverage.
+    Raises ConfigError unless 1 <= n_cal < n.
+    """
+    n = len(scores)
+    if not 1 <= n_cal < n:
+        raise ConfigError(f"resplit_coverage: expected 1 <= n_cal < {n} scores, got {n_cal}")
+    rank, n_test = conformal_rank(n_cal, alpha), n - n_cal
+    draw = torch.Generator().manual_seed(seed)
+    counts = []
+    for _ in range(splits):
+        order = torch.randperm(n, generator=draw)
+        threshold = conformal_quantile(scores[order[:n_cal]], alpha)
+        counts.append(int((scores[order[n_cal:]].double() <= threshold).sum()))
+    covered = torch.tensor(counts, dtype=torch.float64)
+    low = [beta_binomial_pvalue(count, n_test, n_cal, alpha) < 0.05 for count in counts]
+    law_p = 1.0
+    if rank <= n_cal:
+        law = stats.betabinom(n_test, rank, n_cal + 1 - rank)
+        spread = torch.rand(splits, generator=draw, dtype=torch.float64).numpy()
+        place = law.cdf(covered.numpy() - 1) + spread * law.pmf(covered.numpy())
+        law_p = float(stats.kstest(place, "uniform").pvalue)
+    return Coverage(
+        mean=float(covered.mean()) / n_test,
+        expected=min(1.0, rank / (n_cal + 1)),
+        worst=float(covered.min()) / n_test,
+        low_splits=sum(low) / splits,
+        law_p=law_p,
+        splits=splits,
+        n_cal=n_cal,
+        n_test=n_test,
+    )

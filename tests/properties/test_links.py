@@ -99,8 +99,6 @@ def test_information_is_never_more_than_the_functional_cost(n):
     information = information_lost(p, cells)
     assert information.item() == pytest.approx((functional - remainder).mean().item(), rel=1e-9)
     assert information < functional.mean()
-    chosen = torch.arange(n) % 1000 == 0  # and for small groups, where the plug-in mean is all there is
-    assert information_lost(p[chosen], cells[chosen] % 5) <= kl_exact(p[chosen].log(), q[chosen].log()).mean() + 2
 
 
 @pytest.mark.parametrize("n", MASS)

@@ -11,7 +11,13 @@ from scipy import stats
 
 from adaskip.errors import ConfigError, DataError
 from adaskip.theory import conformal
-from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, conformal_rank, safe_ratio
+from adaskip.theory.conformal import (
+    beta_binomial_pvalue,
+    conformal_quantile,
+    conformal_rank,
+    resplit_coverage,
+    safe_ratio,
+)
 
 N_CAL, N_TEST, ALPHA = 49, 200, 0.1
 
@@ -127,3 +133,28 @@ def test_safe_ratio():
     num, den = torch.tensor([[0.0], [3.0]]), torch.tensor([0.0, 2.0])
     assert safe_ratio(num, den).tolist() == [[0.0, 0.0], [math.inf, 1.5]]
     assert safe_ratio(torch.tensor(math.nan), torch.tensor(0.0)).isnan()
+
+
+def test_resplits_follow_the_beta_binomial_law():
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(400, generator=generator, dtype=torch.float64).exp()
+    found = resplit_coverage(scores, ALPHA, 200, splits=300)
+    assert found.expected == 181 / 201
+    assert abs(found.mean - found.expected) < 4 * 0.03 / math.sqrt(300)
+    assert found.law_p > 0.001
+    assert 0.01 < found.low_splits < 0.1
+    assert (found.splits, found.n_cal, found.n_test) == (300, 200, 200)
+    lying = resplit_coverage(scores, ALPHA, 200, splits=300).law_p
+    assert lying == found.law_p  # deterministic
+    assert resplit_coverage(torch.zeros(400), ALPHA, 200).mean == 1.0  # ties only cover more
+    assert resplit_coverage(torch.zeros(400), ALPHA, 200).law_p < 1e-6  # and are seen
+    assert resplit_coverage(scores[:12], ALPHA, 5).worst == 1.0  # too few to calibrate on: infinite, covers all
+    with pytest.raises(ConfigError, match="expected 1 <= n_cal < 12 scores, got 12"):
+        resplit_coverage(scores[:12], ALPHA, 12)
+
+
+def test_a_wrong_quantile_breaks_the_law(monkeypatch):
+    """A plug-in quantile, one rank too low, is found out."""
+    scores = torch.rand(100, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    monkeypatch.setattr(conformal, "conformal_quantile", lambda s, alpha: s.sort().values[conformal_rank(40, 0.1) - 4])
+    assert resplit_coverage(scores, ALPHA, 40, splits=300).law_p < 1e-3
