@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.plan import RouterConfig
 from adaskip.theory.bounds import kl_for_accuracy
-from adaskip.training.objective import Objective
+from adaskip.training.objective import Fit, Objective
 
 _NAMES = {int: "an integer", float: "a number", str: "a string"}
 Positive = Annotated[int, Field(strict=True, ge=1)]
@@ -70,7 +70,7 @@ class DataSection(Section):
 class TrainerSection(Section):
     """How long, how fast and on what the routers train."""
 
-    steps: Positive  # optimiser steps
+    steps: Count  # optimiser steps; with method from-bounds those of the tuning after the fit, 0: no tuning
     batch_size: Positive  # examples a step and device
     learning_rate: float = Field(gt=0)
     temperature: float = Field(1.0, gt=0)  # of the routers' gates
@@ -119,10 +119,20 @@ class Recipe(Section):
     router: RouterConfig = RouterConfig()
     data: DataSection
     objective: Objective = Objective()
+    method: Literal["end-to-end", "from-bounds"] = "end-to-end"
+    fit: Fit = Fit()  # of method from-bounds
     trainer: TrainerSection
     conditions: ConditionsSection = ConditionsSection()
     tracking: TrackingSection = TrackingSection()
     output: Text = "runs/recipe"
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Recipe:
+        if self.method == "end-to-end" and not self.trainer.steps:
+            raise ConfigError(
+                "Recipe: trainer.steps: expected an integer >= 1 (only method from-bounds can do without), got 0"
+            )
+        return self
 
 
 def recipes() -> dict[str, Path]:

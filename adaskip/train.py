@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +25,13 @@ from adaskip.runtime.persist import load_backbone
 from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, exact_match, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
+from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.tracking import (
     CONDITIONS,
     KEEP_RATES,
     Board,
+    Laps,
     MetricsFile,
     environment,
     truncate_lines,
@@ -86,7 +87,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     Raises:
         AdaSkipError: the recipe, the data, the backbone or the run folder does not fit; nothing is overwritten.
     """
-    started = time.monotonic()
+    laps = Laps()
     folder = Path(recipe.output)
     checkpoint = _prepare(recipe, folder, resume)
     lightning.seed_everything(recipe.seed, verbose=False)
@@ -112,7 +113,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         tolerance=recipe.conditions.nats,
         level=recipe.conditions.level,
         on_violation=recipe.conditions.on_violation,
-        batches=check,
+        batches=[to_device(batch, model.described.device) for batch in check],
         measured=measured,
         folder=folder,
     )
@@ -128,7 +129,18 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         num_workers=recipe.trainer.workers,
     )
     validation = loader(splits["validation"], collate, size)
-    trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    laps.lap("price")
+    if recipe.method == "from-bounds" and checkpoint is None:
+        state, rounds = fit_in_folder(
+            model, recipe.objective, recipe.fit, splits["train"], collate, folder, recipe.seed
+        )
+        tuner.multiplier.fill_(state.multiplier)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"fit/{name}": value for name, value in rounds[-1].items()}, step=0)
+        laps.lap("fit")
+    if recipe.trainer.steps:
+        trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        laps.lap("train")
     if conditions.stopped:
         return {"ok": False, "folder": str(folder), "steps": trainer.global_step, "stopped": conditions.stopped}
     if trainer.interrupted or trainer.global_step < recipe.trainer.steps:
@@ -136,7 +148,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
             f"{folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
             f"go on with: adaskip train {folder / RECIPE} --resume"
         )
-    return _finish(recipe, folder, trainer, tuner, conditions, validation, time.monotonic() - started)
+    return _finish(recipe, folder, trainer, tuner, conditions, validation, laps)
 
 
 def _prepare(recipe: Recipe, folder: Path, resume: bool) -> Path | None:
@@ -251,17 +263,19 @@ def _finish(
     tuner: RouterTuner,
     conditions: ConditionCheck,
     validation: DataLoader[Any],
-    seconds: float,
+    laps: Laps,
 ) -> dict[str, Any]:
     model = tuner.model.eval()
     device = model.described.device
     held = [to_device(batch, device) for batch in validation]
     threshold = hold_budget(model, held, recipe.objective.keep)
+    laps.lap("threshold")
     found = trainer.validate(tuner, validation, verbose=False)[0]
     assert tuner.prices is not None
     look: Look = conditions.inspect(model, tuner.prices, trainer.global_step)
     rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
     joint = look.joint.to_dict()
+    laps.lap("check")
     model.facts = {
         "target_keep": recipe.objective.keep,
         "validation_keep": round(found["val/keep"], 4),
@@ -273,7 +287,8 @@ def _finish(
     summary = {
         "folder": str(folder),
         "steps": trainer.global_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(part["seconds"] for part in laps.parts.values()), 1),
+        "parts": laps.parts,
         "threshold": threshold,
         "val": {name: found[f"val/{name}"] for name in ("accuracy", "kl", "keep")},
         "conditions": {

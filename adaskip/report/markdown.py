@@ -84,7 +84,7 @@ def training(curves: dict[str, np.ndarray], picture: str | None) -> list[str]:
         "The budget's multiplier rises while the keep rate lies above its target. Faint lines are the logged values, "
         "thick ones their running mean."
     )
-    wanted = ("router/keep_soft", "router/target", "router/multiplier", "train/", "val/")
+    wanted = ("router/keep_soft", "router/target", "router/multiplier", "fit/", "train/", "val/")
     rows = []
     for name, (steps, values) in curves.items():
         if name.startswith(wanted):

@@ -1,4 +1,4 @@
-"""What the routers are trained for."""
+"""What the routers are trained for, and how they are fitted."""
 
 from __future__ import annotations
 
@@ -53,3 +53,36 @@ class Objective:
         faults = [f"{k}: expected {what}, got {getattr(self, k)!r}" for k, (ok, what) in ranges.items() if not ok]
         if faults:
             raise ConfigError("Objective: " + "; ".join(faults))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How `fit_from_bounds` goes about it.
+
+    Args:
+        rounds: surveys, each along the path of the routers that the round before fitted; the target keep rate falls
+            from 1 by equal steps. With 1 the only survey is one dense pass with a rerun of every layer's suffix.
+        examples: inputs a round surveys.
+        steps: optimiser steps a round, on cached features.
+        batch_size: inputs a step.
+        learning_rate: peak of a one-cycle schedule, every round anew.
+
+    Raises:
+        ConfigError: a value outside its range; all faults at once.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    rounds: int = 5
+    examples: int = 512
+    steps: int = 150
+    batch_size: int = 256
+    learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        whole = [name for name in ("rounds", "examples", "steps", "batch_size") if getattr(self, name) < 1]
+        faults = [f"{name}: expected an integer >= 1, got {getattr(self, name)!r}" for name in whole]
+        if not self.learning_rate > 0:
+            faults.append(f"learning_rate: expected a number > 0, got {self.learning_rate!r}")
+        if faults:
+            raise ConfigError("Fit: " + "; ".join(faults))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,6 +80,20 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+class Laps:
+    """Wall-clock seconds, and this process's processor seconds, of one part of a run after the other."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, dict[str, float]] = {}
+        self._last = time.monotonic(), time.process_time()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap belongs to this part."""
+        now = time.monotonic(), time.process_time()
+        wall, cpu = (round(b - a, 2) for a, b in zip(self._last, now, strict=True))
+        self.parts[name], self._last = {"seconds": wall, "processor_s": cpu}, now
 
 
 def environment(seed: int, device: str) -> dict[str, Any]:

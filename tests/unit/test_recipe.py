@@ -55,9 +55,10 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_launch_it(nam
 
 
 def test_the_shipped_recipes():
-    assert list(recipes()) == ["causal-lm", "digits-vlm", "digits-vlm-vision", "qwen2.5-vl"]
-    assert [load(name).router.group for name in recipes()] == ["all", "all", "vision", "vision"]
+    assert list(recipes()) == ["causal-lm", "digits-vlm", "digits-vlm-from-bounds", "digits-vlm-vision", "qwen2.5-vl"]
+    assert [load(name).router.group for name in recipes()] == ["all", "all", "all", "vision", "vision"]
     assert load("qwen2.5-vl").backbone.dtype == "bfloat16"
+    assert [load(name).method for name in recipes()].count("from-bounds") == 1
 
 
 def test_sections_are_the_dataclasses_that_components_take(write):
@@ -111,6 +112,13 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
             "conditions: expected a mapping of keys (every, examples, tolerance, points, on_violation, level), got",
         ),
         ("backbone.path=''", "backbone.path: expected at least 1 character, got ''"),
+        ("trainer.steps=0", "trainer.steps: expected an integer >= 1 (only method from-bounds can do without), got 0"),
+        (
+            "method=from-bound",
+            "method: expected end-to-end | from-bounds, got 'from-bound'; did you mean 'from-bounds'?",
+        ),
+        ("fit.rounds=0", "fit.rounds: expected an integer >= 1, got 0"),
+        ("fit.round=2", "fit.round: no such key, got 2; did you mean 'rounds'?"),
         ("conditions.level=1", "conditions.level: expected less than 1, got 1"),
     ],
 )
@@ -159,7 +167,7 @@ def test_bytes_that_are_no_text(tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(ConfigError, match=r"'digit-vlm': no such file.* did you mean 'digits-vlm'\?.* adaskip ls"):
         load("digit-vlm")
-    with pytest.raises(ConfigError, match=r"valid: causal-lm, digits-vlm, digits-vlm-vision, qwen2\.5-vl"):
+    with pytest.raises(ConfigError, match=r"valid: causal-lm, digits-vlm, digits-vlm-from-bounds, digits-vlm-vision"):
         load(tmp_path / "zzz.yaml")
     with pytest.raises(ConfigError, match="is a folder; expected a YAML file"):
         find(tmp_path)

@@ -1,0 +1,152 @@
+"""What one decision more or less would cost each input along the routers' own path; no gradient meets the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError
+from adaskip.runtime.attach import RoutedModel
+from adaskip.theory import bounds
+from adaskip.theory.profile import IGNORED, per_input
+
+
+@dataclass(frozen=True)
+class Flips:
+    """n inputs under the decisions of n paths: what the routers saw, what the path costs, what each flip changes.
+
+    Costs are ``KL(dense || path) + task_weight * CE``, in nats per predicted token.
+    """
+
+    pooled: Tensor  # float32 (n l k d): what each layer's router sees on this path
+    keep: Tensor  # bool (n l): the path
+    cost: Tensor  # float32 (n): of the path, exact
+    change: Tensor  # float32 (n l): exact cost with the decision at layer l flipped, minus ``cost``
+    pairs: Tensor  # float32 (n l l): what flipping two layers costs beyond both changes, estimated; zero diagonal
+    share: Tensor  # float32 (n l): share of the dense decoder FLOPs that a kept layer adds
+    floor: Tensor  # float32 (n): share spent with every layer skipped
+
+    def __len__(self) -> int:
+        return len(self.cost)
+
+    def take(self, rows: Tensor) -> Flips:
+        """The given inputs (long or bool)."""
+        return Flips(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def to(self, device: torch.device) -> Flips:
+        """The same on a device."""
+        return Flips(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def expected_cost(self, gates: Tensor) -> Tensor:
+        """Mean cost under independent decisions that keep layer l with probability ``gates`` (n l), in [0, 1] -> (n).
+
+            cost + sum_l q_l change_l + sum_{l<m} q_l q_m pairs_lm,  q_l the probability that layer l leaves the path
+
+        Exact at the path and at its single flips, an estimator [D, link 6c] beyond; never below 0.
+        """
+        q = torch.where(self.keep, 1.0 - gates, gates)
+        together = torch.einsum("nl,nlm,nm->n", q, self.pairs, q) / 2.0
+        return (self.cost + (q * self.change).sum(1) + together).clamp_min(0.0)
+
+    def keep_rate(self, gates: Tensor) -> Tensor:
+        """Expected share of the dense decoder FLOPs under the same decisions, (n l) -> (n)."""
+        return self.floor + (gates * self.share).sum(1)
+
+
+@torch.no_grad()
+def survey(
+    model: RoutedModel,
+    batches: Iterable[dict[str, Any]],
+    task_weight: float = 0.0,
+    progress: Callable[[int], None] | None = None,
+) -> Flips:
+    """Rerun every input with each decision of its own path flipped.
+
+    Costs a dense and a routed pass a batch and, per layer, the suffix from that layer on: about ``L/2 * keep + 2``.
+    Untrained routers keep everything, so that the first survey is one of the dense model.
+
+    Args:
+        model: attached with routers of scope ``prompt``.
+        batches: prompts with answers, on the model's device.
+        task_weight: of the answers' own cross-entropy beside the KL.
+        progress: called with the number of inputs done after each batch.
+
+    Raises:
+        ConfigError: the model has no routers, or routers that decide for every token.
+    """
+    if model.routers is None or model.config.scope != "prompt":
+        raise ConfigError(
+            "from-bounds: expected one decision a layer and prompt, by routers; "
+            "attach with RouterConfig(scope='prompt') and without a plan"
+        )
+    found: list[Flips] = []
+    for batch in batches:
+        found.append(_survey_batch(model, batch, task_weight))
+        if progress is not None:
+            progress(sum(map(len, found)))
+    return Flips(**{f.name: torch.cat([getattr(part, f.name) for part in found]) for f in fields(Flips)})
+
+
+def _survey_batch(model: RoutedModel, batch: dict[str, Any], task_weight: float) -> Flips:
+    arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"], "use_cache": False}
+    labels = batch["labels"]
+    predicted = labels[:, 1:] != IGNORED
+    answers = labels[:, 1:][predicted]
+    states: list[Tensor] = []
+    pooled: list[Tensor] = []
+    assert model.routers is not None
+    hooks = [head.register_forward_pre_hook(lambda _, args: pooled.append(args[0])) for head in model.routers]
+    try:
+        with model.observe(lambda index, before, after: states.append(before)):
+            path = model(**arguments).logits[:, :-1][predicted]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    routing = model.routing
+    run, left = model.flops()
+    if routing.keep.all():
+        dense = path
+    else:
+        with model.dense():
+            dense = model(**arguments).logits[:, :-1][predicted]
+
+    def mean(values: Tensor) -> Tensor:
+        spread = torch.zeros(predicted.shape, dtype=values.dtype, device=values.device)
+        return per_input(spread.masked_scatter(predicted, values), predicted, "mean")
+
+    def cost(logits: Tensor) -> Tensor:
+        values = bounds.kl_exact(dense, logits)
+        if task_weight:
+            values = values + task_weight * torch.nn.functional.cross_entropy(
+                logits.double(), answers, reduction="none"
+            )
+        return mean(values)
+
+    flipped: list[Tensor] = []
+    for index in range(len(states)):
+        keep = routing.keep.clone()
+        keep[index] = ~keep[index]
+        with model.replay(states[: index + 1]):
+            flipped.append(model(**arguments, routing=keep).logits[:, :-1][predicted])
+    base = cost(path)
+    change = torch.stack([cost(logits) - base for logits in flipped], 1)
+    together = bounds.gate_matrix(path, torch.stack(flipped, 1))
+    rows = predicted.nonzero()[:, 0]
+    pairs = together.new_zeros(len(base), *together.shape[1:]).index_add(0, rows, together)
+    pairs = (1.0 + task_weight) * pairs / predicted.sum(1)[:, None, None]
+    pairs.diagonal(dim1=1, dim2=2).zero_()
+    total = run.sum(0)
+    values = {
+        "pooled": torch.stack(pooled, 1),
+        "keep": routing.keep.T,
+        "cost": base,
+        "change": change,
+        "pairs": pairs,
+        "share": ((run - left) / total).T,
+        "floor": left.sum(0) / total,
+    }
+    return Flips(**{k: v.cpu() if v.dtype == torch.bool else v.float().cpu() for k, v in values.items()})

@@ -1,0 +1,81 @@
+"""`fit_from_bounds` in a run folder: a line of ``fit.jsonl`` and the routers after every round, to go on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adaskip.errors import CheckpointError
+from adaskip.runtime.attach import RoutedModel
+from adaskip.training.callbacks import to_device
+from adaskip.training.data import Batch, Collator, Record, RoundSampler
+from adaskip.training.fit import FitState, fit_from_bounds
+from adaskip.training.objective import Fit, Objective
+from adaskip.training.tracking import write_text
+
+ROUNDS, ROUTERS = "fit.jsonl", "fit.safetensors"
+SURVEYED = 128  # inputs a pass of the survey
+
+
+def fit_in_folder(
+    model: RoutedModel,
+    objective: Objective,
+    fit: Fit,
+    records: Sequence[Record],
+    collate: Collator,
+    folder: Path,
+    seed: int,
+) -> tuple[FitState, list[dict[str, Any]]]:
+    """Fit the routers, or go on after the last whole round that the folder holds.
+
+    Returns the final state and the figures of every round, as they stand in ``fit.jsonl``.
+
+    Raises:
+        CheckpointError: the folder's routers are damaged or belong to another model.
+    """
+    state = _load(model, folder / ROUTERS)
+    rounds = _read(folder / ROUNDS)[: state.round]
+
+    def draw(index: int) -> list[Batch]:
+        sampler = RoundSampler(len(records), fit.examples, seed)
+        sampler.set_epoch(index)
+        chosen = [records[i] for i in sampler]
+        cuts = range(0, len(chosen), SURVEYED)
+        return [to_device(collate(chosen[i : i + SURVEYED]), model.described.device) for i in cuts]
+
+    def after(done: FitState, figures: dict[str, float]) -> None:
+        rounds.append({"round": done.round, **figures})
+        write_text(folder / ROUNDS, "".join(json.dumps(line) + "\n" for line in rounds))
+        _save(model, done, folder / ROUTERS)
+
+    return fit_from_bounds(model, draw, objective, fit, seed=seed, state=state, after=after), rounds
+
+
+def _save(model: RoutedModel, state: FitState, path: Path) -> None:
+    assert model.routers is not None
+    part = path.with_name(path.name + ".part")
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.routers.state_dict().items()}
+    save_file(weights, part, {"round": str(state.round), "multiplier": repr(state.multiplier)})
+    part.replace(path)
+
+
+def _load(model: RoutedModel, path: Path) -> FitState:
+    if not path.is_file():
+        return FitState()
+    assert model.routers is not None
+    try:
+        with safe_open(path, "pt") as file:
+            stored = file.metadata()
+            model.routers.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return FitState(int(stored["round"]), float(stored["multiplier"]))
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: damaged, or of another model ({error}); delete it and resume again") from error
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
