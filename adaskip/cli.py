@@ -162,17 +162,23 @@ def evaluate(
 
 
 @app.command()
-def check(run: Run, as_json: Json = False) -> None:
+def check(
+    run: Run,
+    bands: Annotated[bool, typer.Option("--bands", help="Judge every late entry and early exit as well.")] = False,
+    as_json: Json = False,
+) -> None:
     """Check the theory's conditions of a run on held-out inputs; exits 1 when they do not hold."""
 
     def work() -> dict[str, Any]:
         folder = _existing(run)
         from adaskip.evaluate import check
 
-        return check(folder)
+        return check(folder, bands)
 
     def show(found: dict[str, Any]) -> None:
         _table(found["rows"], hidden=("n", "margin"))
+        if bands:
+            _table(found["bands"], hidden=("n", "margin", "notions"))
         _pairs(found["summary"])
         _say("the conditions hold" if found["ok"] else "the conditions DO NOT hold")
 

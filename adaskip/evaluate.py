@@ -172,13 +172,17 @@ def _enough(recipe: Recipe, split: str, per_kind: int | None) -> list[Record]:
     return records(recipe, split)
 
 
-def check(run: Path) -> dict[str, Any]:
+def check(run: Path, bands: bool = False) -> dict[str, Any]:
     """Judge a finished run's conditions anew, on held-out inputs that nothing was fitted on.
 
     ``ok`` is whether the calibrated bound covers as it should: its coverage is not rejected at 1 %.
 
+    Args:
+        run: the run's folder.
+        bands: also judge every late entry and early exit, against the same tolerance.
+
     Returns:
-        ``ok``, ``rows`` (findings with their verdicts) and ``summary`` (the joint figures).
+        ``ok``, ``rows`` (findings with their verdicts), ``summary`` (the joint figures), and ``bands`` if asked for.
     """
     from adaskip.theory.profile import measure
 
@@ -201,11 +205,32 @@ def check(run: Path) -> dict[str, Any]:
     look = watcher.inspect(model, prices, recipe.trainer.steps)
     joint = look.joint
     rows = [row.to_dict() for row in look.findings.rows]
+    judged = {"bands": _bands(loaded, batches)} if bands else {}
     return {
         "ok": joint.coverage_p >= 0.01,
         "rows": rows,
         "summary": joint.to_dict() | {"layers": look.to_dict()["layers"], "split": held_out},
+        **judged,
     }
+
+
+def _bands(run: Run, batches: list[Any]) -> list[dict[str, Any]]:
+    """Late entries and early exits, judged on these batches with constants of the calibration split."""
+    from adaskip.theory.bands import early_exits, judge_bands, late_entries, measure_bands
+    from adaskip.theory.profile import calibrate_prices
+
+    model, recipe = run.model, run.recipe
+    layers, attention = len(model.described.layers), recipe.router.group == "vision"
+    spans = [*late_entries(layers), *early_exits(layers)]
+    fitted = records(recipe, "calibration")[: 2 * recipe.conditions.examples]
+    device, size = model.described.device, recipe.trainer.batch_size
+    calibration = [to_device(b, device) for b in loader(fitted, Collator(run.processor), size)]
+    fresh = measure_bands(model, calibration, spans, attention)
+    prices = calibrate_prices(fresh, fresh.mass.mean(0), recipe.objective.alpha)
+    measured = measure_bands(model, batches, spans, attention)
+    section = recipe.conditions
+    judged = judge_bands(measured, spans, prices, recipe.router.group, section.nats, section.level)
+    return [found.to_dict(layers) for found in judged]
 
 
 @torch.no_grad()

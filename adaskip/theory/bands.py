@@ -99,6 +99,13 @@ class BandFinding:
     verdict: Verdict
     rows: tuple[Finding, ...]  # `layer` is the band's first
 
+    def to_dict(self, layers: int) -> dict[str, Any]:
+        """JSON-ready: the band's name in a model of so many layers, its exact cost, and every notion."""
+        cost = next(row for row in self.rows if row.notion == "functional").to_dict()
+        told = {name: cost[name] for name in ("estimate", "low", "high", "threshold", "margin", "n")}
+        notions = [row.to_dict() for row in self.rows]
+        return {"band": self.band.name(layers), "verdict": self.verdict, **told, "notions": notions}
+
 
 def judge_bands(
     measured: LayerMeasures,

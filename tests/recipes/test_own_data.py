@@ -63,7 +63,14 @@ def test_text_only_recipe_end_to_end(language_model: Path, data: Path, tmp_path:
     found = evaluate(folder, per_kind=4, batch_size=4, max_new_tokens=3)
     assert [row["kind"] for row in found["kinds"]] == ["k0", "k1"]
     assert answer(folder, prompt="w1 w2 w3", max_new_tokens=2)["layers"] == 4
-    assert check(folder)["summary"]["split"] == "test"
+    found = check(folder, bands=True)
+    assert found["summary"]["split"] == "test"
+    assert [row["band"] for row in found["bands"]] == [
+        *(f"late entry {k}" for k in (1, 2, 3)),
+        *(f"early exit {k}" for k in (1, 2, 3)),
+    ]
+    assert {len(row["notions"]) for row in found["bands"]} == {3}
+    assert all(row["low"] is None or row["low"] <= row["estimate"] for row in found["bands"])
     (data / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"training used 16 calibration records and left 0; add a test.jsonl"):
         check(folder)

@@ -43,12 +43,24 @@ def test_learn_then_test_fails_in_at_most_delta_of_the_calibrations(name: str, s
     assert (risk > RISK).sum() <= allowed(RUNS, DELTA)
 
 
-@pytest.mark.parametrize(("name", "n"), [("late", 600), ("step", 600), ("early", 2000)])
-def test_learn_then_test_skips_most_of_what_an_oracle_would(name: str, n: int) -> None:
+def skipped(name: str, n: int, shared: bool) -> float:
+    """Mean share skipped at the certified threshold, over that of an oracle who knows the true risk."""
     curve = CURVES[name]
     oracle = SKIP[curve <= RISK].max()
-    rejected = fixed_sequence(binomial_pvalue(errors(curve, n, True, np.random.default_rng(1)), n, RISK), DELTA)
-    assert np.where(rejected > 0, SKIP[rejected - 1], 0.0).mean() >= 0.8 * oracle
+    rejected = fixed_sequence(binomial_pvalue(errors(curve, n, shared, np.random.default_rng(1)), n, RISK), DELTA)
+    return float(np.where(rejected > 0, SKIP[rejected - 1], 0.0).mean() / oracle)
+
+
+@pytest.mark.parametrize("n", [600, 2000])
+@pytest.mark.parametrize("name", [name for name in CURVES if name != "too high everywhere"])
+def test_learn_then_test_skips_most_of_what_an_oracle_would(name: str, n: int) -> None:
+    assert skipped(name, n, shared=True) >= 0.8
+
+
+def test_few_inputs_certify_less() -> None:
+    """600 inputs reach 80 % of the oracle on every curve; 344 do not where risk hovers below the allowed one."""
+    assert skipped("late", 344, shared=True) > 0.9
+    assert skipped("bumpy", 344, shared=True) < 0.75
 
 
 def test_the_guarantee_is_nearly_used_up_where_a_threshold_sits_on_the_edge() -> None:
