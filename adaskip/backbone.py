@@ -7,9 +7,10 @@ soundly is refused with the reason, before anything is touched.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip.errors import BackboneError, DataError
+from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.probe import check_layers
 from adaskip.sublayers import Sublayers, find_sublayers
 
@@ -185,6 +186,39 @@ def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 @cache
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def twin(backbone: Backbone, keep: Sequence[int] | None = None) -> PreTrainedModel:
+    """Another model on the same weights, of all decoder layers or only of these: what a static plan leaves, cut out.
+
+    Args:
+        backbone: the described model; nothing may be attached to it.
+        keep: numbers of the layers that stay, ascending.
+
+    Raises:
+        ConfigError: no layer is left.
+    """
+    model = backbone.model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    if keep is None:
+        return copied
+    if not keep:
+        raise ConfigError("twin: expected at least one layer to stay, got none")
+    parent, _, name = backbone.path.rpartition(".")
+    owner = copied.get_submodule(parent)
+    layers = nn.ModuleList([getattr(owner, name)[index] for index in keep])
+    setattr(owner, name, layers)
+    for place, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place  # type: ignore[assignment]
+    config, count = copied.config.get_text_config(decoder=True), len(backbone.layers)
+    for key, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == count:
+            setattr(config, key, [value[index] for index in keep])
+    config.num_hidden_layers = len(keep)
+    return copied
 
 
 def fingerprint(backbone: Backbone) -> dict[str, Any]:

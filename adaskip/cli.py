@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Column, Table
 
 from adaskip import __version__
-from adaskip.errors import AdaSkipError, CheckpointError, ConfigError, did_you_mean
+from adaskip.errors import ConfigError
+from adaskip.terminal import do as _do
+from adaskip.terminal import emit_error as _emit_error
+from adaskip.terminal import existing as _existing
+from adaskip.terminal import pairs as _pairs
+from adaskip.terminal import say as _say
+from adaskip.terminal import table as _table
 
 app = typer.Typer(
     help="Teach a frozen transformer which of its layers an input does not need, and really leave that work out.",
@@ -186,6 +187,53 @@ def check(
 
 
 @app.command()
+def bench(
+    target: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run folder, or digits-vlm.")] = None,
+    backbone: Annotated[str | None, typer.Option("--backbone", help="A random model of this type: llama ...")] = None,
+    layers: Annotated[int, typer.Option("--layers", help="Its layers.")] = 24,
+    hidden: Annotated[int, typer.Option("--hidden", help="Its width.")] = 1024,
+    heads: Annotated[int | None, typer.Option("--heads", help="Default: one for 64 of the width.")] = None,
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Default: as many as heads.")] = None,
+    intermediate: Annotated[int | None, typer.Option("--intermediate", help="Default: 8/3 of the width.")] = None,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", help="Tokens it knows.")] = 32_000,
+    prompt: Annotated[int | None, typer.Option("--prompt", help="Text tokens a row; default 512.")] = None,
+    image_tokens: Annotated[int, typer.Option("--image-tokens", help="A picture before them (llava, qwen2_vl).")] = 0,
+    group: Annotated[str | None, typer.Option("--group", help="all, or vision: the default with pictures.")] = None,
+    skip: Annotated[str | None, typer.Option("--skip", help="Shares of layers left out; default 0,0.25,0.5.")] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Rows.")] = "1,8",
+    path: Annotated[str, typer.Option("--path", help="uniform: rows skip alike; mixed: each otherwise.")] = "uniform",
+    new: Annotated[int, typer.Option("--new", help="Tokens written in a turn.")] = 16,
+    budget: Annotated[float, typer.Option("--budget", help="Seconds for all rounds together.")] = 300,
+    width: Annotated[float, typer.Option("--width", help="Rounds end when intervals are narrower.")] = 0.04,
+    attention: Annotated[str, typer.Option("--attention", help="sdpa or eager.")] = "sdpa",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option("--device", help="Default: the GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of random weights and prompts.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Seconds of the dense, the routed and the physically cut model, in turn; prefill and decode apart."""
+    options = {name: value for name, value in locals().items() if name != "as_json"}
+
+    def work() -> dict[str, Any]:
+        from rich.progress import Progress
+
+        from adaskip.bench.settings import read
+
+        settings = read(**options)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("warming up", total=1.0)
+            return settings.run(lambda text, share: bar.update(task, description=text, completed=share))
+
+    def show(found: dict[str, Any]) -> None:
+        from adaskip.bench.settings import columns
+
+        _table([columns(row) for row in found["results"]])
+        _say("seconds: medians; brackets: 95 % intervals over paired rounds; all else: --json")
+
+    _do(work, show, as_json)
+
+
+@app.command()
 def calibrate(
     run: Run,
     risk: Annotated[float, typer.Option("--risk", help="Share of inputs whose answer may differ from dense.")] = 0.02,
@@ -275,92 +323,6 @@ def main(args: Sequence[str] | None = None) -> None:
             _emit_error(error.format_message())
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
-
-
-def _do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
-    """Do a verb's work, then print its result for people or for programs, and turn it into an exit status."""
-    try:
-        with _stdout_to_stderr() if as_json else nullcontext():
-            found = work()
-    except (AdaSkipError, OSError) as error:
-        if as_json:
-            _emit_error(str(error))
-        else:
-            print(f"adaskip: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    if as_json:
-        _emit(found)
-    else:
-        show(found)
-    if not found.get("ok", True):
-        raise typer.Exit(1)
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send what libraries and child processes print to standard error, at the level of the file descriptor as well."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _emit(values: dict[str, Any]) -> None:
-    """Print one strict JSON object: NaN and infinity, which JSON does not know, become null."""
-    text = json.dumps(values, default=str)
-    print(json.dumps(json.loads(text, parse_constant=lambda _: None)))
-
-
-def _emit_error(text: str) -> None:
-    head, *faults = text.splitlines()
-    _emit({"ok": False, "error": head, "faults": [fault.strip() for fault in faults] or [head]})
-
-
-def _existing(run: Path) -> Path:
-    """The folder itself.
-
-    Raises CheckpointError when there is none; names a sibling folder of a similar name.
-    """
-    if run.is_dir():
-        return run
-    siblings = [path.name for path in run.parent.iterdir() if path.is_dir()] if run.parent.is_dir() else []
-    hint = did_you_mean(run.name, siblings)
-    near = f"; {hint}" if hint.startswith("did") else "."
-    raise CheckpointError(f"{run}: no such run folder{near} Train one with: adaskip train digits-vlm output={run}")
-
-
-def _say(text: str) -> None:
-    Console(markup=False, highlight=False, soft_wrap=True).print(text)
-
-
-def _table(rows: list[dict[str, Any]], hidden: Sequence[str] = ()) -> None:
-    """Rows as a table that fits 80 columns; the first row names the columns."""
-    names = [name for name in (rows[0] if rows else ()) if name not in hidden]
-    columns = [Column(name.replace("_", "\n"), no_wrap=name != "sentence", vertical="top") for name in names]
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in names))
-    Console(markup=False, highlight=False).print(table)
-
-
-def _pairs(values: dict[str, Any], prefix: str = "") -> None:
-    """One `name  value` a line; what is nested gets its path as a name."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            _pairs(value, f"{prefix}{name}.")
-        else:
-            _say(f"{prefix + name:28} {_cell(value)}")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

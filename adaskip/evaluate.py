@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from adaskip.errors import AdaSkipError, CheckpointError, DataError
 from adaskip.export import router_folder
 from adaskip.recipe import Recipe, load
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.measure import timed
 from adaskip.runtime.persist import load_backbone
 from adaskip.theory.profile import Prices
 from adaskip.train import RECIPE, backbone_options, load_processor, records
@@ -58,20 +58,6 @@ def open_run(folder: Path) -> Run:
 def texts(processor: Any, ids: Tensor) -> list[str]:
     """Generated ids as text, one per row."""
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-
-
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """A call's result and its wall-clock seconds, the device's work included."""
-    _settle()
-    start = time.perf_counter()
-    result = call()
-    _settle()
-    return result, time.perf_counter() - start
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -30,8 +30,12 @@ class RouterHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """float32 (b k d) -> float32 (b)."""
-        features = rearrange(self.norm(pooled.to(self.inner.weight.device)), "b k d -> b (k d)")
-        return self.outer(nn.functional.gelu(self.inner(features))).squeeze(-1).to(pooled.device)
+        return self.outer(self.features(pooled)).squeeze(-1).to(pooled.device)
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """float32 (b k d) -> float32 (b hidden): what the last layer reads."""
+        normed = rearrange(self.norm(pooled.to(self.inner.weight.device)), "b k d -> b (k d)")
+        return nn.functional.gelu(self.inner(normed))
 
 
 def build_heads(n_layers: int, width: int, kinds: int, hidden: int, keep_bias: float, seed: int) -> nn.ModuleList:

@@ -72,27 +72,27 @@ class SkipLayer(DynamicLayer):
         if not fresh:
             return
         segments = [segment for segment, _, _ in fresh]
+        rows = segments[0].rows if len(segments) == 1 else None
+        every = rows is None or (self.filled and self.rows is None)  # what is stored has every row of the batch
         index = None
         if len(fresh) > 1 or not self.follows_on(segments[0], offset):
 
             def places() -> Tensor:
                 device = fresh[0][1].device
-                new = _merge_places(
-                    [s.positions(offset, length, batch, device, memo) for s in segments], segments, batch
-                )
+                placed = [s.positions(offset, length, batch, device, memo) for s in segments]
+                new = _merge_places(placed, segments, batch, every)
                 return torch.cat([self._places(), new], -1) if self.filled else new
 
             index = once(memo, "places", (*segments, *self._layout()), places)
-        keys, values = _merge_states(fresh, batch)
+        keys, values = _merge_states(fresh, batch, every)
         if joined is not None and len(fresh) == 1:
             keys, values = joined
         elif self.filled:
             keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
         else:
             self.lazy_initialization(keys, values)
-        rows = segments[0].rows if len(segments) == 1 else None
         self.keys, self.values, self.index = keys, values, index
-        self.rows = None if rows is None or len(rows) == batch else rows
+        self.rows = None if rows is None or every or len(rows) == batch else rows
 
     def follows_on(self, segment: Segment, offset: int) -> bool:
         """Whether, with this segment, slot i still is position i: no key was left out, so no mask need be cut."""
@@ -148,9 +148,9 @@ class SkipLayer(DynamicLayer):
         return rows if self.rows is None else torch.searchsorted(self.rows, rows)
 
 
-def _merge_places(places: list[Tensor], segments: list[Segment], batch: int) -> Tensor:
+def _merge_places(places: list[Tensor], segments: list[Segment], batch: int, every: bool) -> Tensor:
     """One block out of segments; several share out the whole batch and are made equally long by holes on the left."""
-    if len(places) == 1:
+    if len(places) == 1 and (segments[0].rows is None or not every):
         return places[0]
     width = max(index.shape[1] for index in places)
     merged = places[0].new_full((batch, width), -1)
@@ -159,8 +159,8 @@ def _merge_places(places: list[Tensor], segments: list[Segment], batch: int) -> 
     return merged
 
 
-def _merge_states(fresh: list[tuple[Segment, Tensor, Tensor]], batch: int) -> tuple[Tensor, Tensor]:
-    if len(fresh) == 1:
+def _merge_states(fresh: list[tuple[Segment, Tensor, Tensor]], batch: int, every: bool) -> tuple[Tensor, Tensor]:
+    if len(fresh) == 1 and (fresh[0][0].rows is None or not every):
         return fresh[0][1:]
     width = max(keys.shape[-2] for _, keys, _ in fresh)
     merged = tuple(x.new_zeros(batch, x.shape[1], width, x.shape[-1]) for x in fresh[0][1:])

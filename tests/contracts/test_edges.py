@@ -152,3 +152,20 @@ def test_assisted_generation_says_what_the_model_says() -> None:
     options = {"max_new_tokens": 8, **GREEDY}
     helper = make("llama", seed=1).model
     assert torch.equal(model.generate(**batch, **options, assistant_model=helper), model.generate(**batch, **options))
+
+
+def test_a_later_chunk_of_pictures_only() -> None:
+    """Rows that leave a layer store nothing of it; the slots of the others stay theirs."""
+    toy, model = routed("llava", "vision")
+    batch = toy.batch([5, 8])
+    keep = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
+    with torch.no_grad():
+        cache = model(**batch, routing=keep, use_cache=True).past_key_values
+        before = [layer.nbytes() for layer in cache.layers]
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 1).long()], 1)
+        ids = torch.full((2, 1), IMAGE)
+        more = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        logits = model.backbone(**more).logits
+    assert logits.isfinite().all()
+    grown = [(layer.nbytes() - size) // (2 * 2 * 8 * 4) for layer, size in zip(cache.layers, before, strict=True)]
+    assert grown == [1, 1, 2, 0]

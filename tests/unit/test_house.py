@@ -29,7 +29,9 @@ ORDER = [
     "report",
     "train",
     "evaluate",
+    "bench",
     "calibrate",
+    "terminal",
     "cli",
 ]
 

@@ -1,0 +1,78 @@
+"""Decisions made to measure: which layers a skip rate leaves out, and real routers that decide just so."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import AdaSkipError
+from adaskip.routers.features import mean_weights, pool
+from adaskip.runtime.attach import RoutedModel
+
+Path = Literal["uniform", "mixed"]
+_LOGIT = 4.0
+
+
+def spread_out(layers: int, rate: float, batch: int, path: Path) -> Tensor:
+    """bool (l b): every row leaves out ``round(rate * layers)`` layers, evenly spread over the depth.
+
+    ``uniform``: all rows the same ones; ``mixed``: each row others, the pattern moved on by one layer a row.
+
+    >>> spread_out(4, 0.5, 2, "mixed").int().T.tolist()
+    [[1, 0, 1, 0], [0, 1, 0, 1]]
+    """
+    left = round(rate * layers)
+    row = torch.ones(layers, dtype=torch.bool)
+    row[[(2 * i + 1) * layers // (2 * left) for i in range(left)]] = False
+    return torch.stack([row.roll(i if path == "mixed" else 0) for i in range(batch)], 1)
+
+
+@torch.no_grad()
+def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
+    """Give the routers last weights with which they decide ``keep``, bool (l b), on these very inputs.
+
+    Where a layer's rows agree its bias decides; where they differ the weights are fitted to them by least squares. All
+    of a router's work remains: pooling, norm, both linear maps, and the reading of its decision.
+
+    Raises:
+        AdaSkipError: some router decides otherwise (two rows that look the same to it).
+    """
+    assert model.routers is not None
+    described, threshold = model.described, model.config.threshold
+    signs = torch.where(keep, _LOGIT, -_LOGIT).to(described.device)
+    seen: dict[int, Tensor] = {}
+    if bool((keep != keep[:, :1]).any()):
+        tokens = model.read_tokens(inputs)
+        weights = mean_weights(tokens.kinds(tokens.valid))
+
+        def observe(index: int, before: Tensor, after: Tensor) -> None:
+            seen[index] = model.routers[index].features(pool(before, weights))  # type: ignore[index, operator]
+
+        with model.observe(observe):
+            model(**inputs, routing=keep, use_cache=False)
+    for index, head in enumerate(model.routers):
+        outer: Any = head.outer
+        outer.weight.zero_()
+        wanted = signs[index]
+        if index in seen and bool((wanted != wanted[0]).any()):
+            features = seen[index].double()
+            features = features - features.mean(0)
+            outer.weight.copy_((torch.linalg.pinv(features) @ (wanted - wanted.mean()).double())[None])
+            outer.bias.fill_(threshold)
+            logits = seen[index] @ outer.weight[0] + outer.bias
+            outer.bias.sub_((logits - threshold - wanted).mean())
+        else:
+            outer.bias.fill_(threshold + float(wanted[0]))
+
+
+def check_forced(model: RoutedModel, keep: Tensor) -> None:
+    """Raises AdaSkipError unless the last request was decided as `force` was told."""
+    decided = model.routing.keep.cpu()
+    if not torch.equal(decided, keep):
+        layers = sorted({int(layer) for layer, _ in (decided != keep).nonzero()})
+        raise AdaSkipError(
+            f"bench: the routers of layers {layers} did not decide as they were made to; "
+            "two rows look the same to them. Use --path uniform, or another --seed"
+        )

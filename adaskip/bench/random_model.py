@@ -1,0 +1,207 @@
+"""A random model of a named architecture and size, with random prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+
+from adaskip.backbone import inspect_backbone, twin
+from adaskip.bench.subject import Subject
+from adaskip.errors import BackboneError, ConfigError, did_you_mean
+from adaskip.plan import Group, RouterConfig
+from adaskip.runtime.attach import attach
+
+IMAGE = 5
+_FIRST_TEXT = 16  # ids below are kept for what configurations give a meaning
+_PATCH = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a random model; None: as `fill` says."""
+
+    layers: int = 24
+    hidden: int = 1024
+    heads: int | None = None  # one for 64 of the width
+    kv_heads: int | None = None  # as many as heads
+    intermediate: int | None = None  # 8/3 of the width, rounded up to a multiple of 64
+    vocabulary: int = 32_000
+
+    def names(self, longest: int) -> dict[str, Any]:
+        """The same under the names that configurations use.
+
+        Raises:
+            ConfigError: sizes that do not fit one another; all faults at once.
+        """
+        heads = self.heads or max(1, self.hidden // 64)
+        kv_heads = self.kv_heads or heads
+        faults = [
+            f"--{name.replace('_', '-')}: expected a whole number >= 1, got {value}"
+            for name, value in vars(self).items()
+            if value is not None and value < 1
+        ]
+        if not faults and self.hidden % (2 * heads):
+            faults.append(f"--hidden {self.hidden}: expected a multiple of twice the {heads} heads; set --heads")
+        if not faults and heads % kv_heads:
+            faults.append(f"--kv-heads {kv_heads}: expected a divisor of the {heads} heads")
+        if self.vocabulary < 2 * _FIRST_TEXT:
+            faults.append(f"--vocabulary: expected at least {2 * _FIRST_TEXT}, got {self.vocabulary}")
+        if faults:
+            raise ConfigError("bench: " + "; ".join(faults))
+        return {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": self.hidden // heads,
+            "intermediate_size": self.intermediate or -(-self.hidden * 8 // 3 // 64) * 64,
+            "n_inner": self.intermediate or 4 * self.hidden,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": longest,
+            "is_decoder": True,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+
+
+def random_subject(
+    backbone: str,
+    size: Size,
+    prompt: int,
+    new: int,
+    image_tokens: int,
+    group: Group,
+    attention: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Subject:
+    """A model of this type with random weights, and random prompts of ``prompt`` text tokens after a picture.
+
+    Raises:
+        ConfigError: no such type, or sizes that do not fit.
+        BackboneError: it cannot be routed.
+    """
+    if backbone not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"--backbone {backbone}: transformers has no such model type; {did_you_mean(backbone, _common(backbone))}"
+        )
+    names = size.names(prompt + image_tokens + new + 8)
+    if image_tokens:
+        if backbone not in _PICTURES:
+            raise ConfigError(
+                f"--image-tokens {image_tokens}: pictures are made for --backbone {' or '.join(_PICTURES)}, "
+                f"not for {backbone}"
+            )
+        config, picture = _PICTURES[backbone](names, image_tokens)
+        auto: Any = AutoModelForImageTextToText
+    elif backbone in _PICTURES:
+        raise ConfigError(
+            f"--backbone {backbone}: a vision-language model; say how long its picture is: --image-tokens 576"
+        )
+    else:
+        config, picture = _config(backbone, names), None
+        auto = AutoModelForCausalLM
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = auto.from_config(config, attn_implementation=attention)
+    except ValueError as error:
+        raise BackboneError(f"--backbone {backbone}: {str(error).splitlines()[0]}") from error
+    finally:
+        torch.set_default_dtype(before)
+    model.eval().requires_grad_(False)
+    takes = inspect.signature(type(model).forward).parameters
+    opening = [7] if backbone == "qwen2_vl" else [1]
+
+    def batch(rows: int) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        ids = torch.randint(_FIRST_TEXT, size.vocabulary, (rows, prompt), generator=draw)
+        if picture is not None:
+            head = torch.tensor([*opening, *[IMAGE] * image_tokens]).expand(rows, -1)
+            ids = torch.cat([head, ids[:, len(opening) :]], 1)
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if picture is not None:
+            found |= picture(rows, draw)
+            found["pixel_values"] = found["pixel_values"].to(dtype)
+        if "mm_token_type_ids" in takes:
+            found["mm_token_type_ids"] = (ids == IMAGE).long()
+        return {name: value.to(device) for name, value in found.items()}
+
+    described = inspect_backbone(model)
+    routed = attach(twin(described), RouterConfig(group=group), seed=seed)
+    return Subject(backbone, described, routed, batch)
+
+
+def _common(word: str) -> list[str]:
+    near = [name for name in CONFIG_MAPPING if name[:3] == word[:3]]
+    return near or ["llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral", *_PICTURES]
+
+
+def _config(model_type: str, names: dict[str, Any]) -> PreTrainedConfig:
+    kind: Any = CONFIG_MAPPING[model_type]
+    aliases = getattr(kind, "attribute_map", {}) or {}
+    known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
+    sizes = {(name if name in known else aliases.get(name, name)): value for name, value in names.items()}
+    return kind(**{name: value for name, value in sizes.items() if name in known})
+
+
+Picture = Callable[[int, torch.Generator], dict[str, Tensor]]
+
+
+def _llava(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture]:
+    """A tower of one narrow layer over a square of patches, then a Llama."""
+    side = round(slots**0.5)
+    if side * side != slots:
+        raise ConfigError(f"--image-tokens {slots}: expected a square for llava, such as {side * side}")
+    clip: Any = CONFIG_MAPPING["clip_vision_model"]
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    kind: Any = CONFIG_MAPPING["llava"]
+    config = kind(
+        vision_config=clip(image_size=side * _PATCH, patch_size=_PATCH, **tower),
+        text_config=_config("llama", names),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    )
+    return config, lambda rows, draw: {
+        "pixel_values": torch.randn(rows, 3, side * _PATCH, side * _PATCH, generator=draw)
+    }
+
+
+def _qwen2_vl(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture]:
+    """A tower of one narrow layer over patches that are merged two by two, then a Qwen2."""
+    half = names["head_dim"] // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    vision = {"depth": 1, "embed_dim": 64, "num_heads": 1, "hidden_size": names["hidden_size"], "patch_size": _PATCH}
+    kind: Any = CONFIG_MAPPING["qwen2_vl"]
+    config = kind(
+        text_config={**names, "rope_parameters": rope},
+        vision_config={**vision, "mlp_ratio": 1},
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+    high = next(n for n in range(round(slots**0.5), 0, -1) if slots % n == 0)
+
+    def picture(rows: int, draw: torch.Generator) -> dict[str, Tensor]:
+        patches = torch.randn(rows * slots * 4, 3 * 2 * _PATCH**2, generator=draw)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 2 * high, 2 * slots // high]] * rows)}
+
+    return config, picture
+
+
+_PICTURES: dict[str, Callable[[dict[str, Any], int], tuple[PreTrainedConfig, Picture]]] = {
+    "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
+}

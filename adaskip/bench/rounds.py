@@ -1,0 +1,64 @@
+"""Timings that stand beside one another: paired rounds, each forth and back, until the interval is narrow enough."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from adaskip.theory.intervals import Interval, bootstrap_mean
+
+LEAST, MOST = 3, 200
+Seconds = dict[str, list[float]]
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], float]],
+    enough: Callable[[Seconds], bool],
+    budget: float,
+    told: Callable[[Seconds], None] = lambda seconds: None,
+) -> Seconds:
+    """Seconds of each call, one value a round: the mean of its turn on the way forth and its turn on the way back.
+
+    Whatever drifts evenly during a round falls on all calls alike (for two of them: A B B A).
+
+    Args:
+        calls: by name; each does its work once and returns its seconds.
+        enough: whether the rounds so far suffice; asked after every round from the third on.
+        budget: seconds after which no further round begins; one round is always made.
+        told: hears of every round.
+    """
+    start = time.perf_counter()
+    seconds: Seconds = {name: [] for name in calls}
+    for done in range(1, MOST + 1):
+        turns: Seconds = {name: [] for name in calls}
+        for name in (*calls, *reversed(tuple(calls))):
+            turns[name].append(calls[name]())
+        for name, both in turns.items():
+            seconds[name].append(statistics.fmean(both))
+        told(seconds)
+        if time.perf_counter() - start >= budget or (done >= LEAST and enough(seconds)):
+            break
+    return seconds
+
+
+def ratio(above: list[float], below: list[float], level: float = 0.95) -> Interval:
+    """``exp E log(above / below)`` over paired rounds, with its studentised bootstrap interval (estimator).
+
+    >>> ratio([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]).estimate
+    2.0
+    """
+    logs = torch.tensor(above, dtype=torch.float64).log() - torch.tensor(below, dtype=torch.float64).log()
+    found = bootstrap_mean(logs, level)
+    low, middle, high = torch.tensor([found.low, found.estimate, found.high], dtype=torch.float64).exp().tolist()
+    return Interval(middle, low, high, found.n)
+
+
+def spread(values: list[float]) -> list[float]:
+    """Lower quartile and upper quartile; one value is both."""
+    if len(values) == 1:
+        return values * 2
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]

@@ -1,0 +1,133 @@
+"""One way of running a batch (dense, routed, or cut out), and its two phases: reading the prompt, writing tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.backbone import twin
+from adaskip.bench.subject import Subject
+from adaskip.errors import AdaSkipError
+from adaskip.runtime.measure import timed
+
+
+@dataclass
+class Side:
+    """A model, its prompt, and after `prefill` a cache to write on from.
+
+    ``share``: how much of its seconds counts, where a batch is put together from several paths.
+    """
+
+    model: Any
+    inputs: dict[str, Tensor]
+    new: int
+    share: float = 1.0
+    cache: Any = None
+    logits: Tensor | None = None  # (b v) at the last prompt token; None for a model without a head
+
+    def prefill(self) -> Any:
+        """Read the prompt into a new cache."""
+        out = self.model(**self.inputs, use_cache=True, **self._last_only())
+        logits = getattr(out, "logits", None)
+        return out.past_key_values, None if logits is None else logits[:, -1]
+
+    def settle(self) -> None:
+        """Prefill and keep the cache, for `decode`."""
+        self.cache, self.logits = self.prefill()
+
+    def decode(self) -> None:
+        """Write ``new`` tokens after the prompt: the greedy choice is made, the token fed is always the same."""
+        mask, rows = self.inputs["attention_mask"], len(self.inputs["input_ids"])
+        padded = not bool(mask.all())
+        token = self.inputs["input_ids"][:, -1:]
+        for _ in range(self.new):
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
+            seen = {"attention_mask": mask} if padded else {}
+            out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True, **seen)
+            if self.logits is not None:
+                out.logits[:, -1:].argmax(-1)
+
+    def prefill_seconds(self) -> float:
+        """Seconds of one prefill, times the share."""
+        return timed(self.prefill)[1] * self.share
+
+    def decode_seconds(self) -> float:
+        """Seconds of writing one token, times the share; the cache is cut back to the prompt afterwards, untimed."""
+        seconds = timed(self.decode)[1]
+        self.cache.crop(-self.new)
+        return seconds / self.new * self.share
+
+    def _last_only(self) -> dict[str, Any]:
+        """As ``generate`` does: logits of the last token only, where the model has the option."""
+        backbone = getattr(self.model, "backbone", self.model)
+        takes = inspect.signature(type(backbone).forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Several that make up one figure."""
+
+    parts: tuple[Side, ...]
+
+    def prefill_seconds(self) -> float:
+        """Sum over the parts."""
+        return sum(part.prefill_seconds() for part in self.parts)
+
+    def decode_seconds(self) -> float:
+        """Sum over the parts."""
+        return sum(part.decode_seconds() for part in self.parts)
+
+    def settle(self) -> None:
+        """Prefill them all."""
+        for part in self.parts:
+            part.settle()
+
+
+def ideal(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -> Sides:
+    """The same decisions physically cut out: for every number of layers kept, a model of just so many layers.
+
+    Each runs the whole batch and counts by its share of the rows (layers are taken to cost the same). Of group
+    ``vision`` the layers that vision leaves are a second model, run on the text tokens alone and without a head.
+
+    Raises:
+        AdaSkipError: a row leaves out every layer, so that nothing remains to be run.
+    """
+    counts = keep.sum(0)
+    vision = subject.routed.runtime.group == "vision"
+    parts = []
+    for count in sorted(set(counts.tolist())):
+        rows = counts == count
+        row = keep[:, int(rows.nonzero()[0])]
+        share = float(rows.double().mean())
+        if count:
+            parts.append(Side(twin(subject.described, row.nonzero().flatten().tolist()), inputs, new, share))
+        if vision and count < len(row):
+            model = twin(subject.described, (~row).nonzero().flatten().tolist())
+            parts.append(Side(_headless(model), _text_only(subject, inputs), new, share))
+    if not parts:
+        raise AdaSkipError("bench: these routers leave out every layer of every row; there is nothing to cut out")
+    return Sides(tuple(parts))
+
+
+def _headless(model: Any) -> Callable[..., Any]:
+    return model.base_model
+
+
+def _text_only(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The text tokens of every row, with padding on the left where rows differ."""
+    tokens = subject.routed.read_tokens(inputs)
+    assert tokens.vision is not None
+    text = tokens.valid & ~tokens.vision
+    width = int(text.sum(1).max())
+    order = text.int().argsort(dim=1, stable=True)[:, -width:]
+    mask = text.gather(1, order)
+    found = {"input_ids": inputs["input_ids"].gather(1, order), "attention_mask": mask.to(inputs["attention_mask"])}
+    if "mm_token_type_ids" in inputs:
+        found["mm_token_type_ids"] = torch.zeros_like(found["input_ids"])
+    return found

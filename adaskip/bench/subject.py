@@ -1,0 +1,72 @@
+"""What is measured: one model three times on the same weights, with inputs; here a stored one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adaskip.backbone import Backbone, inspect_backbone, twin
+from adaskip.demo.backbone import EMBEDDED
+from adaskip.errors import CheckpointError, ConfigError
+from adaskip.plan import RouterConfig
+from adaskip.runtime.attach import RoutedModel, attach
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model three times on the same weights, and inputs for it.
+
+    ``described`` stays untouched: dense runs, and what is cut out of it for ideal ones; ``routed`` carries routers.
+    """
+
+    name: str
+    described: Backbone
+    routed: RoutedModel
+    batch: Callable[[int], dict[str, Tensor]]  # so many rows of model inputs
+    trained: bool = False  # whether the routers were trained, so that their own decisions mean something
+
+
+def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
+    """``digits-vlm`` with untrained routers, or the folder of a run with its own; inputs are its test questions.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    from adaskip.training.data import Collator, load_records
+
+    if target == EMBEDDED:
+        from adaskip.demo.backbone import load
+
+        model, processor = load()
+        described = inspect_backbone(nn.Module.to(model.requires_grad_(False), device))
+        routed, trained = attach(twin(described), RouterConfig()), False
+        records = load_records(EMBEDDED, "test", 512, seed)
+    else:
+        from adaskip.evaluate import open_run
+        from adaskip.train import records as split
+
+        if not Path(target).is_dir():
+            raise CheckpointError(
+                f"{target}: expected {EMBEDDED} or the folder of a run; for a random model type --backbone {target}"
+            )
+        run = open_run(Path(target))
+        processor, trained = run.processor, True
+        config, heads = run.model.config, run.model.routers
+        described = inspect_backbone(nn.Module.to(run.model.detach().requires_grad_(False), device))
+        routed = attach(twin(described), config)
+        assert heads is not None
+        assert routed.routers is not None
+        routed.routers.load_state_dict(heads.state_dict())
+        records = split(run.recipe, "test")
+    collate = Collator(processor, answers=False)
+
+    def batch(rows: int) -> dict[str, Tensor]:
+        if rows > len(records):
+            raise ConfigError(f"--batch {rows}: expected at most {len(records)}, so many test questions there are")
+        return {name: value.to(device) for name, value in collate(records[:rows])["inputs"].items()}
+
+    return Subject(target, described, routed, batch, trained)

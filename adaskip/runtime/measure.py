@@ -1,0 +1,54 @@
+"""Seconds and memory of a call, and what a cache holds."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """A call's result and its wall-clock seconds, the device's work included."""
+    _settle()
+    start = time.perf_counter()
+    result = call()
+    _settle()
+    return result, time.perf_counter() - start
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str]:
+    """The most memory held while a call ran, bytes, and which memory that is.
+
+    On CUDA what torch had allocated on ``device``; on a CPU the resident set of the whole process, weights and whatever
+    else it holds included (None where the system does not let a process reset its peak: this needs Linux).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device), "allocated on the GPU"
+    try:
+        _CLEAR.write_text("5")  # resets the peak of the resident set
+    except OSError:
+        return None, "resident set (not told by this system)"
+    call()
+    found = _PEAK.search(_STATUS.read_text(encoding="utf-8"))
+    return int(found[1]) * 1024 if found else None, "resident set of the process"
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a cache holds."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes()
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

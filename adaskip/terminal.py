@@ -1,0 +1,104 @@
+"""What every verb shares: its result for people or for programs, its exit status, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from adaskip.errors import AdaSkipError, CheckpointError, did_you_mean
+
+
+def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
+    """Do a verb's work, then print its result for people or for programs, and turn it into an exit status."""
+    try:
+        with _stdout_to_stderr() if as_json else nullcontext():
+            found = work()
+    except (AdaSkipError, OSError) as error:
+        if as_json:
+            emit_error(str(error))
+        else:
+            print(f"adaskip: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if as_json:
+        emit(found)
+    else:
+        show(found)
+    if not found.get("ok", True):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries and child processes print to standard error, at the level of the file descriptor as well."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def emit(values: dict[str, Any]) -> None:
+    """Print one strict JSON object: NaN and infinity, which JSON does not know, become null."""
+    text = json.dumps(values, default=str)
+    print(json.dumps(json.loads(text, parse_constant=lambda _: None)))
+
+
+def emit_error(text: str) -> None:
+    head, *faults = text.splitlines()
+    emit({"ok": False, "error": head, "faults": [fault.strip() for fault in faults] or [head]})
+
+
+def existing(run: Path) -> Path:
+    """The folder itself.
+
+    Raises CheckpointError when there is none; names a sibling folder of a similar name.
+    """
+    if run.is_dir():
+        return run
+    siblings = [path.name for path in run.parent.iterdir() if path.is_dir()] if run.parent.is_dir() else []
+    hint = did_you_mean(run.name, siblings)
+    near = f"; {hint}" if hint.startswith("did") else "."
+    raise CheckpointError(f"{run}: no such run folder{near} Train one with: adaskip train digits-vlm output={run}")
+
+
+def say(text: str) -> None:
+    Console(markup=False, highlight=False, soft_wrap=True).print(text)
+
+
+def table(rows: list[dict[str, Any]], hidden: Sequence[str] = ()) -> None:
+    """Rows as a table that fits 80 columns; the first row names the columns."""
+    names = [name for name in (rows[0] if rows else ()) if name not in hidden]
+    columns = [Column(name.replace("_", "\n"), no_wrap=name != "sentence", vertical="top") for name in names]
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    Console(markup=False, highlight=False).print(table)
+
+
+def pairs(values: dict[str, Any], prefix: str = "") -> None:
+    """One `name  value` a line; what is nested gets its path as a name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs(value, f"{prefix}{name}.")
+        else:
+            say(f"{prefix + name:28} {_cell(value)}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

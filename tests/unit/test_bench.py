@@ -1,0 +1,216 @@
+"""`adaskip bench`: what it compares is the same computation, what it reports adds up, what it cannot do it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from adaskip import cli
+from adaskip.backbone import inspect_backbone, twin
+from adaskip.bench import bench
+from adaskip.bench.forced import check_forced, force, spread_out
+from adaskip.bench.random_model import Size, random_subject
+from adaskip.bench.rounds import LEAST, interleave, ratio, spread
+from adaskip.bench.sides import ideal
+from adaskip.bench.subject import Subject, stored_subject
+from adaskip.errors import AdaSkipError, ConfigError
+from adaskip.plan import SkipPlan
+from adaskip.runtime.attach import attach
+from adaskip.runtime.measure import cache_bytes, peak_memory
+from tests import families
+
+CPU = torch.device("cpu")
+TINY = ["--layers", "2", "--hidden", "64"]
+SIZE = Size(layers=4, hidden=64, heads=2, vocabulary=96)
+
+
+def small(backbone: str = "llama", image_tokens: int = 0) -> Subject:
+    group = "vision" if image_tokens else "all"
+    return random_subject(backbone, SIZE, 9, 3, image_tokens, group, "sdpa", torch.float32, CPU, seed=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "falcon", "bloom", "mixtral", "llava", "qwen2_vl"])
+@torch.no_grad()
+def test_a_twin_cut_to_some_layers_is_the_plan_that_leaves_the_others_out(name: str) -> None:
+    toy = families.make(name)
+    batch = toy.batch([7, 7])
+    described = inspect_backbone(toy.model.requires_grad_(False))
+    short = twin(described, [0, 2])
+    assert {id(w) for w in short.parameters()} < {id(w) for w in toy.model.parameters()}
+    whole = toy.model(**batch).logits
+    assert torch.equal(twin(described)(**batch).logits, whole)
+    cut = short(**batch, use_cache=True)
+    assert torch.equal(toy.model(**batch).logits, whole)
+    assert cache_bytes(cut.past_key_values) * 2 == cache_bytes(toy.model(**batch, use_cache=True).past_key_values)
+    routed = attach(toy.model, plan=SkipPlan.static([1, 3]))
+    assert torch.allclose(routed(**batch).logits, cut.logits, atol=1e-5)
+
+
+def test_a_twin_keeps_at_least_one_layer() -> None:
+    with pytest.raises(ConfigError, match="expected at least one layer to stay, got none"):
+        twin(inspect_backbone(families.make("llama").model), [])
+
+
+def test_layers_are_left_out_evenly_and_mixed_rows_leave_out_equally_many() -> None:
+    assert spread_out(8, 0.25, 1, "uniform")[:, 0].tolist() == [True, True, False, True, True, True, False, True]
+    mixed = spread_out(8, 0.25, 4, "mixed")
+    assert (mixed.sum(0) == 6).all()
+    assert len({tuple(row) for row in mixed.T.tolist()}) == 4
+    assert spread_out(8, 0.0, 2, "mixed").all()
+
+
+@pytest.mark.parametrize("image_tokens", [0, 4])
+def test_routers_decide_as_they_are_made_to(image_tokens: int) -> None:
+    subject = small("llava" if image_tokens else "llama", image_tokens)
+    inputs = subject.batch(4)
+    draw = torch.Generator().manual_seed(0)
+    for keep in (torch.rand(4, 4, generator=draw) > 0.5, spread_out(4, 0.5, 4, "uniform")):
+        force(subject.routed, inputs, keep)
+        with torch.no_grad():
+            subject.routed(**inputs)
+        check_forced(subject.routed, keep)
+        assert subject.routed.routing.logits is not None
+    with pytest.raises(AdaSkipError, match=r"routers of layers \[0, 1, 2, 3\] did not decide as they were made to"):
+        check_forced(subject.routed, ~keep)
+
+
+@pytest.mark.parametrize(("backbone", "image_tokens"), [("llama", 0), ("mixtral", 0), ("llava", 9), ("qwen2_vl", 6)])
+def test_every_row_adds_up(backbone: str, image_tokens: int) -> None:
+    subject = small(backbone, image_tokens)
+    rows = bench(subject, [0.0, 0.5], [1, 3], ["uniform", "mixed"], new=2, budget=0)
+    assert [(r["phase"], r["batch"], r["path"], r["skip"]) for r in rows[::2]] == [
+        ("prefill", 1, "uniform", 0.0),
+        ("prefill", 1, "uniform", 0.5),
+        ("prefill", 3, "uniform", 0.0),
+        ("prefill", 3, "uniform", 0.5),
+        ("prefill", 3, "mixed", 0.5),
+    ]
+    assert {r["phase"] for r in rows[1::2]} == {"decode"}
+    for row in rows:
+        assert row["rounds"] == 1
+        assert row["efficiency"] == pytest.approx(row["ideal_s"] / row["routed_s"])
+        assert row["speedup"] == pytest.approx(row["dense_s"] / row["routed_s"])
+        assert (row["overhead"] is None) == (row["skip"] != 0)
+        assert row["efficiency_low"] is None  # one round has no interval
+        assert row["keep"] == pytest.approx(row["flops"] / row["dense_flops"])
+        if row["skip"] == 0:
+            assert (row["keep"], row["kv_bytes"]) == (1, row["dense_kv_bytes"])
+        elif image_tokens:
+            assert 0.5 < row["keep"] < 1
+            absent = row["batch"] * 2 * image_tokens * 2 * 2 * 32 * 4  # 2 layers; keys and values of 2 heads, float32
+            assert row["dense_kv_bytes"] - row["kv_bytes"] == absent
+        else:
+            assert row["keep"] == 0.5
+            assert row["kv_bytes"] * 2 == row["dense_kv_bytes"]
+    json.dumps(rows)
+
+
+def test_vision_is_cut_out_of_the_layers_it_leaves() -> None:
+    """Dense FLOPs of the two cut models together are the FLOPs that the routed model spends."""
+    subject = small("llava", 9)
+    inputs = subject.batch(2)
+    keep = spread_out(4, 0.5, 2, "uniform")
+    force(subject.routed, inputs, keep)
+    with torch.no_grad():
+        subject.routed(**inputs)
+    seen, text = ideal(subject, inputs, keep, 2).parts
+    assert (len(text.inputs["input_ids"][0]), len(seen.inputs["input_ids"][0])) == (9, 18)
+    assert not (text.inputs["input_ids"] == 5).any()
+    cost = subject.routed.runtime.cost
+    spent = sum(float(cost.chunk(torch.tensor([n]), torch.tensor([0]))[0, 0]) * 2 for n in (9, 18))
+    assert float(subject.routed.routing.executed[0]) == pytest.approx(spent)
+
+
+def test_the_embedded_model_decides_with_forced_routers() -> None:
+    (row, _) = bench(stored_subject("digits-vlm", CPU, 0), [0.5], [2], ["uniform"], new=2, budget=0)
+    assert row["backbone"] == "digits-vlm"
+    assert row["keep"] == pytest.approx(0.5)
+
+
+def test_rounds_go_forth_and_back_until_it_is_enough() -> None:
+    order: list[str] = []
+
+    def call(name: str, seconds: float):
+        def one() -> float:
+            order.append(name)
+            return seconds + 0.1 * len(order)  # a drift that falls on both alike
+
+        return one
+
+    heard: list[int] = []
+    found = interleave({"a": call("a", 2), "b": call("b", 2)}, lambda s: True, 60, lambda s: heard.append(len(s["a"])))
+    assert order == ["a", "b", "b", "a"] * LEAST
+    assert heard == [1, 2, 3]
+    assert found["a"] == pytest.approx(found["b"])
+    assert len(interleave({"a": call("a", 1)}, lambda s: False, 0)["a"]) == 1
+
+
+def test_a_ratio_is_paired() -> None:
+    drift = [1.0, 2.0, 4.0, 8.0, 3.0]
+    found = ratio([1.1 * x for x in drift], drift)
+    assert (found.estimate, found.low, found.high) == pytest.approx((1.1, 1.1, 1.1))
+    wide = ratio([1.0, 1.2, 0.9, 1.1, 1.0], [1.0] * 5)
+    assert wide.low < wide.estimate < wide.high
+    assert spread([4.0, 1.0, 2.0, 3.0]) == [1.75, 3.25]
+    assert spread([1.0]) == [1.0, 1.0]
+
+
+def test_peak_memory_sees_what_a_call_held() -> None:
+    peak, what = peak_memory(lambda: torch.ones(2**26).sum(), CPU)
+    if peak is None:
+        pytest.skip("this system does not tell the peak of the resident set")
+    least, _ = peak_memory(lambda: None, CPU)
+    assert least is not None
+    assert what == "resident set of the process"
+    assert peak - least > 2**27
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "expected a run folder, digits-vlm, or --backbone TYPE for a random model, one of them"),
+        (["digits-vlm", "--prompt", "3"], "--prompt, --image-tokens, --group: a stored model has its own"),
+        (
+            ["nowhere"],
+            "nowhere: expected digits-vlm or the folder of a run; for a random model type --backbone nowhere",
+        ),
+        (["--backbone", "lama"], "--backbone lama: transformers has no such model type"),
+        (["--backbone", "llama", "--hidden", "96", "--heads", "5"], "--hidden 96: expected a multiple of twice the 5"),
+        (
+            ["--backbone", "llama", "--skip", "a"],
+            "--skip: expected numbers with commas between, such as 0,0.5",
+        ),
+        (["--backbone", "llama", "--dtype", "floot32"], "got 'floot32'; did you mean 'float32'?"),
+        (["--backbone", "llava", "--layers", "2"], "say how long its picture is: --image-tokens 576"),
+        (["--backbone", "llava", "--image-tokens", "7"], "--image-tokens 7: expected a square for llava, such as 9"),
+        (["--backbone", "mamba", *TINY], "--backbone mamba: MambaForCausalLM does not support"),
+        (["--backbone", "t5", *TINY], "--backbone t5: "),
+        (["--backbone", "llama", *TINY, "--skip", "0.9,1"], "expected shares in [0, 1), got 1; --skip 0.9: leaves"),
+    ],
+)
+def test_bad_input_is_a_plain_error(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", *words, "--vocabulary", "64"])
+    out, err = capfd.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert told in err.replace("\n", " ")
+    assert "Traceback" not in err
+
+
+def test_the_verb(capfd: pytest.CaptureFixture[str]) -> None:
+    words = "bench --backbone llama --layers 2 --hidden 64 --vocabulary 96 --prompt 8 --new 2 --batch 1 --skip 0,0.5"
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--budget", "0.1", "--json"])
+    out, _ = capfd.readouterr()
+    found = json.loads(out)
+    assert not stop.value.code
+    assert [row["phase"] for row in found["results"]] == ["prefill", "decode"] * 2
+    assert found["settings"]["backbone"] == "llama"
+    assert found["environment"]["threads"] == torch.get_num_threads()
+    with pytest.raises(SystemExit):
+        cli.main([*words.split(), "--budget", "0.1"])
+    out, _ = capfd.readouterr()
+    assert "effic" in out
+    assert "decode" in out
