@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from adaskip.routers.heads import build_heads
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Observer, Runtime
 from adaskip.runtime.request import Mode
+
+if TYPE_CHECKING:
+    from adaskip.runtime.paths import Answers
 
 _MARK = "_adaskip"
 
@@ -127,6 +130,12 @@ class RoutedModel(nn.Module):
         mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
         with torch.no_grad(), self._set(mode=mode, fixed=keep, prompt_length=length):
             return self.backbone.generate(**inputs)  # type: ignore[operator]
+
+    def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
+        """Answer prompts together that took the same path, as `adaskip.runtime.paths.generate_many` says."""
+        from adaskip.runtime.paths import generate_many
+
+        return generate_many(self, prompts, **options)
 
     @property
     def routing(self) -> Routing:

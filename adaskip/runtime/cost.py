@@ -102,14 +102,16 @@ class Ledger:
         """Forget the last ``count`` positions."""
         singles = min(count, self.decoded)
         self.decoded, count = self.decoded - singles, count - singles
-        while count and self.chunks:
+        while count:
             text, vision = self.chunks.pop()
-            if (left := text.shape[1] - count) > 0:
-                self.chunks.append((text[:, :left], vision[:, :left]))
-            count = max(-left, 0)
+            left = text.shape[1] - count
+            if left > 0 or not self.chunks:
+                self.chunks.append((text[:, : max(left, 0)], vision[:, : max(left, 0)]))
+                return
+            count = -left
 
     def _singles(self) -> list[tuple[Tensor, Tensor]]:
-        one = [(torch.ones_like(text[:, :1]), torch.zeros_like(text[:, :1])) for text, _ in self.chunks[:1]]
+        one = [(text.new_ones(len(text), 1), text.new_zeros(len(text), 1)) for text, _ in self.chunks[:1]]
         return one * self.decoded
 
     def select(self, rows: Tensor) -> None:

@@ -1,0 +1,84 @@
+"""Few paths for many prompts: each prompt gets a superset of the layers it asked for."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError
+
+Prices = tuple[Tensor, Tensor]
+"""float64 (l n) each: what running a layer costs each prompt, and what leaving it costs."""
+
+
+def price(path: Tensor, asked: Tensor, prompt: Prices, answer: Prices) -> Tensor:
+    """FLOPs that prompts spend beyond what they asked for, when they follow a path that holds it.
+
+        [path != asked] * prefill(path) + answer(path) - answer(asked)
+
+    A prompt whose path grows is prefilled again: the keys of the added layers do not exist yet, and every later layer
+    sees other states. An estimate of the answers' length makes it an estimator.
+
+    Args:
+        path: bool (l n), what each prompt follows.
+        asked: bool (l n), what its routers asked for.
+        prompt: prices of the prompts' own tokens.
+        answer: prices of the tokens to come.
+
+    Returns:
+        float64 (n).
+    """
+
+    def total(keep: Tensor, prices: Prices) -> Tensor:
+        return torch.where(keep, *prices).sum(0)
+
+    again = torch.where((path != asked).any(0), total(path, prompt), 0.0)
+    return again + total(path, answer) - total(asked, answer)
+
+
+def consolidate(asked: Tensor, at_most: int, prompt: Prices, answer: Prices) -> Tensor:
+    """At most so many distinct paths, each a superset of what its members asked for, at little added cost.
+
+    Agglomerative: from one cluster a distinct path, the two whose union adds the fewest FLOPs by `price` are merged
+    until ``at_most`` are left. Deterministic; greedy, so a heuristic: not always the cheapest clustering.
+
+    Args:
+        asked: bool (l n), column j is what prompt j asked for.
+        at_most: number of paths, at least 1.
+        prompt: prices of the prompts' own tokens.
+        answer: prices of the tokens to come.
+
+    Returns:
+        bool (l n): the path that each prompt is to follow.
+
+    Raises:
+        ConfigError: ``at_most`` is no number of paths.
+    """
+    if at_most < 1:
+        raise ConfigError(f"paths: expected at least 1 path to be left, got {at_most}")
+
+    def added(path: Tensor, rows: list[int]) -> float:
+        parts = [tuple(x[:, rows] for x in prices) for prices in (prompt, answer)]
+        return float(price(path[:, None].expand(-1, len(rows)), asked[:, rows], parts[0], parts[1]).sum())  # type: ignore[arg-type]
+
+    rows: dict[tuple[bool, ...], list[int]] = {}
+    for row, path in enumerate(asked.T.tolist()):
+        rows.setdefault(tuple(path), []).append(row)
+    clusters = {number: (torch.tensor(path), members) for number, (path, members) in enumerate(rows.items())}
+    alone = {number: added(*cluster) for number, cluster in clusters.items()}
+    growth: dict[tuple[int, int], float] = {}
+    for fresh in range(len(clusters), 2 * len(clusters) - at_most):
+        for i, j in combinations(clusters, 2):
+            if (i, j) not in growth:
+                union = clusters[i][0] | clusters[j][0]
+                growth[i, j] = added(union, clusters[i][1] + clusters[j][1]) - alone[i] - alone[j]
+        i, j = min(combinations(clusters, 2), key=growth.__getitem__)
+        (left, mine), (right, yours) = clusters.pop(i), clusters.pop(j)
+        clusters[fresh] = left | right, mine + yours
+        alone[fresh] = added(*clusters[fresh])
+    snapped = asked.clone()
+    for path, members in clusters.values():
+        snapped[:, members] = path[:, None]
+    return snapped
