@@ -135,7 +135,8 @@ class ConditionCheck(lightning.Callback):
         self.stopped: str | None = None
         self.look: Look | None = None
         self._warned: set[int] = set()
-        self._held: tuple[int, ...] | None = None  # read from a checkpoint
+        self._held: frozenset[int] = frozenset()  # by this callback, beside those of the routers' configuration
+        self._fixed: frozenset[int] = frozenset()
         self.findings: Findings | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -157,16 +158,17 @@ class ConditionCheck(lightning.Callback):
                 "ConditionCheck: repeated looks need to know their number; give the trainer max_steps or max_epochs"
             )
         self.looks = int(steps) // self.every + 1 if self.every else 1
-        if self._held is not None:
-            model.hold(self._held)
+        self._fixed = frozenset(model.config.held) - self._held
+        if self._held:
+            model.hold(self._fixed | self._held)
 
     def state_dict(self) -> dict[str, Any]:
         """The layers that are held, for a run that resumes."""
-        return {"held": list(self._held or ())}
+        return {"held": sorted(self._held)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the held layers until the model is at hand."""
-        self._held = tuple(state_dict["held"])
+        self._held = frozenset(state_dict["held"])
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -213,12 +215,13 @@ class ConditionCheck(lightning.Callback):
         violations = look.violations
         if self.on_violation == "hold":
             passed = {layer for layer, found in look.skips.items() if found.verdict == "admissible"}
-            held = tuple(sorted((set(model.config.held) | set(violations)) - passed))
-            held = tuple(trainer.strategy.broadcast(held))  # ranks may have looked at other inputs
-            for layer in set(held) ^ set(model.config.held):
+            held = (self._held | set(violations)) - passed
+            held = trainer.strategy.broadcast(held)  # ranks may have looked at other inputs
+            for layer in sorted(held ^ self._held):
                 word = "held from now on" if layer in held else "free again"
                 _log.warning("step %d: layer %d is %s; %s", look.step, layer, word, _say(look, layer))
-            model.hold(held)
+            if held != self._held:
+                model.hold(self._fixed | held)
             self._held = held
         elif violations and self.on_violation == "stop":
             self.stopped = (

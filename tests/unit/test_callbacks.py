@@ -32,10 +32,16 @@ def eager(skips: dict[int, float]) -> adaskip.RoutedModel:
 
 
 def fit(
-    model: adaskip.RoutedModel, tmp_path: Path, on_violation: OnViolation, steps: int = 4, resume: str | None = None
+    model: adaskip.RoutedModel,
+    tmp_path: Path,
+    on_violation: OnViolation,
+    steps: int = 4,
+    resume: str | None = None,
+    held: tuple[int, ...] = (),
 ) -> tuple[adaskip.ConditionCheck, lightning.Trainer]:
     tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.5), steps=8, learning_rate=1e-6)
     check = adaskip.ConditionCheck(every=2, examples=32, tolerance=0.01, on_violation=on_violation)
+    check.load_state_dict({"held": held})
     trainer = lightning.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -53,9 +59,10 @@ def fit(
 
 def test_hold_makes_a_costly_layer_run_and_leaves_a_redundant_one_alone(tmp_path: Path) -> None:
     model = eager({1: GREEDY, 2: GREEDY})
-    model.hold([2])  # a redundant layer that is held is set free
-    check, trainer = fit(model, tmp_path, "hold")
-    assert model.config.held == (1,)
+    model.hold([3])  # what the configuration holds is not the callback's to free
+    check, trainer = fit(model, tmp_path, "hold", held=(2,))  # a redundant layer that it held passes, and is free again
+    assert model.config.held == (1, 3)
+    assert check.state_dict() == {"held": [1]}
     assert check.look is not None
     assert {layer: found.verdict for layer, found in check.look.skips.items()} == {1: "inadmissible", 2: "admissible"}
     assert (check.look.skips[1].n, check.looks) == (32, 3)
@@ -70,7 +77,7 @@ def test_hold_makes_a_costly_layer_run_and_leaves_a_redundant_one_alone(tmp_path
     model.save_pretrained(tmp_path / "router")
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = adaskip.RoutedModel.from_pretrained(tmp_path / "router", model.detach())
-    assert again.config.held == (1,)
+    assert again.config.held == (1, 3)
     assert torch.equal(again(**arguments).logits, routed)
 
     resumed = eager({1: GREEDY, 2: GREEDY})
