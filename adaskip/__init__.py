@@ -4,6 +4,7 @@
     from transformers import AutoModelForImageTextToText
 
     base = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
+    adaskip.profile(base, batches).to_dict()                             # redundancy per layer; no training
     model = adaskip.attach(base, adaskip.RouterConfig(group="vision"))   # one router per decoder layer
     tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.6))      # a LightningModule
     lightning.Trainer(callbacks=[adaskip.ConditionCheck(every=50)]).fit(tuner, train, validation)
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adaskip.plan import SkipPlan as SkipPlan
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
+    from adaskip.theory.redundancy import profile as profile
     from adaskip.training.callbacks import ConditionCheck as ConditionCheck
     from adaskip.training.data import Collator as Collator
     from adaskip.training.module import RouterTuner as RouterTuner
@@ -46,6 +48,7 @@ _HOMES = {
     "Routing": "plan",
     "SkipPlan": "plan",
     "attach": "runtime.attach",
+    "profile": "theory.redundancy",
 }
 __all__ = sorted(_HOMES)
 

@@ -234,6 +234,50 @@ def bench(
 
 
 @app.command()
+def profile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id or folder, or digits-vlm.")],
+    data: Annotated[str | None, typer.Option("--data", help="A folder of JSON lines, or a dataset id.")] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", help="all or vision; default: both, where it has both.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="train, validation, calibration or test.")] = "validation",
+    examples: Annotated[int, typer.Option("--examples", min=1, help="Inputs to measure.")] = 256,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Nats per token that one skip may cost.")] = 0.05,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs at once.")] = 32,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the picture and the figures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how redundant each layer is, and which cheap notion predicts it; trains nothing."""
+
+    def work() -> dict[str, Any]:
+        from rich.progress import Progress
+
+        from adaskip.profiling import profile_model
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def advance(name: str, done: int, total: int) -> None:
+                tasks[name] = tasks[name] if name in tasks else bar.add_task(f"group {name}", total=total)
+                bar.update(tasks[name], completed=done)
+
+            return profile_model(
+                model, data, group, split=split, examples=examples, tolerance=tolerance, batch_size=batch_size,
+                output=output, progress=advance,
+            )  # fmt: skip
+
+    def show(found: dict[str, Any]) -> None:
+        from adaskip.profiling import summary
+
+        for rows in summary(found):
+            _table(rows)
+            _say("")
+        _say(f"chain of bounds violated {found['chain_violations']} times\npicture: {found['picture']}")
+
+    _do(work, show, as_json)
+
+
+@app.command()
 def calibrate(
     run: Run,
     risk: Annotated[float, typer.Option("--risk", help="Share of inputs whose answer may differ from dense.")] = 0.02,

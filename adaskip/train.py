@@ -14,12 +14,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, AutoTokenizer
 
 from adaskip import report
-from adaskip.demo.backbone import EMBEDDED, FOLDER
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import Recipe, dump, load
+from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
 from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, exact_match, measure
@@ -44,18 +43,8 @@ RECIPE, LAST = "recipe.resolved.yaml", "checkpoints/last.ckpt"
 
 def load_processor(recipe: Recipe) -> Any:
     """The backbone's processor, or its tokenizer where it has no pictures."""
-    path = FOLDER if recipe.backbone.path == EMBEDDED else recipe.backbone.path
-    options = {"trust_remote_code": recipe.backbone.trust_remote_code, "revision": recipe.backbone.revision}
-    try:
-        return AutoProcessor.from_pretrained(path, **options)
-    except (OSError, ValueError):
-        try:
-            return AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"backbone {recipe.backbone.path!r}: holds no processor and no tokenizer; "
-                "save them beside the model with processor.save_pretrained(folder)"
-            ) from error
+    section = recipe.backbone
+    return persist.load_processor(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
 
 
 def backbone_options(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from adaskip import __version__
 from adaskip.backbone import fingerprint
@@ -42,6 +49,26 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
             f"backbone {name!r}: cannot be loaded ({reason}); expected a Hugging Face id, a folder that "
             "save_pretrained wrote, or digits-vlm"
         ) from error
+
+
+def load_processor(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """A backbone's processor, or its tokenizer where it has no pictures.
+
+    Raises:
+        CheckpointError: the folder or repository holds neither.
+    """
+    path = FOLDER if name == EMBEDDED else name
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        return AutoProcessor.from_pretrained(path, **options)
+    except (OSError, ValueError):
+        try:
+            return AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"backbone {name!r}: holds no processor and no tokenizer; "
+                "save them beside the model with processor.save_pretrained(folder)"
+            ) from error
 
 
 def save(model: RoutedModel, folder: str | Path) -> Path:

@@ -85,6 +85,24 @@ def paired_difference(a: Tensor, b: Tensor, level: float = 0.95, n_resamples: in
     return bootstrap_mean(a.double() - b.double(), level, n_resamples, seed)
 
 
+def jackknife(estimate: float, left_out: Tensor, level: float = 0.95) -> Interval:
+    """Delete-a-group jackknife interval: estimate -+ t sqrt((g - 1) mean((x_i - mean x)^2)) (estimator; Tukey 1958).
+
+    left_out (g,): the statistic without one of g equally large groups of inputs each, i.i.d. groups; t is Student's
+    with g - 1 degrees. For smooth statistics that are no mean of per-input values. Raises DataError with fewer than two
+    groups or a value that is not finite.
+
+    >>> interval = jackknife(2.5, torch.tensor([3.0, 2.67, 2.33, 2.0]))
+    >>> round(interval.low, 2), round(interval.high, 2)
+    (0.45, 4.55)
+    """
+    x, tail = left_out.double().flatten(), _tail(level)
+    if len(x) < 2 or not x.isfinite().all() or not math.isfinite(estimate):
+        raise DataError(f"jackknife: expected at least two finite values, got {x.tolist()} around {estimate}")
+    half = float(stats.t.isf(tail, len(x) - 1)) * math.sqrt((len(x) - 1) * x.var(correction=0).item())
+    return Interval(estimate, estimate - half, estimate + half, len(x))
+
+
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Exact interval of a proportion: a bound, it covers with probability >= level for i.i.d. inputs (1934).
 

@@ -31,6 +31,7 @@ ORDER = [
     "evaluate",
     "bench",
     "calibrate",
+    "profiling",
     "terminal",
     "cli",
 ]

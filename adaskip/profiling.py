@@ -1,0 +1,101 @@
+"""`adaskip profile`: how redundant the layers of a model are, measured without training; JSON and one picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+
+from adaskip.demo.backbone import EMBEDDED
+from adaskip.errors import ConfigError
+from adaskip.plan import Group
+from adaskip.report.redundancy import profile_plot
+from adaskip.runtime.persist import load_backbone, load_processor
+from adaskip.theory.redundancy import profile
+from adaskip.training.callbacks import to_device
+from adaskip.training.data import Collator, load_records, loader
+from adaskip.training.tracking import write_text
+
+
+def profile_model(
+    model: str,
+    data: str | None = None,
+    group: str | None = None,
+    *,
+    split: str = "validation",
+    examples: int = 256,
+    tolerance: float = 0.05,
+    batch_size: int = 32,
+    seed: int = 0,
+    output: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Profile a model on a data source and leave ``profile.json`` and ``profile.png`` in a folder.
+
+    Args:
+        model: Hugging Face id, folder, or ``digits-vlm``.
+        data: a folder of JSON lines, a Hugging Face dataset id, or ``digits-vlm``; default: the demo's, for the demo.
+        group: ``all`` or ``vision``; default: both where the model has vision tokens.
+        split: of the data.
+        examples: inputs; a quarter calibrates, a half is judged, a quarter tests.
+        tolerance: nats per predicted token that one skipped layer may cost.
+        batch_size: inputs at once.
+        seed: of the draws.
+        output: the folder; default ``runs/profile-NAME``.
+        progress: called with the group, the inputs done and their number.
+
+    Returns:
+        `Profile.to_dict`, and ``picture``, the PNG's path.
+
+    Raises:
+        AdaSkipError: the model, the data or the two together do not fit; says what to type next.
+    """
+    if group not in (None, *get_args(Group)):
+        raise ConfigError(f"profile: expected group all or vision, got {group!r}; leave it out for both")
+    if data is None and model != EMBEDDED:
+        raise ConfigError(
+            f"profile: {model} needs prompts with answers; expected --data SOURCE (a folder with {split}.jsonl, or a "
+            f"Hugging Face dataset id): adaskip profile {model} --data my-data"
+        )
+    records = load_records(data or EMBEDDED, split, examples, seed)
+    processor = load_processor(model)
+    base = load_backbone(model)
+    if torch.cuda.is_available():
+        torch.nn.Module.cuda(base)
+    batches = [to_device(batch, base.device) for batch in loader(records, Collator(processor), batch_size)]
+    tick = None if progress is None else (lambda name, done: progress(name, done, len(records)))
+    groups = None if group is None else (cast(Group, group),)
+    found = profile(base, batches, groups, tolerance=tolerance, seed=seed, progress=tick).to_dict()
+    found["model"] = model
+    folder = output or Path("runs") / f"profile-{Path(model).name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "profile.json", json.dumps(found, indent=1) + "\n")
+    profile_plot(found, folder / "profile.png")
+    return found | {"picture": str(folder / "profile.png")}
+
+
+def summary(found: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """The tables of a profile, for the terminal: layers, rank correlations and claims, group by group."""
+    shown = ("cosine", "rho", "first_order", "attention_mass", "bound")
+    for name, group in found["groups"].items():
+        yield [
+            {"group": name, "layer": row["layer"], "verdict": row["verdict"]}
+            | {f"cost {end}": row["functional"][end] for end in ("estimate", "low", "high")}
+            | {key: row[key]["estimate"] for key in shown if row.get(key)}
+            for row in found["layers"]
+            if row["group"] == name
+        ]
+        over_inputs = group["rank_correlation_inputs"]
+        yield [
+            {"notion": notion, "rho": None if rho is None else rho["estimate"]}
+            | {end: None if rho is None else rho[end] for end in ("low", "high")}
+            | {"over_inputs": over_inputs.get(notion)}
+            for notion, rho in group["rank_correlation"].items()
+        ]
+        words = {True: "holds", False: "FAILS", None: "undecided"}
+        yield [
+            {"": words[claim["holds"]], "nats": claim["estimate"], "claim": claim["claim"]} for claim in group["claims"]
+        ]

@@ -1,0 +1,118 @@
+"""What a skip does to the logits to first order [D, link 8]: forward-mode products; one backward pass to rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adaskip.errors import BackboneError, DataError
+from adaskip.runtime.attach import RoutedModel
+
+IGNORED = -100
+
+
+class _Reached(Exception):
+    """The layer looked at has run; the rest of the pass is not needed."""
+
+
+@torch.no_grad()
+def skipped_state(model: RoutedModel, batch: dict[str, Any], states: list[Tensor], layer: int) -> Tensor:
+    """H'_l: what layer ``layer`` hands on when the routed group leaves it, (b t d); runs that layer alone.
+
+    Args:
+        model: attached.
+        batch: as `Collator` makes it.
+        states: before layer 0, then after every layer of the dense pass, as `RoutedModel.replay` takes them.
+        layer: the layer left out; with group ``vision`` it runs on the text, which does not see vision there.
+    """
+    found: list[Tensor] = []
+
+    def watch(index: int, before: Tensor, after: Tensor) -> None:
+        found.append(after)
+        raise _Reached
+
+    keep = torch.ones(len(model.described.layers), len(states[0]), dtype=torch.bool, device=states[0].device)
+    keep[layer] = False
+    try:
+        with model.replay(states[: layer + 1]), model.observe(watch):
+            model(**batch["inputs"], prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False)
+    except _Reached:
+        pass
+    return found[0]
+
+
+@torch.no_grad()
+def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor], layer: int, shift: Tensor) -> Tensor:
+    """J dh: how the logits move, to first order, when the state after ``layer`` moves by ``shift``.
+
+    One forward-mode product through the decoder's suffix; linear in ``shift``. (b t d) -> (b t vocab). An estimator of
+    the real change; with s = std_p(J dh), s^2/2 estimates the KL (no bound). Arguments as in `skipped_state`.
+
+    Raises:
+        BackboneError: an operation of this model has no forward-mode derivative.
+    """
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), model.dense():
+        moving = forward_ad.make_dual(states[layer + 1], shift.to(states[layer + 1].dtype))
+        try:
+            with model.replay([*states[: layer + 1], moving]):
+                out = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward AD" not in str(error) and "forward-mode" not in str(error):
+                raise
+            raise BackboneError(
+                f"{type(model.backbone).__name__}: an operation behind layer {layer} has no forward-mode derivative "
+                f"({error}); leave the first-order measure out, or load the model with attn_implementation='eager'"
+            ) from error
+        tangent = forward_ad.unpack_dual(out).tangent
+    return torch.zeros_like(out) if tangent is None else tangent
+
+
+def score_products(
+    model: RoutedModel, batch: dict[str, Any], states: list[Tensor], shifts: list[Tensor], draws: int = 1, seed: int = 0
+) -> Tensor:
+    """(grad_h log p(Y*) . dh)^2 per predicted token for all layers at once, one backward pass a draw. -> (b l).
+
+    An unbiased estimator [D, link 8] of the mean over the predicted tokens of s_l^2 (nats^2), s_l the std of J dh_l
+    under p. A sure model would draw its top label, whose gradient vanishes, again and again; so labels are drawn from
+    q ~ p (1 - p), weighted by p / q, and tokens get random signs, so that squares of their sum add up. Still noisy for
+    one input: average over inputs to rank layers.
+
+    Args:
+        model: attached.
+        batch: with labels, -100 where nothing is predicted.
+        states: before layer 0, then after every layer of the dense pass.
+        shifts: dh of every layer, (b t d) each: `skipped_state` less the state after the layer.
+        draws: label draws, each one backward pass.
+        seed: of the draws.
+
+    Raises:
+        DataError: an input predicts nothing.
+    """
+    where = batch["labels"][:, 1:] != IGNORED
+    if not where.any(1).all():
+        raise DataError("score_products: expected a supervised token in every input; collate with answers=True")
+    first = states[1].detach().requires_grad_()
+    reached = [first]
+    with torch.enable_grad(), model.dense(), model.observe(lambda index, before, after: reached.append(after)):
+        with model.replay([states[0], first]):
+            logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        log_p = logits[:, :-1][where].double().log_softmax(-1)
+    draw = torch.Generator(log_p.device).manual_seed(seed)
+    p, others = log_p.detach().exp(), -torch.expm1(log_p.detach())
+    q = p * others
+    q = torch.where(q.sum(-1, keepdim=True) > 0, q, p)  # p is one label: every score is 0
+    q = q / q.sum(-1, keepdim=True)
+    total = torch.zeros(len(where), len(shifts), dtype=torch.float64, device=log_p.device)
+    for left in reversed(range(draws)):
+        labels = torch.multinomial(q, 1, generator=draw)
+        weight = (p.gather(1, labels) / q.gather(1, labels)).sqrt()
+        sign = torch.randint(2, weight.shape, generator=draw, device=weight.device) * 2 - 1
+        upstream = torch.zeros_like(p).scatter(1, labels, weight * sign)
+        slopes = torch.autograd.grad(log_p, reached, upstream, retain_graph=left > 0)
+        products = [(g.float() * dh.float()).sum((1, 2)) for g, dh in zip(slopes, shifts, strict=True)]
+        total += torch.stack(products, 1).double() ** 2
+    return total / draws / where.sum(1, keepdim=True)

@@ -1,0 +1,58 @@
+"""How well a cheap notion predicts what a skip really costs: Spearman's rho, over layers and over inputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adaskip.theory.intervals import Interval
+from adaskip.theory.measures import spearman
+
+
+def rank_over_layers(
+    notion: Tensor, cost: Tensor, level: float = 0.95, resamples: int = 400, seed: int = 0
+) -> Interval | None:
+    """Spearman's rho over layers between the mean notion and the mean exact cost; estimator.
+
+    The interval is the percentile bootstrap over inputs, for these very layers: it says how sure the ranks are, not how
+    another model would rank. Inputs where either is NaN are left out. (n l) twice.
+
+    Returns:
+        None where it is undecided: fewer than 3 layers, no input, or a notion that is the same at every layer.
+
+    >>> found = rank_over_layers(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 4.0, 9.0]]))
+    >>> found.estimate, found.n
+    (1.0, 1)
+    """
+    both = (notion.isfinite() & cost.isfinite()).all(1)
+    x, y = notion[both].double(), cost[both].double()
+    if not len(x) or x.shape[1] < 3:
+        return None
+    estimate = spearman(x.mean(0), y.mean(0))
+    if math.isnan(estimate):
+        return None
+    draw = torch.Generator().manual_seed(seed)
+    weights = torch.stack(
+        [torch.bincount(torch.randint(len(x), (len(x),), generator=draw), minlength=len(x)) for _ in range(resamples)]
+    ).double()
+    again = torch.tensor([spearman(a, b) for a, b in zip(weights @ x, weights @ y, strict=True)], dtype=torch.float64)
+    again = again[~again.isnan()]
+    tail = (1.0 - level) / 2.0
+    low, high = again.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
+    return Interval(estimate, min(low, estimate), max(high, estimate), len(x))
+
+
+def rank_over_inputs(notion: Tensor, cost: Tensor) -> float | None:
+    """Spearman's rho over inputs at one layer, mean over layers; estimator. (n l) twice.
+
+    It asks whether the notion tells inputs apart, which a router must. None where no layer has three inputs that
+    differ in both.
+    """
+    found = []
+    for x, y in zip(notion.T, cost.T, strict=True):
+        both = x.isfinite() & y.isfinite()
+        if both.sum() >= 3 and not math.isnan(rho := spearman(x[both], y[both])):
+            found.append(rho)
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,236 @@
+"""`adaskip.profile`: how redundant each layer is for each token group, by every notion, and which notion predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from adaskip.errors import DataError
+from adaskip.plan import Group, SkipPlan
+from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.theory import bounds
+from adaskip.theory.claims import Claim, judge_claims
+from adaskip.theory.conditions import judge
+from adaskip.theory.intervals import bonferroni, bootstrap_mean
+from adaskip.theory.notions import PER_LAYER, Notions, plain
+from adaskip.theory.plans import PlanCosts, band_plans, plan_costs
+from adaskip.theory.prediction import rank_over_inputs, rank_over_layers
+from adaskip.theory.profile import calibrate_prices
+from adaskip.theory.survey import Survey, survey
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class GroupProfile:
+    """One token group of a profile; JSON-ready but for the claims."""
+
+    group: Group
+    layers: list[dict[str, Any]]  # one row a layer: every notion with its interval, and the verdict
+    rank_correlation: dict[str, dict[str, Any] | None]  # notion -> rho over layers with the exact cost, and interval
+    rank_correlation_inputs: dict[str, float | None]  # notion -> mean rho over inputs at one layer
+    late_entry: list[dict[str, Any]]  # one row a k: layers the group is absent from at the start
+    early_exit: list[dict[str, Any]]  # one row a k: layers the group stays for
+    claims: list[Claim]
+    chain: dict[str, tuple[int, int]]  # link -> times checked, times violated
+    undecided: dict[str, str]  # notion -> why it could not be told
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` found. The last of ``groups`` is ``vision``, the paper's setting, where it was measured."""
+
+    model: str
+    n: int
+    tolerance: float
+    dense_accuracy: float
+    groups: list[GroupProfile]
+
+    @property
+    def chain_violations(self) -> int:
+        """How often any link of the chain did not hold; a proved link that fails is a defect."""
+        return sum(wrong for group in self.groups for _, wrong in group.chain.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. ``layers`` holds the rows of all groups; ``rank_correlation`` is that of ``group``."""
+        main = self.groups[-1]
+        rho = {name: None if row is None else row["estimate"] for name, row in main.rank_correlation.items()}
+        return {
+            "model": self.model,
+            "n": self.n,
+            "tolerance": self.tolerance,
+            "dense_accuracy": self.dense_accuracy,
+            "group": main.group,
+            "layers": [row for group in self.groups for row in group.layers],
+            "rank_correlation": rho,
+            "chain_violations": self.chain_violations,
+            "groups": {
+                group.group: {
+                    "rank_correlation": group.rank_correlation,
+                    "rank_correlation_inputs": group.rank_correlation_inputs,
+                    "late_entry": group.late_entry,
+                    "early_exit": group.early_exit,
+                    "claims": [claim.to_dict() for claim in group.claims],
+                    "chain": {k: {"checked": a, "violated": b} for k, (a, b) in group.chain.items()},
+                    "undecided": group.undecided,
+                }
+                for group in self.groups
+            },
+        }
+
+
+def profile(
+    base: PreTrainedModel,
+    batches: Iterable[dict[str, Any]],
+    groups: tuple[Group, ...] | None = None,
+    *,
+    tolerance: float = 0.05,
+    level: float = 0.95,
+    alpha: float = 0.1,
+    tangents: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure how redundant each layer of a frozen model is, by every notion; trains nothing, changes nothing.
+
+    A quarter of the inputs calibrates the constants, a half judges the layers, and a quarter tests the verdicts.
+
+    Args:
+        base: a Hugging Face model without routers; it is left as it was.
+        batches: as `Collator` makes them from prompts with answers.
+        groups: ``all``, ``vision`` or both; default: both where the model has vision tokens.
+        tolerance: nats per predicted token that one skipped layer may cost.
+        level: of every interval; verdicts are corrected for multiplicity.
+        alpha: miscoverage of the calibrated constants.
+        tangents: inputs that get forward-mode products.
+        seed: of folds, codebooks, draws and bootstraps.
+        progress: called with the group and the number of inputs done.
+
+    Raises:
+        DataError: too few inputs, inputs that predict nothing or lack the group, activations that are not finite.
+        BackboneError: the model cannot be routed, or its attention cannot be read.
+
+    Example:
+        ``adaskip.profile(base, loader(records, adaskip.Collator(processor), 32)).to_dict()["layers"]``
+    """
+    kept = list(batches)
+    found: list[GroupProfile] = []
+    accuracy, n = math.nan, 0
+    wanted = groups
+    while wanted is None or len(found) < len(wanted):
+        group: Group = "all" if wanted is None else wanted[len(found)]
+        model = attach(base, plan=SkipPlan(group=group))
+        try:
+            if wanted is None:
+                wanted = ("all", "vision") if model.described.vision_ids else ("all",)
+            tick = None if progress is None else (lambda done, group=group: progress(group, done))
+            measured = survey(model, kept, tangents, seed=seed, progress=tick)
+            found.append(_Profiler(model, kept, measured, tolerance, level, alpha, seed).group())
+        finally:
+            model.detach()
+        accuracy, n = measured.dense_hit.mean().item(), len(measured)
+    return Profile(type(base).__name__, n, tolerance, accuracy, found)
+
+
+class _Profiler:
+    def __init__(
+        self,
+        model: RoutedModel,
+        batches: list[dict[str, Any]],
+        measured: Survey,
+        tolerance: float,
+        level: float,
+        alpha: float,
+        seed: int,
+    ) -> None:
+        self.model, self.batches, self.measured, self.seed = model, batches, measured, seed
+        self.tolerance, self.level, self.alpha = tolerance, level, alpha
+        self.n, self.n_layers = measured.kl.shape
+        for name in ("cosine", "rho", "kl", "mass"):
+            values = getattr(measured, name)
+            if not values.isfinite().all():
+                row, layer = (~values.isfinite()).nonzero()[0].tolist()
+                raise DataError(
+                    f"profile: {name} of input {row} at layer {layer} is {values[row, layer]}; expected finite states, "
+                    "load the model in another dtype"
+                )
+        # at random, for the data may repeat with a period
+        place = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed)) % 4
+        self.calibrating, self.judging, self.testing = place == 0, place >= 2, place == 1
+
+    def group(self) -> GroupProfile:
+        measured = self.measured
+        prices = calibrate_prices(
+            measured.select(self.calibrating), measured.mass[self.calibrating].mean(0), self.alpha
+        )
+        findings = judge(measured.select(self.judging), prices, measured.group, self.tolerance, self.level)
+        s, u = prices.costs(measured.rho)
+        bound = bounds.kl_two_point(s, u).masked_fill(self.calibrating[:, None], torch.nan)
+        notions = Notions(measured, bound, self.level, self.seed)
+        plans = band_plans(self.n_layers)
+        layers = range(self.n_layers)
+        verdicts = [findings.verdict(layer) for layer in layers]
+        cheap = [row for row in findings.rows if row.notion != "functional"]
+        sets = {
+            "admissible": [verdict == "admissible" for verdict in verdicts],
+            "inadmissible": [verdict == "inadmissible" for verdict in verdicts],
+            "cheap": [all(row.verdict == "admissible" for row in cheap if row.layer == layer) for layer in layers],
+        }
+        joint = ~torch.tensor(sets["admissible"])
+        costs = plan_costs(self.model, self.batches, [*plans["late_entry"], *plans["early_exit"], joint])
+        bands = {
+            "late_entry": PlanCosts(costs.kl[:, : self.n_layers + 1], costs.hit[:, : self.n_layers + 1]),
+            "early_exit": PlanCosts(costs.kl[:, self.n_layers + 1 : -1], costs.hit[:, self.n_layers + 1 : -1]),
+        }
+        claims = judge_claims(
+            measured.group,
+            {name: band.kl for name, band in bands.items()},
+            measured.kl[self.testing],
+            costs.kl[self.testing, -1],
+            sets,
+            self.tolerance,
+            self.level,
+        )
+        predictors = notions.predictors()
+        rows = [
+            notions.row(layer)
+            | {
+                "verdict": verdicts[layer],
+                "findings": [row.to_dict() for row in findings.rows if row.layer == layer],
+            }
+            for layer in layers
+        ]
+        return GroupProfile(
+            measured.group,
+            rows,
+            {
+                name: plain(rank_over_layers(values, measured.kl, self.level, seed=self.seed))
+                for name, values in predictors.items()
+            },
+            {
+                name: rank_over_inputs(values, measured.kl)
+                for name, values in predictors.items()
+                if name not in PER_LAYER
+            },
+            self._curve(bands["late_entry"]),
+            self._curve(bands["early_exit"]),
+            claims,
+            measured.chain | notions.state_links(),
+            notions.undecided,
+        )
+
+    def _curve(self, costs: PlanCosts) -> list[dict[str, Any]]:
+        each = bonferroni(self.level, costs.kl.shape[1])
+        return [
+            {
+                "k": k,
+                "kl": plain(bootstrap_mean(costs.kl[:, k], each, seed=self.seed)),
+                "accuracy": plain(bootstrap_mean(costs.hit[:, k], each, seed=self.seed)),
+            }
+            for k in range(costs.kl.shape[1])
+        ]
