@@ -410,8 +410,8 @@ _VISION: dict[str, Callable[[], tuple[PreTrainedConfig, Pictures]]] = {
         "smolvlm",
         tower="smolvlm_vision",
         key="image_token_id",
-        size=32,
-        inputs=lambda draw: {"pixel_values": torch.randn(1, 1, 3, 32, 32, generator=draw)},
+        vision={"patch_size": 4},  # before transformers 5.23 a picture takes a multiple of that many tokens
+        inputs=lambda draw: {"pixel_values": torch.randn(1, 1, 3, 16, 16, generator=draw)},
     ),
     "deepseek_vl": partial(_llava_like, "deepseek_vl", tower="siglip_vision_model", key="image_token_id"),
     "lighton_ocr": partial(
