@@ -1,9 +1,12 @@
 """Make the demo backbone `digits-vlm` from nothing: `python scripts/pretrain_digits_vlm.py --out FOLDER`.
 
 1. The vision tower learns to name the digit in each quadrant (mean of its four patch tokens, linear read-out).
-2. Projector and decoder learn the questions with the tower frozen. All questions about a picture share one sequence:
-   every question sees the image tokens and itself, at the positions it would have alone.
-3. The saved folder is loaded again and answers questions about test scans, one prompt at a time, with `generate`.
+2. Language first, as in any vision-language model: the decoder learns the questions that need no picture, with layers
+   left out at random (LayerDrop), which large models are pretrained with as well.
+3. Projector and decoder learn the questions about the picture with the tower frozen; every fourth step rehearses
+   language. All questions about a picture share one sequence: every question sees the image tokens and itself, at the
+   positions it would have alone.
+4. The saved folder is loaded again and answers questions about test scans, one prompt at a time, with `generate`.
 
 Only train scans are learned from; val scans give the progress figures; test scans are touched once, at the end.
 """
@@ -13,6 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +46,14 @@ SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "im
 VOCABULARY = {word: index for index, word in enumerate([*SPECIAL.values(), *digits.WORDS])}
 PAD, EOS, IMAGE = (VOCABULARY[SPECIAL[name]] for name in ("pad_token", "eos_token", "image_token"))
 IMAGE_TOKENS = 16
-ASKED = ("digit",) * 2 + ("sum",) * 4 + ("count",) * 5 + ("max",) * 3 + ("arithmetic",) * 2 + ("repeat",)
-"""The questions each training picture carries; the hard kinds come more often."""
+SEEN = ("digit",) * 3 + ("sum",) * 4 + ("count",) * 5 + ("max",) * 3
+"""The questions about the picture that each training picture carries; the hard kinds come more often."""
+READ = ("arithmetic",) * 6 + ("repeat",) * 5
+"""The questions that need no picture, carried by each training picture of a language step."""
+DROP = 0.4
+"""Chance that a language step leaves out a decoder layer."""
+REHEARSE = 4
+"""Every so many steps one of language."""
 
 
 def build_processor() -> LlavaProcessor:
@@ -220,21 +231,37 @@ def validate(model: LlavaForConditionalGeneration, pictures: int = 500) -> dict[
     return scores
 
 
-def train_decoder(model: LlavaForConditionalGeneration, steps: int, pictures: int, rng: np.random.Generator) -> None:
-    """Teach projector and decoder to answer, the loss on answer tokens only."""
-    parts = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
-    parameters = [weight for part in parts for weight in part.parameters()]
-    optimizer, schedule = optimise(parameters, steps)
+@contextmanager
+def thinned(decoder: nn.Module, rng: np.random.Generator) -> Iterator[None]:
+    """Inside: every decoder layer is left out with probability `DROP`, for the whole batch."""
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList(layer for layer in layers if rng.random() >= DROP)
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+def train_decoder(
+    model: LlavaForConditionalGeneration, steps: int, language_steps: int, pictures: int, rng: np.random.Generator
+) -> None:
+    """Teach the decoder language, then projector and decoder to see; the loss on answer tokens only."""
+    decoder, projector = model.model.language_model, model.model.multi_modal_projector
+    parameters = [weight for part in (projector, decoder, model.lm_head) for weight in part.parameters()]
     started = time.perf_counter()
-    for step in range(1, steps + 1):
-        pixels, labels = batch("train", pictures, rng)
-        tokens, targets, positions, mask = pack(ASKED, labels, rng)
-        logits = text_logits(model, pixels, tokens, positions, mask)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        update(loss, parameters, optimizer, schedule)
-        if step % 200 == 0 or step == steps:
-            seconds = time.perf_counter() - started
-            print(f"decoder {step:5d}  loss {loss:.4f}  val {table(validate(model))}  {seconds:.0f} s", flush=True)
+    for phase, last in (("language", language_steps), ("vision", steps)):
+        optimizer, schedule = optimise(parameters, last)
+        for step in range(1, last + 1):
+            pixels, labels = batch("train", pictures, rng)
+            reads = phase == "language" or step % REHEARSE == 0
+            tokens, targets, positions, mask = pack(READ if reads else SEEN, labels, rng)
+            with thinned(decoder, rng) if reads else nullcontext():
+                logits = text_logits(model, pixels, tokens, positions, mask)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            update(loss, parameters, optimizer, schedule)
+            if step % 200 == 0 or step == last:
+                seconds = time.perf_counter() - started
+                print(f"{phase} {step:5d}  loss {loss:.4f}  val {table(validate(model))}  {seconds:.0f} s", flush=True)
 
 
 def table(scores: dict[str, float]) -> str:
@@ -274,8 +301,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="decoder steps")
-    parser.add_argument("--tower-steps", type=int, default=2500, help="vision tower steps")
+    parser.add_argument("--steps", type=int, default=3600, help="decoder steps, seeing")
+    parser.add_argument("--language-steps", type=int, default=600, help="decoder steps before, language alone")
+    parser.add_argument("--tower-steps", type=int, default=1500, help="vision tower steps")
     parser.add_argument("--pictures", type=int, default=16, help="pictures per decoder step")
     parser.add_argument("--per-kind", type=int, default=2000, help="test questions per kind")
     parser.add_argument("--threads", type=int, default=2)
@@ -287,7 +315,7 @@ def main() -> None:
     model = build_model()
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
     train_tower(model, args.tower_steps, rng)
-    train_decoder(model, args.steps, args.pictures, rng)
+    train_decoder(model, args.steps, args.language_steps, args.pictures, rng)
     save(model.eval(), args.out)
     print(f"test scans, {args.per_kind} questions per kind: {table(evaluate(args.out, args.per_kind))}", flush=True)
 
