@@ -134,7 +134,7 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
     logits = []
     for batch in loader(validation, collate, size):
         model(**to_device(batch, model.described.device)["inputs"], use_cache=False)
-        logits.append(model.runtime.routing.logits.flatten().cpu())  # type: ignore[union-attr]
+        logits.append(model.runtime.routing.decided.cpu())  # type: ignore[union-attr]
     shares = torch.linspace(0, 1, STEPS + 1)[:-1]
     path = torch.cat(logits).double().quantile(shares.double(), interpolation="lower").unique().tolist()
     if len(path) < 2:

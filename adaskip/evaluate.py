@@ -260,7 +260,7 @@ def answer(
         "dense_answer": texts(processor, dense[:, width:])[0],
         "expected": record.get("answer") or None,
         "keep": float(routing.keep_rate[0]),
-        "route": routing.keep[:, 0].tolist(),
+        "route": (routing.share[:, 0] > 0.5).tolist(),
         "layers": len(routing.keep),
     }
     if example is not None and loaded is not None and (path := loaded.folder / "evaluation.json").is_file():

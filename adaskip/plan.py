@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError, did_you_mean
 
-Scope = Literal["prompt"]
+Scope = Literal["prompt", "token"]
 Unit = Literal["block", "attention", "mlp"]
 Group = Literal["all", "vision"]
 KV = Literal["absent", "kept"]
@@ -25,13 +25,14 @@ class RouterConfig:
     """What the routers decide and how they are built.
 
     Args:
-        scope: ``prompt``: each layer's router looks at the prompt once, at prefill; generated tokens follow.
+        scope: ``prompt``: each layer's router looks at the prompt once, at prefill; generated tokens follow. ``token``:
+            it looks at every token's own state, and every token decides for itself.
         unit: what is left out of a layer: the whole ``block``, only its ``attention``, or only its ``mlp``. A sublayer
             that is left out adds nothing to the states.
         group: the positions that leave the unit: ``all`` tokens of a row, or only its ``vision`` tokens.
         kv: ``absent``: what skips an attention is not in it at all, so nothing can attend to it there. ``kept``: it is
             not updated, but its keys and values are projected from the state that bypasses the layer, stored, and
-            attended to by what runs; for group ``vision``. A skipped ``mlp`` has keys and values as ever.
+            attended to by what runs; for group ``vision`` or scope ``token``. A skipped ``mlp`` has keys as ever.
         hidden: width of each router's hidden layer.
         keep_bias: every router's logit before training; positive, so that training starts from the dense model.
         threshold: a layer runs where its router's logit exceeds this value.
@@ -64,7 +65,7 @@ class RouterConfig:
             faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
         if faults:
             raise ConfigError("RouterConfig: " + "; ".join(faults))
-        _check_kv("RouterConfig", self.unit, self.group, self.kv)
+        _check_kv("RouterConfig", self.scope, self.unit, self.group, self.kv)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
@@ -81,16 +82,16 @@ class RouterConfig:
         return cls(**values)
 
 
-def _check_kv(where: str, unit: Unit, group: Group, kv: KV) -> None:
+def _check_kv(where: str, scope: Scope, unit: Unit, group: Group, kv: KV) -> None:
     if kv == "kept" and unit == "mlp":
         raise ConfigError(
             f"{where}: kv='kept' says nothing for unit 'mlp', whose attention runs and keeps every key and value; "
             "leave kv out"
         )
-    if kv == "kept" and group == "all":
+    if kv == "kept" and group == "all" and scope == "prompt":
         raise ConfigError(
             f"{where}: kv='kept' is pure waste for group 'all' under scope 'prompt': all tokens of a row skip "
-            "together, so no query would ever read the keys; use kv='absent', or group='vision'"
+            "together, so no query would ever read the keys; use kv='absent', group='vision' or scope='token'"
         )
 
 
@@ -120,7 +121,7 @@ class SkipPlan:
     kv: KV = "absent"
 
     def __post_init__(self) -> None:
-        _check_kv("SkipPlan", self.unit, self.group, self.kv)
+        _check_kv("SkipPlan", "prompt", self.unit, self.group, self.kv)
 
     @classmethod
     def static(cls, skip: Iterable[int], group: Group = "all", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
@@ -167,10 +168,11 @@ class Routing:
     ``keep`` is a fact of the row alone: it depends neither on padding nor on the other rows of the batch.
     """
 
-    keep: Tensor  # bool (l b): row b's group runs layer l
+    keep: Tensor  # bool (l b): row b's group runs layer l; scope token: bool (l b t), whether token t of it does
     group: Group
-    logits: Tensor | None = None  # float32 (l b): the routers' outputs; None for a hand-written plan
-    gates: Tensor | None = None  # float32 (l b): gates that carry the gradient; None outside training
+    logits: Tensor | None = None  # float32, shaped like keep: the routers' outputs; None for a hand-written plan
+    gates: Tensor | None = None  # float32 (l b): gates that carry the gradient, scope token: their means; None else
+    tokens: Tensor | None = None  # bool (b t), scope token: the tokens that decide
     executed: Tensor | None = None  # float64 (b): decoder FLOPs really spent on each row
     dense: Tensor | None = None  # float64 (b): decoder FLOPs of the same tokens with every layer run
 
@@ -186,14 +188,61 @@ class Routing:
         """``keep`` on the host, layer by layer: read from the device once."""
         return host(self.keep)
 
+    def per_row(self, decided: Tensor) -> Tensor:
+        """float32 (l b) of something shaped like ``keep``: scope token, each row's mean over the tokens that decide.
+
+        1 for a row none of whose tokens decides.
+        """
+        if self.tokens is None or decided.dim() < 3:
+            return decided.float()
+        count = self.tokens.sum(1)
+        total = torch.where(self.tokens, decided.float(), 0.0).sum(-1)
+        return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+
+    @property
+    def decided(self) -> Tensor:
+        """float32 (n): the logits of all decisions of the request, in no order that matters."""
+        if self.logits is None:
+            raise ConfigError("Routing.decided: a hand-written plan has no logits; attach with a RouterConfig")
+        return self.logits.flatten() if self.tokens is None else self.logits[:, self.tokens].flatten()
+
+    @property
+    def share(self) -> Tensor:
+        """float32 (l b): the share of each row's deciding tokens that ran each layer; 0 or 1 under scope prompt."""
+        return self.per_row(self.keep)
+
     def select(self, rows: Tensor) -> Routing:
         """The routing of the given rows (long, repeats allowed), in that order."""
-        pick = {name: value.index_select(-1, rows) for name, value in self._tensors().items()}
-        return Routing(group=self.group, **pick)
+        return self._map(lambda name, value: value.index_select(_ROWS.get(name, 0), rows))
+
+    def crop(self, length: int) -> Routing:
+        """The routing of the first ``length`` positions; under scope prompt positions do not matter."""
+        if self.tokens is None:
+            return self
+        return self._map(lambda name, value: value[..., :length] if name in _BY_TOKEN else value)
+
+    def join(self, later: Routing) -> Routing:
+        """Scope token: the routing of this request so far and of a chunk behind it."""
+        return later._map(
+            lambda name, value: torch.cat([getattr(self, name), value], -1) if name in _BY_TOKEN else value
+        )
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Routing:
+        return Routing(group=self.group, **{name: change(name, value) for name, value in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def __str__(self) -> str:
-        """One line a row; ``#`` is a layer that ran, ``.`` one that was skipped."""
-        return "\n".join("".join("#" if kept else "." for kept in row) for row in self.keep.T.tolist())
+        """One line a row: ``#`` is a layer that ran, ``.`` one that was skipped, a digit the tenths of its tokens."""
+        signs = "." + "123456789" + "#"
+        return "\n".join("".join(signs[_tenths(share)] for share in row) for row in self.share.T.tolist())
+
+
+_ROWS = {"keep": 1, "logits": 1, "gates": 1}
+_BY_TOKEN = ("keep", "logits", "tokens")
+
+
+def _tenths(share: float) -> int:
+    """Tenths, but 0 and 10 only for none and all."""
+    return int(share * 10) if share in (0.0, 1.0) else min(9, max(1, round(share * 10)))

@@ -463,6 +463,15 @@ UNIT_REFUSED = {
 }
 """Families whose layers are routable, but not these sublayers of them alone: a piece of the reason."""
 
+_OWN_MASK = "holds an attention mask of its own"
+_OWN_PLACES = "single tokens do not get alone what they get in place"
+_TOKEN_REFUSED = {
+    **{"gpt_neo": _OWN_MASK, "openai-gpt": _OWN_MASK},
+    **{"beam": _OWN_PLACES, "mpt": _OWN_PLACES, "roformer": _OWN_PLACES},
+}
+TOKEN_REFUSED = {model_type: why for model_type, why in _TOKEN_REFUSED.items() if model_type in CONFIG_MAPPING}
+"""Families whose tokens cannot decide for themselves: a piece of the reason."""
+
 
 _HYBRID = "keep something else than keys and values between tokens"
 _STATE = "remembers earlier tokens in something else than a KV cache"

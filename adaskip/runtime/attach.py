@@ -20,6 +20,7 @@ from adaskip.routers.heads import build_heads
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Observer, Runtime
 from adaskip.runtime.request import Mode
+from adaskip.runtime.trial import try_tokens
 
 if TYPE_CHECKING:
     from adaskip.runtime.paths import Answers
@@ -96,22 +97,18 @@ class RoutedModel(nn.Module):
         Args:
             prompt_mask: bool (b t), what the routers may look at; default: the real tokens before the first label that
                 is not -100, or all of them. Needed when a whole answer is read without a cache.
-            routing: decisions to follow instead of the routers' own: a `Routing` or its ``keep``, bool (l b).
+            routing: decisions to follow instead of the routers' own: a `Routing` or its ``keep``, bool (l b); under
+                scope ``token`` also bool (l b t) by position, behind which every token runs.
             **inputs: what the processor or tokenizer returned.
 
         Returns:
             The backbone's own output object; the decisions are in `routing`.
         """
-        keep = routing.keep if isinstance(routing, Routing) else routing
-        if keep is not None and keep.shape[0] != len(self.described.layers):
-            raise ConfigError(
-                f"routing: expected keep of shape (layers={len(self.described.layers)}, batch), got {tuple(keep.shape)}"
-            )
-        with self._set(mode=self._mode(), fixed=keep, prompt_mask=prompt_mask):
+        with self._set(mode=self._mode(), fixed=self._given(routing), prompt_mask=prompt_mask):
             return self.backbone(**inputs)
 
     def generate(self, *, routing: Routing | Tensor | None = None, **inputs: Any) -> Any:
-        """The backbone's ``generate``, routed once at prefill; every generated token follows.
+        """The backbone's ``generate``, routed once at prefill, which every generated token follows; or token by token.
 
         Raises:
             ConfigError: an option that would let the routers see only a part of the prompt.
@@ -125,10 +122,9 @@ class RoutedModel(nn.Module):
                 f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
             )
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        keep = routing.keep if isinstance(routing, Routing) else routing
         length = tokens.shape[1] if tokens is not None else None
         mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
-        with torch.no_grad(), self._set(mode=mode, fixed=keep, prompt_length=length):
+        with torch.no_grad(), self._set(mode=mode, fixed=self._given(routing), prompt_length=length):
             return self.backbone.generate(**inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
@@ -145,10 +141,14 @@ class RoutedModel(nn.Module):
             ConfigError: nothing has run yet.
         """
         run, left = self.flops()
-        routing = self.runtime.routing
+        routing, ledger = self.runtime.routing, self.runtime.ledger
         assert routing is not None
-        keep = routing.keep.to(run.device)
-        return replace(routing, executed=torch.where(keep, run, left).sum(0), dense=run.sum(0))
+        assert ledger is not None
+        if routing.tokens is None:
+            executed = torch.where(routing.keep.to(run.device), run, left)
+        else:
+            _, executed = ledger.flops(self.runtime.cost, routing.keep)
+        return replace(routing, executed=executed.sum(0), dense=run.sum(0))
 
     def flops(self) -> tuple[Tensor, Tensor]:
         """float64 (l b) each: what running every layer costs each row of the last request, and what leaving it costs.
@@ -215,6 +215,15 @@ class RoutedModel(nn.Module):
             self.routers.train(mode)
         self.backbone.eval()
         return self
+
+    def _given(self, routing: Routing | Tensor | None) -> Tensor | None:
+        """Decisions made beforehand, if of a shape that the scope understands."""
+        keep = routing.keep if isinstance(routing, Routing) else routing
+        layers, by_token = len(self.described.layers), self.runtime.scope == "token"
+        if keep is not None and (keep.shape[0] != layers or keep.dim() not in ((2, 3) if by_token else (2,))):
+            shape = f"(layers={layers}, batch{', tokens' if by_token else ''})"
+            raise ConfigError(f"routing: expected keep of shape {shape}, got {tuple(keep.shape)}")
+        return keep
 
     def _mode(self) -> Mode:
         if self.runtime.mode != "skip":
@@ -335,7 +344,7 @@ def attach(
         )
     heads = None
     if plan is None:
-        kinds = 2 if backbone.vision_ids else 1
+        kinds = 2 if backbone.vision_ids and config.scope == "prompt" else 1
         heads = build_heads(len(backbone.layers), backbone.width, kinds, config.hidden, config.keep_bias, seed)
         heads.to(backbone.device)
     routed = RoutedModel(backbone, config, heads, plan)
@@ -351,4 +360,10 @@ def attach(
         model.register_forward_pre_hook(_open, with_kwargs=True),
         model.register_forward_hook(_close, with_kwargs=True, always_call=True),
     ]
+    if config.scope == "token" or decides.kv == "kept":
+        try:
+            try_tokens(routed)
+        except BackboneError:
+            routed.detach()
+            raise
     return routed.eval()

@@ -24,8 +24,9 @@ class SkipLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, by_token: bool = False) -> None:
         super().__init__()
+        self.by_token = by_token  # other rows may run at other tokens: every row has its slots, some are holes
         self.rows: Tensor | None = None
         self.index: Tensor | None = None
         self._segment: Segment | None = None
@@ -73,7 +74,9 @@ class SkipLayer(DynamicLayer):
             return
         segments = [segment for segment, _, _ in fresh]
         rows = segments[0].rows if len(segments) == 1 else None
-        every = rows is None or (self.filled and self.rows is None)  # what is stored has every row of the batch
+        every = (
+            rows is None or self.by_token or (self.filled and self.rows is None)
+        )  # what is stored has every row of the batch
         index = None
         if len(fresh) > 1 or not self.follows_on(segments[0], offset):
 
@@ -255,9 +258,9 @@ class SkipCache(Cache):
 
     layers: list[SkipLayer]  # type: ignore[assignment]
 
-    def __init__(self, n_layers: int, kept: bool = False) -> None:
-        super().__init__(layers=[KeptLayer() if kept else SkipLayer() for _ in range(n_layers)])
-        self.kept = kept
+    def __init__(self, n_layers: int, kept: bool = False, by_token: bool = False) -> None:
+        super().__init__(layers=[KeptLayer() if kept else SkipLayer(by_token) for _ in range(n_layers)])
+        self.kept, self.by_token = kept, by_token
         self.length = 0
         self.batch = 0
         self.routing: Routing | None = None
@@ -307,13 +310,14 @@ class SkipCache(Cache):
         self.length += tokens_to_remove
         if self.ledger is not None:
             self.ledger.crop(-tokens_to_remove)
+        self.routing = None if self.routing is None else self.routing.crop(self.length)
         memo: Memo = {}
         for layer in self.layers:
             layer.truncate(self.length, memo)
 
     def reset(self) -> None:
         """Forget the request."""
-        self.__init__(len(self.layers), self.kept)  # type: ignore[misc]
+        self.__init__(len(self.layers), self.kept, self.by_token)  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes of the keys and values that are really held."""

@@ -118,18 +118,23 @@ class Ledger:
         """Follow a reordering of the batch."""
         self.chunks = [(text[rows], vision[rows]) for text, vision in self.chunks]
 
-    def flops(self, cost: CostModel) -> tuple[Tensor, Tensor]:
-        """float64 (l b) each: every row's cost of running a layer, and of leaving its group out of it."""
+    def flops(self, cost: CostModel, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """float64 (l b) each: every row's cost of running a layer, and of leaving its group out of it.
+
+        Or of leaving only those tokens of its group out of it that ``keep``, bool (l b t), does not name.
+        """
         if not self.chunks:
             raise ValueError("an empty ledger has no price")
-        past_all = past_text = torch.zeros(len(self.chunks[0][0]), dtype=torch.long)
-        run = torch.zeros(len(cost.linear), len(past_all), dtype=torch.float64)
+        place, past, past_ran = 0, *[torch.zeros(len(self.chunks[0][0]), dtype=torch.long)] * 2
+        run = torch.zeros(len(cost.linear), len(past), dtype=torch.float64)
         left = torch.zeros_like(run)
-        for text_mask, vision_mask in [*self.chunks, *self._singles()]:
-            text = text_mask.sum(1).cpu()
-            both = text + vision_mask.sum(1).cpu()
-            run += cost.chunk(both, past_all)
-            ran = text if self.group == "vision" else torch.zeros_like(text)
-            left += cost.skipped(ran, both, past_text, past_all)
-            past_all, past_text = past_all + both, past_text + ran
+        for text, vision in [*self.chunks, *self._singles()]:
+            both = (text | vision).sum(1).cpu()
+            ran = text.sum(1).cpu() if self.group == "vision" else torch.zeros_like(both)
+            if keep is not None:
+                group = vision if self.group == "vision" else text | vision
+                ran = ran + (keep[..., place : place + group.shape[1]] & group).sum(-1).cpu()
+            run += cost.chunk(both, past)
+            left += cost.skipped(ran, both, past_ran, past)
+            place, past, past_ran = place + text.shape[1], past + both, past_ran + ran
         return run, left

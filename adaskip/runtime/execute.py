@@ -17,9 +17,11 @@ from torch import Tensor
 from adaskip.plan import KV, Flags, Group, Unit
 from adaskip.runtime.cache import KeptLayer, Projected, SkipCache, SkipLayer
 from adaskip.runtime.request import Request
-from adaskip.runtime.segment import WHOLE, Segment, cut, take
+from adaskip.runtime.segment import MASKS, WHOLE, Segment, cut, hide_keys, take
 
 Call = Callable[..., Any]
+Keep = Flags | Tensor
+"""Who runs: which rows, or which tokens bool (b t)."""
 
 
 class Executor:
@@ -41,26 +43,34 @@ class Executor:
         self.outputs, self.cache_name = outputs, cache_name
 
     def execute(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], decision: Any) -> Any:
-        """What the module returns under a decision: gates while training, else which rows keep."""
+        """What the module returns under a decision: gates (b) or (b t) while training, else who keeps."""
         return (self.soft if request.mode == "soft" else self.skip)(request, call, states, named, decision)
 
     def soft(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], gate: Tensor) -> Any:
         """``lerp(left, run, gate)``: both branches are computed, so the gate's gradient is their exact difference."""
+        by_token = gate.dim() == 2
+        if by_token and self.unit != "mlp" and self.kv == "absent":
+            masks = [name for name in MASKS if name in named] or [MASKS[0]]
+            named = {**named, **{name: hide_keys(named.get(name), gate, states.dtype) for name in masks}}
         out = call(states, **named)
         left = self._left(states)
-        weight = rearrange(gate, "b -> b 1 1")
-        if self.group == "vision" and (self.unit == "mlp" or self.kv == "kept"):
+        weight = rearrange(gate, "b t -> b t 1") if by_token else rearrange(gate, "b -> b 1 1")
+        if not by_token and self.group == "vision" and (self.unit == "mlp" or self.kv == "kept"):
             assert request.tokens.vision is not None
             vision = rearrange(request.tokens.vision, "b t -> b t 1")
             weight = torch.where(vision, weight, 1.0)  # what vision does here is no other token's business
-        elif self.group == "vision":
+        elif not by_token and self.group == "vision":
             left = self._run_segment(request, call, states, named, _text(request), left)
         mixed = torch.lerp(left, self.states(out), weight.to(states.dtype))
         return (mixed, *out[1:]) if isinstance(out, tuple | list) else mixed
 
-    def skip(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], flags: Flags) -> Any:
+    def skip(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], keep: Keep) -> Any:
         """Gather what runs, run it, scatter; the rest is not computed."""
-        run, left = self._segments(request, flags, states.device)
+        if isinstance(keep, Tensor):
+            request.memo.clear()  # the last layer's parts were others
+            run, left = self._tokens(request, keep)
+        else:
+            run, left = self._segments(request, keep, states.device)
         layer = self._layer(request)
         if run == (WHOLE,) and (layer is None or layer.follows_on(WHOLE, request.offset)):
             return call(states, **named)
@@ -95,6 +105,13 @@ class Executor:
             left = (_vision(request, skipped),) if self.kv == "kept" else ()
             request.memo[flags] = (text if kept is None else (kept, *text)), left
         return request.memo[flags]
+
+    def _tokens(self, request: Request, keep: Tensor) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """The same where every token (b t) decides for itself."""
+        idle = request.tokens.valid & ~keep
+        if not bool(idle.any()):
+            return (WHOLE,), ()
+        return _gather(request.tokens.valid & keep), _gather(idle) if self.kv == "kept" else ()
 
     def wrap(self, states: Tensor) -> Any:
         """States in the form in which the module returns them."""
@@ -188,12 +205,25 @@ def _vision(request: Request, rows: Tensor | None = None) -> Segment:
     return _marked(request, "vision", request.tokens.vision, rows)
 
 
+def _gather(marked: Tensor) -> tuple[Segment, ...]:
+    """The marked places (b t) as a segment of the rows that have any; none if no row has."""
+    some = marked.any(1)
+    if not bool(some.any()):
+        return ()
+    rows = None if bool(some.all()) else some.nonzero().squeeze(1)
+    return (_places(marked, rows),)
+
+
 def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) -> Segment:
     key = (kind, None if rows is None else id(rows))
     if key not in request.memo:
-        marked = marked if rows is None else marked[rows]
-        places = torch.where(marked, torch.arange(marked.shape[1], device=marked.device), -1).sort(1).values
-        counts = marked.sum(1)
-        places = places[:, marked.shape[1] - int(counts.max()) :]
-        request.memo[key] = Segment(rows, places, ragged=bool((counts != counts[0]).any()))
+        request.memo[key] = _places(marked, rows)
     return request.memo[key]
+
+
+def _places(marked: Tensor, rows: Tensor | None) -> Segment:
+    marked = marked if rows is None else marked[rows]
+    places = torch.where(marked, torch.arange(marked.shape[1], device=marked.device), -1).sort(1).values
+    counts = marked.sum(1)
+    places = places[:, marked.shape[1] - int(counts.max()) :]
+    return Segment(rows, places, ragged=bool((counts != counts[0]).any()))

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import Flags, RouterConfig, Routing, SkipPlan, Unit, host
+from adaskip.plan import Flags, RouterConfig, Routing, Scope, SkipPlan, Unit, host
 from adaskip.routers import gates
 from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
-from adaskip.runtime.execute import Executor
+from adaskip.runtime.execute import Executor, Keep
 from adaskip.runtime.request import Mode, Request, read_prompt
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -39,6 +40,7 @@ class Runtime:
         self.planned = None if plan is None else plan.keep(len(backbone.layers))
         self.planned_flags: Flags = () if self.planned is None else tuple(self.planned.tolist())
         decides = config if plan is None else plan
+        self.scope: Scope = config.scope if plan is None else "prompt"
         self.group, self.unit, self.kv = decides.group, decides.unit, decides.kv
         self.cost = CostModel.of(backbone, self.unit, self.kv)
         self.layers = [self._executor(i, "block", backbone.outputs) for i in range(len(backbone.layers))]
@@ -100,7 +102,9 @@ class Runtime:
                 "group 'vision': no row of this batch holds a vision token; pass images together with the text, "
                 "or attach with RouterConfig(group='all')"
             )
-        if started:
+        if self.scope == "token":
+            self.request = self._by_token(tokens, cache)
+        elif started:
             assert cache is not None
             assert cache.routing is not None
             routing = cache.routing
@@ -109,8 +113,8 @@ class Runtime:
             fixed, flags = self._fixed(tokens.valid.shape[0])
             prompt = read_prompt(tokens, inputs, self.prompt_mask, self.prompt_length)
             self.request = Request(self.mode, tokens, prompt, cache, fixed=fixed, flags=flags)
-            if self.kv == "kept" and cache is None and self.mode == "skip":
-                self.request.scratch = SkipCache(len(self.backbone.layers), kept=True)
+        if self.kv == "kept" and cache is None and self.mode == "skip":
+            self.request.scratch = SkipCache(len(self.backbone.layers), kept=True)
         if self.mode == "soft":
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
@@ -127,13 +131,16 @@ class Runtime:
         cache = request.cache
         ledger = cache.ledger if cache is not None and cache.ledger is not None else Ledger(self.group)
         ledger.add(request.tokens.valid, request.tokens.vision)
-        if cache is None or cache.routing is None:
+        if cache is None or cache.routing is None or request.deciding is not None:
             routing = Routing(
                 keep=torch.stack(request.keep) if request.fixed is None else request.fixed,
                 group=self.group,
                 logits=torch.stack(request.logits) if request.logits else None,
                 gates=torch.stack(request.gates) if request.gates else None,
+                tokens=request.deciding,
             )
+            if cache is not None and cache.routing is not None:
+                routing = cache.routing.join(routing)
         else:
             routing = cache.routing
         if cache is not None:
@@ -159,7 +166,26 @@ class Runtime:
             )
         use = inputs.get("use_cache")
         wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
-        return SkipCache(len(self.backbone.layers), self.kv == "kept") if wanted and self.mode == "skip" else None
+        if not wanted or self.mode != "skip":
+            return None
+        return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token")
+
+    def _by_token(self, tokens: Tokens, cache: SkipCache | None) -> Request:
+        """A request whose tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""
+        deciding = tokens.vision if self.group == "vision" and tokens.vision is not None else tokens.valid
+        request = Request(self.mode, tokens, tokens.valid, cache, deciding=deciding)
+        if self.fixed is None:
+            return request
+        batch, length = tokens.valid.shape
+        fixed, _ = self._fixed(batch)
+        assert fixed is not None
+        if fixed.dim() == 3:
+            fixed = fixed[..., request.offset : request.offset + length]
+            fixed = torch.nn.functional.pad(fixed, (0, length - fixed.shape[-1]), value=True)
+        else:
+            fixed = fixed[..., None].expand(-1, -1, length)
+        request.fixed = fixed.to(deciding.device) & deciding
+        return request
 
     def _fixed(self, batch: int) -> tuple[Tensor | None, tuple[Flags, ...] | None]:
         """bool (l b): decisions made beforehand, for this request or by a plan; repeated for beams and samples.
@@ -174,7 +200,7 @@ class Runtime:
         if rest:
             raise ConfigError(f"routing: expected decisions for {batch} rows, got {self.fixed.shape[1]}")
         fixed = self.fixed.repeat_interleave(repeats, 1)
-        return fixed, host(fixed)
+        return fixed, host(fixed) if self.scope == "prompt" else None
 
     # -- one layer ---------------------------------------------------------------------------------------------------
 
@@ -196,7 +222,7 @@ class Runtime:
             out = call(states, **named)
         else:
             soft = request.mode == "soft"
-            decision = self._gate(request, index, states) if soft else self._flags(request, index, states)
+            decision = self._gate(request, index, states) if soft else self._keep(request, index, states)
             if self.unit == "block":
                 out = executor.execute(request, call, states, named, decision)
             else:
@@ -221,6 +247,11 @@ class Runtime:
 
     def _logit(self, request: Request, index: int, states: Tensor) -> Tensor:
         assert self.heads is not None
+        if request.deciding is not None:
+            seen = states.detach().masked_fill(~rearrange(request.deciding, "b t -> b t 1"), 0.0).float()
+            with torch.autocast(states.device.type, enabled=False):
+                logits = self.heads[index](rearrange(seen, "b t d -> (b t) 1 d"))
+            return rearrange(logits, "(b t) -> b t", b=len(states))
         if "weights" not in request.memo:
             weights = mean_weights(request.tokens.kinds(request.prompt))
             request.memo["weights"] = weights, bool((weights == 0).all(1).any())
@@ -238,21 +269,32 @@ class Runtime:
                 gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning
             keep = gate.detach() > 0.5
             _put(request.logits, index, logit)
-        _put(request.keep, index, keep)
-        _put(request.gates, index, gate)
-        return gate
+        _put(request.keep, index, keep if request.deciding is None else keep & request.deciding)
+        _put(request.gates, index, gate if request.deciding is None else _mean(gate, request.deciding))
+        return gate if request.deciding is None else torch.where(request.deciding, gate, 1.0)
 
     @torch.no_grad()
-    def _flags(self, request: Request, index: int, states: Tensor) -> Flags:
-        """Which rows keep; only a router's fresh decision has to be read from the device."""
+    def _keep(self, request: Request, index: int, states: Tensor) -> Keep:
+        """Which rows or tokens run; only a router's fresh decision about rows has to be read from the device."""
         if request.flags is not None:
             return request.flags[index]
+        if request.fixed is not None and request.deciding is not None:
+            return request.fixed[index] | ~request.deciding
         logit = self._logit(request, index, states)
         keep = gates.hard(logit, self.config.threshold)
         keep = torch.ones_like(keep) if index in self.config.held else keep
         _put(request.logits, index, logit)
+        if request.deciding is not None:
+            _put(request.keep, index, keep & request.deciding)
+            return keep | ~request.deciding
         _put(request.keep, index, keep)
         return tuple(keep.tolist())
+
+
+def _mean(gate: Tensor, deciding: Tensor) -> Tensor:
+    """float32 (b): the mean gate of each row's deciding tokens, 1 without one."""
+    count = deciding.sum(1)
+    return torch.where(count > 0, torch.where(deciding, gate, 0.0).sum(1) / count.clamp(min=1), 1.0)
 
 
 def _put(values: list[Tensor], index: int, value: Tensor) -> None:

@@ -183,6 +183,8 @@ def generate_many(
 def _check(model: RoutedModel, config: Any, group_size: int, options: dict[str, Any]) -> None:
     if model.runtime.mode == "dense":
         raise ConfigError("generate_many: inside dense() there is only one path; call generate")
+    if model.runtime.scope == "token":
+        raise ConfigError("generate_many: under scope 'token' a prompt has no path of its own; call generate")
     if refused := [name for name in _REFUSED if options.get(name) is not None]:
         raise ConfigError(f"generate_many: {', '.join(refused)} does not go with many prompts; call generate")
     for name in ("num_beams", "num_return_sequences"):

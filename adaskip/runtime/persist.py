@@ -183,8 +183,8 @@ tags: [layer-skipping, router]
 
 # Layer-skipping routers for {backbone["name"]}
 
-One small router per decoder layer ({parameters:,} parameters in all) decides from the prompt which of the
-{backbone["layers"]} layers the {"vision tokens" if router["group"] == "vision" else "whole sequence"} may leave out.
+One small router per decoder layer ({parameters:,} parameters in all) decides {_decides(router)} may leave out,
+of each of the {backbone["layers"]} layers: {_UNITS[router["unit"]]}.
 The backbone is not in this folder and is not changed.
 
 ```python
@@ -202,6 +202,16 @@ Group `{router["group"]}`, scope `{router["scope"]}`, unit `{router["unit"]}`, k
 {_promise(meta["certificate"])}
 Made with adaskip {meta["adaskip"]}.
 """
+
+
+_UNITS = {"block": "all of it", "attention": "its attention", "mlp": "its MLP"}
+
+
+def _decides(router: dict[str, Any]) -> str:
+    vision = router["group"] == "vision"
+    if router["scope"] == "token":
+        return f"what each {'vision token' if vision else 'token'}"
+    return f"from the prompt what the {'vision tokens' if vision else 'whole sequence'}"
 
 
 def _promise(certificate: dict[str, Any] | None) -> str:

@@ -25,10 +25,11 @@ class Request:
     prompt: Tensor  # bool (b t): real tokens that stand before the first supervised or generated one
     cache: SkipCache | None = None
     scratch: SkipCache | None = None  # where kept keys meet the queries of an uncached request
-    fixed: Tensor | None = None  # bool (l b): decisions made beforehand
+    fixed: Tensor | None = None  # bool (l b), scope token (l b t): decisions made beforehand
+    deciding: Tensor | None = None  # bool (b t), scope token: whose decisions they are
     flags: tuple[Flags, ...] | None = None  # the same on the host: of each layer, of each row
-    keep: list[Tensor] = field(default_factory=list)  # bool (b) each
-    logits: list[Tensor] = field(default_factory=list)  # float32 (b) each
+    keep: list[Tensor] = field(default_factory=list)  # bool (b) each, scope token (b t)
+    logits: list[Tensor] = field(default_factory=list)  # float32, likewise
     gates: list[Tensor] = field(default_factory=list)  # float32 (b) each
     decision: Any = None  # of the layer under way, for its sublayers
     memo: dict[Any, Any] = field(default_factory=dict)

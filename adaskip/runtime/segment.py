@@ -16,7 +16,7 @@ from adaskip.errors import BackboneError
 Memo = dict[Any, Any]
 """What the layers of one request share, see `once`."""
 
-_MASKS = ("attention_mask", "causal_mask")
+MASKS = ("attention_mask", "causal_mask")
 
 
 def once(memo: Memo, name: str, sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -88,14 +88,18 @@ def cut(
     """
 
     def one(name: str, value: Any) -> Any:
-        if name in _MASKS:
+        if name in MASKS:
             return _cut_mask(value, segment, queries, keys)
         if name == "position_embeddings" and isinstance(value, tuple):
             return tuple(one(name, item) for item in value)
         if not isinstance(value, Tensor):
             return value
-        if name == "alibi" and segment.rows is not None:  # (b h) 1 k
-            rows = rearrange(value, "(b h) q k -> b h q k", b=batch).index_select(0, segment.rows)
+        if name == "alibi":  # (b h) 1 k
+            rows = rearrange(value, "(b h) q k -> b h q k", b=batch)
+            rows = rows if segment.rows is None else rows.index_select(0, segment.rows)
+            if keys is not None and rows.shape[-1] >= keys.shape[-1]:
+                at = rearrange(keys.clamp(min=0), "r k -> r 1 1 k")
+                rows = rows.gather(3, at.expand(-1, rows.shape[1], rows.shape[2], -1))
             return rearrange(rows, "b h q k -> (b h) q k")
         if name == "position_embeddings":  # (... b t d)
             return take(value, segment, value.dim() - 3)
@@ -107,7 +111,7 @@ def cut(
 
     return {
         name: once(memo, name, (value, segment, keys), partial(one, name, value))
-        if isinstance(value, Tensor | tuple) or name in _MASKS
+        if isinstance(value, Tensor | tuple) or name in MASKS
         else value
         for name, value in named.items()
     }
@@ -139,3 +143,24 @@ def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None)
     mask = mask.gather(3, rearrange(places, "r k -> r 1 1 k").expand(-1, mask.shape[1], mask.shape[2], -1))
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return torch.where(rearrange(keys < 0, "r k -> r 1 1 k"), hidden, mask)
+
+
+def hide_keys(mask: Any, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask (b h|1 t t) in which a token sees itself, and of the others those whose gate (b t) is on.
+
+    Where a gate is on, its slope is added to its key's scores: d/dg of a softmax whose weights are multiplied by g.
+    """
+    length, low = gate.shape[1], torch.finfo(dtype).min
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=gate.device).tril()[None, None]
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise BackboneError(
+            "scope 'token': an attention mask without places for queries and keys cannot hide what skipped; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, low).to(dtype)
+    others = ~torch.eye(length, dtype=torch.bool, device=gate.device)
+    off = rearrange(gate.detach() <= 0.5, "b k -> b 1 1 k") & others
+    slope = rearrange(gate - gate.detach(), "b k -> b 1 1 k").to(dtype) * others
+    return torch.where(off, low, mask + slope)

@@ -63,7 +63,8 @@ class Look:
 def joint_cost(model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices: Prices) -> dict[str, Tensor]:
     """What the routers' real decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), and ``keep`` (l n).
 
-    ``wanted`` (l n) is what the routers would do if no layer were held.
+    ``wanted`` (l n) is what the routers would do if no layer were held. Under scope token an input keeps a layer if
+    most of its tokens do (a heuristic), and its bound takes the share of them that skip.
 
     Args:
         model: with frozen or current routers.
@@ -77,13 +78,14 @@ def joint_cost(model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices
             dense = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
         routed = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
         kl.append(compare(dense, routed, batch["labels"])["kl"].cpu())
-        keep.append(model.routing.keep.cpu())
-        logits = model.routing.logits
-        wanted.append(keep[-1] if logits is None else hard(logits, model.config.threshold).cpu())
+        routing = model.routing
+        keep.append(routing.share.cpu())
+        decided = routing.keep if routing.logits is None else hard(routing.logits, model.config.threshold)
+        wanted.append(routing.per_row(decided).cpu() > 0.5)
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
-    bound = redundancy_bound(kept.T.float(), s, u)
-    return {"kl": torch.cat(kl), "bound": bound, "keep": kept, "wanted": torch.cat(wanted, 1)}
+    bound = redundancy_bound(kept.T, s, u)
+    return {"kl": torch.cat(kl), "bound": bound, "keep": kept > 0.5, "wanted": torch.cat(wanted, 1)}
 
 
 class ConditionCheck(lightning.Callback):

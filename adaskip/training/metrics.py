@@ -28,7 +28,7 @@ class KeepByKind(Metric):
         self.add_state("seen", torch.zeros(len(self.kinds), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, keep: Tensor, kinds: Sequence[str]) -> None:
-        """Count a batch: bool (l b), and the b labels."""
+        """Count a batch: keeps, or shares of tokens that keep, (l b), and the b labels."""
         for row, kind in zip(keep.T.to(self.kept), kinds, strict=True):
             if kind in self.kinds:
                 self.kept[self.kinds.index(kind)] += row

@@ -85,7 +85,7 @@ class RouterTuner(lightning.LightningModule):
         self.log_dict(
             {"router/keep_soft": share.detach(), "router/target": self.target(), "router/multiplier": self.multiplier}
         )
-        self.log_dict({f"router/keep/layer_{i:02d}": row.float().mean() for i, row in enumerate(routing.keep)})
+        self.log_dict({f"router/keep/layer_{i:02d}": row.float().mean() for i, row in enumerate(routing.share)})
         return loss
 
     def target(self) -> float:
@@ -137,7 +137,7 @@ class RouterTuner(lightning.LightningModule):
         self.val_accuracy.update(exact_match(routed, batch["labels"]).float())
         routing = self.model.routing
         self.val_keep.update(routing.keep_rate)
-        self.keep_by_kind.update(routing.keep, batch["kind"])
+        self.keep_by_kind.update(routing.share, batch["kind"])
         self.log_dict(
             {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep}, prog_bar=True
         )

@@ -94,7 +94,8 @@ def masked(model: RoutedModel, keep: Tensor, batch: dict[str, Tensor], unit: str
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
             states = out[0] if isinstance(out, tuple) else out
             before = args[0] if args else kwargs["hidden_states"]
-            gone = (outside & ~keep[index][:, None])[..., None]
+            kept = keep[index] if keep.dim() == 3 else keep[index][:, None]
+            gone = (outside & ~kept)[..., None]
             states = torch.where(gone, before if unit == "block" else torch.zeros_like(states), states)
             return (states, *out[1:]) if isinstance(out, tuple) else states
 
