@@ -319,21 +319,35 @@ def generate(
     image: Annotated[Path | None, typer.Option("--image", exists=True, dir_okay=False, help="A picture.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The question.")] = None,
     example: Annotated[int | None, typer.Option("--example", min=0, help="A held-out example of the run.")] = None,
+    many: Annotated[Path | None, typer.Option("--many", exists=True, help="Prompts, a JSON object a line.")] = None,
+    paths: Annotated[int | None, typer.Option("--paths", min=1, help="With --many: at most so many paths.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Answer one prompt, dense and routed, and show which layers it took."""
+    """Answer one prompt, dense and routed, or many, those of one path together; show which layers were taken."""
 
     def work() -> dict[str, Any]:
+        if (many, paths) != (None, None) and (many is None or (image, prompt, example) != (None, None, None)):
+            raise ConfigError("--many FILE takes no other question, and --paths N goes with it")
+        if many is not None:
+            from adaskip.evaluate import answer_many
+
+            return answer_many(_existing(run), many, max_new_tokens, paths)
         if (prompt is None) == (example is None) or (image is not None and example is not None):
-            raise ConfigError("expected --prompt TEXT (with --image PATH for a picture) or --example N, one of the two")
+            raise ConfigError(
+                "expected --prompt TEXT (with --image PATH for a picture), --example N or --many FILE, one of them"
+            )
         folder = _existing(run)
         from adaskip.evaluate import answer
 
         return answer(folder, image=image, prompt=prompt, example=example, max_new_tokens=max_new_tokens)
 
     def show(found: dict[str, Any]) -> None:
-        _pairs({name: value for name, value in found.items() if name not in ("route", "layers")})
+        for row in found.get("answers", ()):
+            _say(f"{''.join('#' if ran else '.' for ran in row['route'])}  {row['keep']:.2f}  {row['answer']}")
+        _pairs({name: value for name, value in found.items() if name not in ("route", "layers", "answers")})
+        if many is not None:
+            return
         bar = "".join("#" if ran else "." for ran in found["route"])
         _say(f"route   {bar}   {sum(found['route'])} of {found['layers']} layers ran (# ran, . skipped)")
 

@@ -238,14 +238,7 @@ def answer(
     Raises:
         DataError: neither a prompt nor an example, or one the data does not have.
     """
-    folder = Path(run)
-    if (folder / RECIPE).is_file():
-        loaded = open_run(folder)
-        model, processor = loaded.model, loaded.processor
-    else:
-        model = RoutedModel.from_pretrained(router_folder(folder))
-        processor = _processor_of(model)
-        loaded = None
+    model, processor, loaded = _open(Path(run))
     record = _record(loaded, image, prompt, example, processor, model)
     batch = to_device(Collator(processor, answers=False)([record]), model.described.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
@@ -270,6 +263,55 @@ def answer(
         write_text(path, json.dumps(stored, indent=2) + "\n")
         report.write(loaded.folder)
     return found
+
+
+@torch.no_grad()
+def answer_many(run: Path, file: Path, max_new_tokens: int = 16, paths: int | None = None) -> dict[str, Any]:
+    """Answer every prompt of a file of JSON lines, those that take the same path together.
+
+    Args:
+        run: a run, or an exported folder of routers.
+        file: one object a line with ``prompt`` and maybe ``image``, a path relative to the file.
+        max_new_tokens: longest answer.
+        paths: at most so many paths, see `adaskip.runtime.paths.generate_many`.
+
+    Raises:
+        DataError: a line is no such object; says which.
+    """
+    questions = []
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            asked = json.loads(line)
+        except json.JSONDecodeError:
+            asked = None
+        if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
+            raise DataError(f'{file}, line {number}: expected an object such as {{"prompt": "..."}}, got {line[:60]!r}')
+        questions.append(asked)
+    model, processor, _ = _open(Path(run))
+    collate, device = Collator(processor, answers=False), model.described.device
+    items = []
+    for asked in questions:
+        image = Path(file).parent / asked["image"] if asked.get("image") else None
+        record = _record(None, image, asked["prompt"], None, processor, model)
+        items.append(to_device(collate([record]), device)["inputs"])
+    many = model.generate_many(
+        items, paths=paths, measure=paths is not None, max_new_tokens=max_new_tokens, do_sample=False
+    )
+    rows = [
+        {"prompt": asked["prompt"], "answer": texts(processor, got.tokens[None])[0], "keep": got.keep_rate}
+        | {"route": list(got.path)}
+        for asked, got in zip(questions, many.answers, strict=True)
+    ]
+    told = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
+    return {"answers": rows, **told, "prefill_s": many.prefill_s, "decode_s": many.decode_s}
+
+
+def _open(folder: Path) -> tuple[RoutedModel, Any, Run | None]:
+    if (folder / RECIPE).is_file():
+        loaded = open_run(folder)
+        return loaded.model, loaded.processor, loaded
+    model = RoutedModel.from_pretrained(router_folder(folder))
+    return model, _processor_of(model), None
 
 
 def _processor_of(model: RoutedModel) -> Any:

@@ -262,7 +262,7 @@ def test_generate(adaskip, fake, folder, tmp_path):
 def test_generate_needs_one_question(adaskip, folder, words):
     status, out, err = adaskip("generate", folder, *words)
     assert (status, out) == (2, "")
-    assert "expected --prompt TEXT (with --image PATH for a picture) or --example N" in err
+    assert "expected --prompt TEXT (with --image PATH for a picture), --example N or --many FILE, one of them" in err
 
 
 def test_export(adaskip, fake, folder, tmp_path):
