@@ -178,7 +178,9 @@ def check(run: Path, bands: bool = False) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         tensors = {k: torch.tensor(stored[k], dtype=torch.float64) for k in ("shift", "peak", "mass")}
-        prices = Prices(**tensors, alpha=stored["alpha"], c=stored["c"])
+        pairs = stored.get("correlation")
+        correlation = None if pairs is None else torch.tensor(pairs, dtype=torch.float64)
+        prices = Prices(**tensors, alpha=stored["alpha"], c=stored["c"], correlation=correlation)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error}); train the run again") from error
     chosen, held_out = _unfitted(recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,8 @@ from adaskip.recipe import Recipe, dump, load
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
-from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, exact_match, measure
+from adaskip.theory.prices import price
+from adaskip.theory.profile import LayerMeasures, Prices, exact_match, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
 from adaskip.training.fit_run import fit_in_folder
@@ -120,9 +122,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     validation = loader(splits["validation"], collate, size)
     laps.lap("price")
     if recipe.method == "from-bounds" and checkpoint is None:
-        state, rounds = fit_in_folder(
-            model, recipe.objective, recipe.fit, splits["train"], collate, folder, recipe.seed
-        )
+        say = (lambda text: print(text, file=sys.stderr)) if recipe.trainer.progress else None
+        inputs = splits["train"]
+        state, rounds = fit_in_folder(model, recipe.objective, recipe.fit, inputs, collate, folder, recipe.seed, say)
         tuner.multiplier.fill_(state.multiplier)
         for logger in trainer.loggers:
             logger.log_metrics({f"fit/{name}": value for name, value in rounds[-1].items()}, step=0)
@@ -176,8 +178,14 @@ def _price(
     device = model.described.device
     vision = model.runtime.hides_vision
     measured = measure(model, [to_device(b, device) for b in check], attention=vision)
-    fresh = measure(model, [to_device(b, device) for b in calibration])
-    return measured, calibrate_prices(fresh, measured.mass.mean(0), recipe.objective.alpha)
+    return measured, price(
+        model,
+        [to_device(b, device) for b in calibration],
+        measured.mass.mean(0),
+        recipe.objective.alpha,
+        recipe.objective.price,
+        recipe.seed,
+    )
 
 
 def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck) -> lightning.Trainer:

@@ -188,6 +188,22 @@ class RoutedModel(nn.Module):
             yield
 
     @contextmanager
+    def keep_all(self) -> Iterator[None]:
+        """Inside: the routers look and every layer runs, whatever they say."""
+        with self._set(config=replace(self.config, threshold=-1e9)):
+            yield
+
+    def gates(self) -> list[Tensor]:
+        """The gates (b) of each layer in the last `soft` pass, as they stand in its graph.
+
+        Raises:
+            ConfigError: the last pass was not one, or ran without gradients.
+        """
+        if self.runtime.request is None or not self.runtime.request.gates:
+            raise ConfigError("gates: no soft pass with gradients on is at hand; call the model inside soft() first")
+        return self.runtime.request.gates
+
+    @contextmanager
     def replay(self, states: list[Tensor]) -> Iterator[None]:
         """Inside, for one and the same batch: layer i < len(states) - 1 returns ``states[i + 1]`` instead of running.
 

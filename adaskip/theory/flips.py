@@ -26,7 +26,7 @@ class Flips:
     keep: Tensor  # bool (n l): the path
     cost: Tensor  # float32 (n): of the path, exact
     change: Tensor  # float32 (n l): exact cost with the decision at layer l flipped, minus ``cost``
-    pairs: Tensor  # float32 (n l l): what flipping two layers costs beyond both changes, estimated; zero diagonal
+    pairs: Tensor  # float32 (n l l): covariance of what single flips do to the logits, the gate matrix on this path
     share: Tensor  # float32 (n l): share of the dense decoder FLOPs that a kept layer adds
     floor: Tensor  # float32 (n): share spent with every layer skipped
 
@@ -49,7 +49,8 @@ class Flips:
         Exact at the path and at its single flips, an estimator [D, link 6c] beyond; never below 0.
         """
         q = torch.where(self.keep, 1.0 - gates, gates)
-        together = torch.einsum("nl,nlm,nm->n", q, self.pairs, q) / 2.0
+        own = self.pairs.diagonal(dim1=1, dim2=2)
+        together = (torch.einsum("nl,nlm,nm->n", q, self.pairs, q) - (q**2 * own).sum(1)) / 2.0
         return (self.cost + (q * self.change).sum(1) + together).clamp_min(0.0)
 
     def keep_rate(self, gates: Tensor) -> Tensor:
@@ -98,10 +99,14 @@ def _survey_batch(model: RoutedModel, batch: dict[str, Any], task_weight: float)
     answers = labels[:, 1:][predicted]
     states: list[Tensor] = []
     pooled: list[Tensor] = []
+
+    def watch(index: int, before: Tensor, after: Tensor) -> None:
+        states.extend([after] if states else [before, after])
+
     assert model.routers is not None
     hooks = [head.register_forward_pre_hook(lambda _, args: pooled.append(args[0])) for head in model.routers]
     try:
-        with model.observe(lambda index, before, after: states.append(before)):
+        with model.observe(watch):
             path = model(**arguments).logits[:, :-1][predicted]
     finally:
         for hook in hooks:
@@ -127,7 +132,7 @@ def _survey_batch(model: RoutedModel, batch: dict[str, Any], task_weight: float)
         return mean(values)
 
     flipped: list[Tensor] = []
-    for index in range(len(states)):
+    for index in range(len(routing.keep)):
         keep = routing.keep.clone()
         keep[index] = ~keep[index]
         with model.replay(states[: index + 1]):
@@ -138,7 +143,6 @@ def _survey_batch(model: RoutedModel, batch: dict[str, Any], task_weight: float)
     rows = predicted.nonzero()[:, 0]
     pairs = together.new_zeros(len(base), *together.shape[1:]).index_add(0, rows, together)
     pairs = (1.0 + task_weight) * pairs / predicted.sum(1)[:, None, None]
-    pairs.diagonal(dim1=1, dim2=2).zero_()
     total = run.sum(0)
     values = {
         "pooled": torch.stack(pooled, 1),

@@ -53,14 +53,30 @@ class Prices:
     mass: Tensor  # float64 (l): mean attention mass per layer, a constant fixed before calibration
     alpha: float
     c: float = 1.0
+    correlation: Tensor | None = None  # float64 (l l): of skips, from `prices.mean_correlation`; None: they add up
+    slope: Tensor | None = None  # float64 (2 l): Lambda for s and for u over the first-order s instead of rho
 
     def costs(self, rho: Tensor) -> tuple[Tensor, Tensor]:
         """(b l) relative changes of the dense pass -> the s and u a skip is predicted to cost, (b l) each."""
         scale = rho.double() + self.c * self.mass.to(rho.device)
         return scale * self.shift.to(rho.device), scale * self.peak.to(rho.device)
 
+    def first_order_costs(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from `prices.first_order`, (b l)."""
+        assert self.slope is not None
+        shift, peak = self.slope.to(slopes.device)
+        return slopes.double() * shift, slopes.double() * peak
 
-def calibrate_prices(measured: LayerMeasures, mass: Tensor, alpha: float, c: float = 1.0) -> Prices:
+
+def calibrate_prices(
+    measured: LayerMeasures,
+    mass: Tensor,
+    alpha: float,
+    c: float = 1.0,
+    *,
+    correlation: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Prices:
     """Split-conformal constants from calibration inputs (one score an input); link 9 of the chain.
 
     Args:
@@ -68,6 +84,8 @@ def calibrate_prices(measured: LayerMeasures, mass: Tensor, alpha: float, c: flo
         mass: (l) attention mass per layer from other inputs; zeros for group ``all``.
         alpha: miscoverage per layer.
         c: weight of the attention mass beside rho.
+        correlation: (l l) of skips.
+        slopes: (n l) first-order s of the same inputs, to calibrate its constants as well.
 
     Raises:
         DataError: too few inputs for a finite constant at this alpha.
@@ -77,10 +95,13 @@ def calibrate_prices(measured: LayerMeasures, mass: Tensor, alpha: float, c: flo
             f"calibration: expected at least {math.ceil(1 / alpha) - 1} inputs for alpha={alpha}, got {len(measured)}; "
             "give the calibration split more, or raise conditions.examples"
         )
-    scale = measured.rho.double() + c * mass.double()
-    quantile = [conformal_quantile(column, alpha) for column in safe_ratio(measured.s.double(), scale).T]
-    peak = [conformal_quantile(column, alpha) for column in safe_ratio(measured.u.double(), scale).T]
-    return Prices(torch.stack(quantile), torch.stack(peak), mass.double(), alpha, c)
+
+    def constants(scale: Tensor) -> Tensor:
+        return torch.stack([conformal_quantile(safe_ratio(x.double(), scale), alpha) for x in (measured.s, measured.u)])
+
+    shift, peak = constants(measured.rho.double() + c * mass.double())
+    slope = None if slopes is None else constants(slopes.double())
+    return Prices(shift, peak, mass.double(), alpha, c, correlation, slope)
 
 
 def per_input(values: Tensor, mask: Tensor, reduce: str) -> Tensor:

@@ -84,7 +84,7 @@ def joint_cost(model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices
         wanted.append(routing.per_row(decided).cpu() > 0.5)
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
-    bound = redundancy_bound(kept.T, s, u)
+    bound = redundancy_bound(kept.T, s, u, prices.correlation)
     return {"kl": torch.cat(kl), "bound": bound, "keep": kept > 0.5, "wanted": torch.cat(wanted, 1)}
 
 

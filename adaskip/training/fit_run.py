@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ def fit_in_folder(
     collate: Collator,
     folder: Path,
     seed: int,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[FitState, list[dict[str, Any]]]:
-    """Fit the routers, or go on after the last whole round that the folder holds.
+    """Fit the routers, or go on after the last whole round that the folder holds; ``say`` gets a line a round.
 
     Returns the final state and the figures of every round, as they stand in ``fit.jsonl``.
 
@@ -52,6 +53,9 @@ def fit_in_folder(
         rounds.append({"round": done.round, **figures})
         write_text(folder / ROUNDS, "".join(json.dumps(line) + "\n" for line in rounds))
         _save(model, done, folder / ROUTERS)
+        if say is not None:
+            keep, cost = f"{figures['keep']:.3f} of {figures['target']:.3f}", f"{figures['cost']:.4f} nats"
+            say(f"from-bounds: round {done.round} of {fit.rounds}, keep {keep}, expected cost {cost}")
 
     return fit_from_bounds(model, draw, objective, fit, seed=seed, state=state, after=after), rounds
 

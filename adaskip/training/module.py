@@ -13,10 +13,13 @@ from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
 from adaskip.theory.measures import relative_change
+from adaskip.theory.prices import first_order
 from adaskip.theory.profile import Prices, compare, exact_match
 from adaskip.training.data import Batch, answer_positions
 from adaskip.training.metrics import KeepByKind
 from adaskip.training.objective import Objective
+
+DRAWS = 2  # of labels a step, for price ``fisher``
 
 
 class RouterTuner(lightning.LightningModule):
@@ -30,7 +33,7 @@ class RouterTuner(lightning.LightningModule):
     Args:
         model: what `attach` returned.
         objective: weights and the target.
-        prices: calibrated constants of the redundancy bound; None leaves B out.
+        prices: calibrated constants of the redundancy bound, of the objective's price; None leaves B out.
         learning_rate: peak of a one-cycle schedule.
         steps: length of the schedule.
         temperature: of the gates' slope.
@@ -64,9 +67,8 @@ class RouterTuner(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch of prompts with answers."""
-        dense, rho = self._dense(batch)
-        noise = torch.Generator().manual_seed((self.seed * 1_000_003 + self.global_step) * 4096 + self.global_rank)
-        with self.model.explore(noise, self.temperature):
+        dense, costs = self._dense(batch)
+        with self.model.explore(self._noise(), self.temperature):
             out = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"])
         routing, share = self._soft_keep()
         where = answer_positions(batch["labels"])
@@ -74,7 +76,7 @@ class RouterTuner(lightning.LightningModule):
         log_p, log_q = (x[:, :-1][where].float().log_softmax(-1) for x in (dense, out.logits))
         kl = weight @ (log_p.exp() * (log_p - log_q)).sum(-1)
         task = weight @ torch.nn.functional.nll_loss(log_q, batch["labels"][:, 1:][where], reduction="none")
-        bound = self._bound(routing, rho)
+        bound = self._bound(routing, costs)
         goal = self.objective
         gap = share - self.target()
         budget = self.multiplier.float() * gap + goal.budget_weight * gap.clamp(min=0) ** 2
@@ -93,17 +95,26 @@ class RouterTuner(lightning.LightningModule):
         ramp = min(1.0, self.global_step / max(1.0, self.objective.warmup * self.steps))
         return 1.0 + ramp * (self.objective.keep - 1.0)
 
+    def _noise(self, stream: int = 0) -> torch.Generator:
+        """A source of draws that is a pure function of (seed, step, rank, stream)."""
+        step = (self.seed * 1_000_003 + self.global_step) * 4096
+        return torch.Generator().manual_seed(step + self.global_rank + 2048 * stream)
+
     @torch.no_grad()
-    def _dense(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The dense model's logits, and the relative change rho (b l) each layer makes to the routed group."""
+    def _dense(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The dense model's logits, and the s and u (b l) that each layer's skip is predicted to cost."""
         rho: list[Tensor] = []
 
         def watch(index: int, before: Tensor, after: Tensor) -> None:
             rho.append(relative_change(before, after, self.model.group_mask()))
 
+        prices = self.prices if self.objective.bound_weight else None
+        if prices is not None and self.objective.price == "fisher":
+            logits, slopes = first_order(self.model, batch, DRAWS, self._noise(1))
+            return logits, prices.first_order_costs(slopes)
         with self.model.dense(), self.model.observe(watch):
             logits = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        return logits, torch.stack(rho, 1)
+        return logits, None if prices is None else prices.costs(torch.stack(rho, 1))
 
     def _soft_keep(self) -> tuple[Routing, Tensor]:
         """The routing with its gates, and the batch's mean keep rate with the gates' gradient."""
@@ -114,13 +125,13 @@ class RouterTuner(lightning.LightningModule):
         run, left = (flops.to(gates) for flops in self.model.flops())
         return routing, ((left + gates * (run - left)).sum(0) / run.sum(0)).mean()
 
-    def _bound(self, routing: Routing, rho: Tensor) -> Tensor:
-        if self.prices is None or not self.objective.bound_weight:
-            return rho.new_zeros(())
+    def _bound(self, routing: Routing, costs: tuple[Tensor, Tensor] | None) -> Tensor:
         assert routing.gates is not None
-        s, u = self.prices.costs(rho)
+        if costs is None or self.prices is None:
+            return routing.gates.new_zeros(())
+        s, u = costs
         peaks = u if self.objective.bound == "two-point" else None
-        return bounds.redundancy_bound(routing.gates.T, s, peaks).mean()
+        return bounds.redundancy_bound(routing.gates.T, s, peaks, self.prices.correlation).mean()
 
     def _raise_multiplier(self, gap: Tensor) -> None:
         gap = self.trainer.strategy.reduce(gap, reduce_op="mean") if self.trainer.world_size > 1 else gap

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from adaskip.errors import ConfigError
 
 Bound = Literal["two-point", "quadratic"]
+Price = Literal["calibrated", "gates", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Objective:
         task_weight: weight of the cross-entropy with the data's own answers.
         bound_weight: weight of the redundancy bound B (nats); a heuristic while training, calibrated afterwards.
         bound: the shape of B: ``two-point`` (Bennett, clipped) or ``quadratic`` (S^2 / 2).
+        price: of a skip within B: ``calibrated`` (Lambda_l rho_l, skips add up), ``gates`` (the same, and skips add up
+            as far as the mean gate matrix says that they correlate) or ``fisher`` (Lambda_l times the input's own
+            first-order s, for about three more passes a step).
         alpha: miscoverage of the calibrated per-layer constants that price a skip.
         warmup: share of the steps over which the target falls from 1 to ``keep``.
         budget_rate: step size of the dual ascent on the budget's Lagrange multiplier.
@@ -34,6 +38,7 @@ class Objective:
     task_weight: float = 1.0
     bound_weight: float = 0.01
     bound: Bound = "two-point"
+    price: Price = "calibrated"
     alpha: float = 0.1
     warmup: float = 0.3
     budget_rate: float = 0.05
@@ -45,6 +50,7 @@ class Objective:
             "task_weight": (self.task_weight >= 0, "a number >= 0"),
             "bound_weight": (self.bound_weight >= 0, "a number >= 0"),
             "bound": (self.bound in ("two-point", "quadratic"), "two-point | quadratic"),
+            "price": (self.price in get_args(Price), " | ".join(get_args(Price))),
             "alpha": (0 < self.alpha < 1, "a share in (0, 1)"),
             "warmup": (0 <= self.warmup < 1, "a share in [0, 1)"),
             "budget_rate": (self.budget_rate > 0, "a number > 0"),

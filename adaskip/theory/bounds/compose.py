@@ -66,8 +66,13 @@ def joint_shift(keep_gates: Tensor, costs: Tensor) -> Tensor:
     return variance.where(variance > 0, 1.0).sqrt().where(variance > 0, 0.0)
 
 
-def redundancy_bound(gates: Tensor, s_costs: Tensor, u_costs: Tensor | None = None) -> Tensor:
+def redundancy_bound(
+    gates: Tensor, s_costs: Tensor, u_costs: Tensor | None = None, correlation: Tensor | None = None
+) -> Tensor:
     """B(x): `kl_two_point` at (S, U), S of `joint_shift`, U = sum_l (1-g_l) u_l; S^2/2 without `u_costs`.
+
+    With `correlation` (L, L), positive semidefinite and 1 on its diagonal, S^2 is the mean of s^T R s over what
+    is skipped: skips add up as far as they correlate, where without it they add up in full.
 
     Heuristic [D] shaped like the bound: gates are soft and costs single-layer; calibrating the frozen router restores
     coverage. (b, L) each -> (b,), in the gates' dtype, at least float32. Differentiable in the gates, costs detached.
@@ -77,7 +82,7 @@ def redundancy_bound(gates: Tensor, s_costs: Tensor, u_costs: Tensor | None = No
     >>> [round(x, 4) for x in redundancy_bound(gates, costs, costs).tolist()]
     [0.0, 0.4338]
     """
-    variance = _joint_variance(gates, s_costs)
+    variance = _joint_variance(gates, s_costs, correlation)
     if u_costs is None:
         bound = variance / 2.0
     else:
@@ -85,6 +90,11 @@ def redundancy_bound(gates: Tensor, s_costs: Tensor, u_costs: Tensor | None = No
     return bound.to(torch.promote_types(gates.dtype, torch.float32))
 
 
-def _joint_variance(gates: Tensor, costs: Tensor) -> Tensor:
+def _joint_variance(gates: Tensor, costs: Tensor, correlation: Tensor | None = None) -> Tensor:
     keep, s = gates.double(), costs.detach().double()
-    return ((1.0 - keep) * s).sum(-1) ** 2 + (keep * (1.0 - keep) * s**2).sum(-1)
+    skipped = (1.0 - keep) * s
+    if correlation is None:
+        together = skipped.sum(-1) ** 2
+    else:
+        together = (skipped @ correlation.to(skipped) * skipped).sum(-1).clamp_min(0.0)
+    return together + (keep * (1.0 - keep) * s**2).sum(-1)

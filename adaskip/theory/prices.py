@@ -1,0 +1,104 @@
+"""Prices of a skip beside the calibrated rho: how skips correlate, and what the input's own gradient says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adaskip.runtime.attach import RoutedModel
+from adaskip.theory.flips import survey
+from adaskip.theory.profile import IGNORED, Prices, calibrate_prices, measure
+
+Kind = Literal["calibrated", "gates", "fisher"]
+
+
+def price(
+    model: RoutedModel,
+    batches: list[dict[str, Any]],
+    mass: Tensor,
+    alpha: float,
+    kind: Kind = "calibrated",
+    seed: int = 0,
+) -> Prices:
+    """Calibrate the constants that a kind of price needs, on inputs that nothing else was fitted on.
+
+    Costs a `measure` of the batches; ``gates`` a `survey` beside it, ``fisher`` a few backward passes.
+
+    Args:
+        model: attached, with routers.
+        batches: prompts with answers, on the model's device.
+        mass: (l) attention mass per layer from other inputs; zeros for group ``all``.
+        alpha: miscoverage per layer.
+        kind: ``calibrated``, ``gates`` or ``fisher``.
+        seed: of the label draws.
+    """
+    measured = measure(model, batches)
+    correlation = mean_correlation(model, batches) if kind == "gates" else None
+    slopes = first_order_of(model, batches, seed=seed) if kind == "fisher" else None
+    return calibrate_prices(measured, mass, alpha, correlation=correlation, slopes=slopes)
+
+
+def mean_correlation(model: RoutedModel, batches: Iterable[dict[str, Any]]) -> Tensor:
+    """R_lm: how two skips' changes of the logits correlate under p, averaged over inputs; (l l), estimator [D].
+
+        R_lm = E_x[ G_lm / sqrt(G_ll G_mm) ],  G the gate matrix (link 6c)
+
+    Positive semidefinite, ones on the diagonal. R = 1 everywhere would be the triangle inequality's worst case.
+    Costs a `survey` of the dense model.
+
+    Args:
+        model: attached, with routers.
+        batches: prompts with answers.
+    """
+    with model.keep_all():
+        dense = survey(model, batches)
+    own = dense.pairs.double().diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+    size = own.unsqueeze(1) * own.unsqueeze(2)
+    each = torch.where(size > 0, dense.pairs.double() / size.where(size > 0, 1.0), 0.0)
+    found = each.mean(0)
+    found.fill_diagonal_(1.0)
+    return found
+
+
+def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The dense logits, and s_l of every skip to first order: (b t v) and (b l), nats; estimator [D, link 8].
+
+        s_l^2 = E_{Y ~ p} (d log p(Y) / d g_l)^2 at g = 1,  mean over the input's predicted tokens
+
+    In the soft mix ``left + g_l (run - left)`` the gate's gradient is the first-order change by the skip, so that one
+    pass with every gate open and a backward pass a draw price all layers at once. Labels are drawn from q ~ p (1 - p),
+    weighted by p / q, with random signs, so that squares of sums over tokens add up. Noisy for a single input.
+
+    Args:
+        model: attached, with routers.
+        batch: prompts with answers.
+        draws: label draws, a backward pass each.
+        noise: of the draws, on any device.
+    """
+    where = batch["labels"][:, 1:] != IGNORED
+    with torch.enable_grad(), model.keep_all(), model.soft():
+        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        gates = model.gates()
+        log_p = logits[:, :-1][where].double().log_softmax(-1)
+    p = log_p.detach().exp()
+    q = p * -torch.expm1(log_p.detach())
+    q = torch.where(q.sum(-1, keepdim=True) > 0, q, p)
+    q = q / q.sum(-1, keepdim=True)
+    total = torch.zeros(len(where), len(gates), dtype=torch.float64, device=log_p.device)
+    for left in reversed(range(draws)):
+        cut = torch.rand(len(q), 1, generator=noise, device=noise.device).to(q)
+        label = (q.cumsum(-1) < cut).sum(-1, keepdim=True).clamp(max=q.shape[-1] - 1)
+        sign = torch.randint(2, label.shape, generator=noise, device=noise.device).to(q) * 2 - 1
+        weight = (p.gather(1, label) / q.gather(1, label).clamp_min(1e-300)).sqrt() * sign
+        slopes = torch.autograd.grad(log_p, gates, torch.zeros_like(p).scatter(1, label, weight), retain_graph=left > 0)
+        total += torch.stack(slopes, 1).double() ** 2
+    return logits.detach(), (total / draws / where.sum(1, keepdim=True)).sqrt()
+
+
+def first_order_of(model: RoutedModel, batches: Iterable[dict[str, Any]], draws: int = 4, seed: int = 0) -> Tensor:
+    """`first_order` over batches: (n l), on the CPU."""
+    noise = torch.Generator().manual_seed(seed)
+    return torch.cat([first_order(model, batch, draws, noise)[1].cpu() for batch in batches])
