@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -175,6 +174,7 @@ class Routing:
     tokens: Tensor | None = None  # bool (b t), scope token: the tokens that decide
     executed: Tensor | None = None  # float64 (b): decoder FLOPs really spent on each row
     dense: Tensor | None = None  # float64 (b): decoder FLOPs of the same tokens with every layer run
+    flags: tuple[Flags, ...] | None = None  # keep on the host, where it has been read from the device
 
     @property
     def keep_rate(self) -> Tensor:
@@ -182,11 +182,6 @@ class Routing:
         if self.executed is None or self.dense is None:
             raise ConfigError("Routing.keep_rate: no request has run under this routing yet; call the model first")
         return torch.where(self.dense > 0, self.executed / self.dense, 1.0)
-
-    @cached_property
-    def flags(self) -> tuple[Flags, ...]:
-        """``keep`` on the host, layer by layer: read from the device once."""
-        return host(self.keep)
 
     def per_row(self, decided: Tensor) -> Tensor:
         """float32 (l b) of something shaped like ``keep``: scope token, each row's mean over the tokens that decide.

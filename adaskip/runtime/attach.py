@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +38,13 @@ class _Slot:
 
 def _layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     slot: _Slot = getattr(self, _MARK)
-    call = slot.inner or types.MethodType(type(self).forward, self)
+    call = slot.inner or partial(type(self).forward, self)
     return slot.runtime.run(slot.executor.index, self, call, args, kwargs)
 
 
 def _sublayer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     slot: _Slot = getattr(self, _MARK)
-    call = slot.inner or types.MethodType(type(self).forward, self)
+    call = slot.inner or partial(type(self).forward, self)
     return slot.runtime.run_sublayer(slot.executor, self, call, args, kwargs)
 
 

@@ -107,12 +107,13 @@ class Runtime:
         elif started:
             assert cache is not None
             assert cache.routing is not None
-            routing = cache.routing
-            self.request = Request(self.mode, tokens, tokens.valid, cache, fixed=routing.keep, flags=routing.flags)
+            decided = cache.routing
+            flags = decided.flags or host(decided.keep)
+            self.request = Request(self.mode, tokens, tokens.valid, cache, fixed=decided.keep, flags=flags)
         else:
-            fixed, flags = self._fixed(tokens.valid.shape[0])
+            fixed, known = self._fixed(tokens.valid.shape[0])
             prompt = read_prompt(tokens, inputs, self.prompt_mask, self.prompt_length)
-            self.request = Request(self.mode, tokens, prompt, cache, fixed=fixed, flags=flags)
+            self.request = Request(self.mode, tokens, prompt, cache, fixed=fixed, flags=known)
         if self.kv == "kept" and cache is None and self.mode == "skip":
             self.request.scratch = SkipCache(len(self.backbone.layers), kept=True)
         if self.mode == "soft":
@@ -132,12 +133,17 @@ class Runtime:
         ledger = cache.ledger if cache is not None and cache.ledger is not None else Ledger(self.group)
         ledger.add(request.tokens.valid, request.tokens.vision)
         if cache is None or cache.routing is None or request.deciding is not None:
+            keep = torch.stack(request.keep) if request.fixed is None else request.fixed
+            known = request.flags
+            if known is None and cache is not None and request.deciding is None:
+                known = host(keep)
             routing = Routing(
-                keep=torch.stack(request.keep) if request.fixed is None else request.fixed,
+                keep=keep,
                 group=self.group,
                 logits=torch.stack(request.logits) if request.logits else None,
                 gates=torch.stack(request.gates) if request.gates else None,
                 tokens=request.deciding,
+                flags=known,
             )
             if cache is not None and cache.routing is not None:
                 routing = cache.routing.join(routing)
