@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 DEMO   := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest check lint slow clean
+.PHONY: help install demo test test-oldest check lint slow bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,13 @@ lint: $(READY)
 
 slow: $(READY) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+BENCH := $(BIN)/adaskip bench --skip 0,0.25,0.5 --path uniform,mixed --json
+
+bench: $(READY) ## seconds beside the dense and the physically cut model (three hours on two idle cores)
+	$(BENCH) --backbone llama --layers 24 --hidden 1024 --batch 1,8 --prompt 512 --new 16 --budget 9000 > benchmarks/bench-llama.json
+	$(BENCH) --backbone llava --layers 24 --hidden 1024 --image-tokens 576 --prompt 64 --batch 1 --budget 1200 > benchmarks/bench-llava.json
+	$(BIN)/python scripts/bench_tables.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

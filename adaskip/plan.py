@@ -223,7 +223,8 @@ class Routing:
         )
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> Routing:
-        return Routing(group=self.group, **{name: change(name, value) for name, value in self._tensors().items()})
+        changed: dict[str, Any] = {name: change(name, value) for name, value in self._tensors().items()}
+        return Routing(group=self.group, **changed)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
