@@ -94,7 +94,7 @@ def jackknife(estimate: float, left_out: Tensor, level: float = 0.95) -> Interva
 
     >>> interval = jackknife(2.5, torch.tensor([3.0, 2.67, 2.33, 2.0]))
     >>> round(interval.low, 2), round(interval.high, 2)
-    (0.45, 4.55)
+    (0.44, 4.56)
     """
     x, tail = left_out.double().flatten(), _tail(level)
     if len(x) < 2 or not x.isfinite().all() or not math.isfinite(estimate):

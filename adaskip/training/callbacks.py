@@ -165,12 +165,12 @@ class ConditionCheck(lightning.Callback):
             model.hold(self._fixed | self._held)
 
     def state_dict(self) -> dict[str, Any]:
-        """The layers that are held, for a run that resumes."""
-        return {"held": sorted(self._held)}
+        """The layers that are held and the looks that intervals allow for, for a run that resumes."""
+        return {"held": sorted(self._held), "looks": self.looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the held layers until the model is at hand."""
-        self._held = frozenset(state_dict["held"])
+        """Remember the held layers until the model is at hand; a run that had its last step does not start again."""
+        self._held, self.looks = frozenset(state_dict["held"]), state_dict["looks"]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

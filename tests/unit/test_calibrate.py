@@ -157,7 +157,7 @@ def test_calibration_inputs_are_fresh(run: Path, found: dict) -> None:
 
 def test_nothing_certified_means_dense(tmp_path: Path) -> None:
     """Routers that would skip the first layer first, which this model cannot do without."""
-    folder = make_run(tmp_path / "bad", spread=0.001, first=20.0)
+    folder = make_run(tmp_path / "bad", spread=0.0, first=20.0)
     found = calibrate(folder, risk=0.1, delta=0.1)
     assert (found["ok"], found["threshold"], found["keep"]) == (False, None, 1.0)
     model = adaskip.RoutedModel.from_pretrained(folder / "router")
