@@ -24,9 +24,9 @@ class SkipLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, by_token: bool = False) -> None:
+    def __init__(self, every_row: bool = False) -> None:
         super().__init__()
-        self.by_token = by_token  # other rows may run at other tokens: every row has its slots, some are holes
+        self.every_row = every_row  # rows run at different tokens: every row has its slots, some are holes
         self.rows: Tensor | None = None
         self.index: Tensor | None = None
         self._segment: Segment | None = None
@@ -75,10 +75,11 @@ class SkipLayer(DynamicLayer):
         segments = [segment for segment, _, _ in fresh]
         rows = segments[0].rows if len(segments) == 1 else None
         every = (
-            rows is None or self.by_token or (self.filled and self.rows is None)
+            rows is None or self.every_row or (self.filled and self.rows is None)
         )  # what is stored has every row of the batch
         index = None
-        if len(fresh) > 1 or not self.follows_on(segments[0], offset):
+        holes = every and rows is not None
+        if len(fresh) > 1 or holes or not self.follows_on(segments[0], offset):
 
             def places() -> Tensor:
                 device = fresh[0][1].device
@@ -258,9 +259,9 @@ class SkipCache(Cache):
 
     layers: list[SkipLayer]  # type: ignore[assignment]
 
-    def __init__(self, n_layers: int, kept: bool = False, by_token: bool = False) -> None:
-        super().__init__(layers=[KeptLayer() if kept else SkipLayer(by_token) for _ in range(n_layers)])
-        self.kept, self.by_token = kept, by_token
+    def __init__(self, n_layers: int, kept: bool = False, every_row: bool = False) -> None:
+        super().__init__(layers=[KeptLayer() if kept else SkipLayer(every_row) for _ in range(n_layers)])
+        self.kept, self.every_row = kept, every_row
         self.length = 0
         self.batch = 0
         self.routing: Routing | None = None
@@ -317,7 +318,7 @@ class SkipCache(Cache):
 
     def reset(self) -> None:
         """Forget the request."""
-        self.__init__(len(self.layers), self.kept, self.by_token)  # type: ignore[misc]
+        self.__init__(len(self.layers), self.kept, self.every_row)  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes of the keys and values that are really held."""

@@ -174,7 +174,7 @@ class Runtime:
         wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
         if not wanted or self.mode != "skip":
             return None
-        return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token")
+        return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
 
     def _by_token(self, tokens: Tokens, cache: SkipCache | None) -> Request:
         """A request whose tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""

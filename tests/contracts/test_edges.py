@@ -169,3 +169,21 @@ def test_a_later_chunk_of_pictures_only() -> None:
     assert logits.isfinite().all()
     grown = [(layer.nbytes() - size) // (2 * 2 * 8 * 4) for layer, size in zip(cache.layers, before, strict=True)]
     assert grown == [1, 1, 2, 0]
+
+
+@torch.no_grad()
+def test_a_first_chunk_of_pictures_alone() -> None:
+    """A row whose vision tokens skip has nothing to run in that chunk; its later text sees none of them."""
+    toy = make("llava")
+    model = attach(toy.model, RouterConfig(group="vision"))
+    rows = toy.batch([5, 5])
+    ids = rows["input_ids"][:, int((rows["input_ids"][0] == IMAGE).nonzero().min()) :]
+    mask, pictures = torch.ones_like(ids), {"pixel_values": rows["pixel_values"]}
+    cut = int((ids[0] == IMAGE).sum())
+    assert (ids[:, :cut] == IMAGE).all()
+    keep = some_keep(2)
+    keep[1] = torch.tensor([True, False])
+    whole = model(input_ids=ids, attention_mask=mask, routing=keep, **pictures).logits
+    cache = model(input_ids=ids[:, :cut], routing=keep, use_cache=True, **pictures).past_key_values
+    later = model(input_ids=ids[:, cut:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    assert (later - whole[:, cut:]).abs().max() <= 1e-4
