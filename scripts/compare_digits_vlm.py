@@ -32,6 +32,7 @@ from adaskip.train import train
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
 
+TEXT_ONLY = ("arithmetic", "repeat")
 RECIPES = {"all": "digits-vlm", "vision": "digits-vlm-vision"}
 
 
@@ -58,6 +59,22 @@ def answers(
 def by_kind(values: Tensor, kinds: list[str]) -> dict[str, float]:
     """Mean per kind of question."""
     return {k: float(values[torch.tensor([x == k for x in kinds])].mean()) for k in KINDS}
+
+
+def below_digit(rates: Tensor, kinds: list[str]) -> dict[str, dict[str, Any]]:
+    """How much less the questions without a picture keep than `digit`: over all seeds with an interval, and by seed.
+
+    Args:
+        rates: keep rates (s n) of each seed and question.
+        kinds: of each question, as many of each; questions of two kinds are independent, so any pairing of them will do.
+    """
+    found = {}
+    digit, *others = (torch.tensor([x == kind for x in kinds]) for kind in ("digit", *TEXT_ONLY))
+    for kind, chosen in zip(TEXT_ONLY, others, strict=True):
+        less = paired_difference(rates[:, digit].mean(0), rates[:, chosen].mean(0))
+        by_seed = (rates[:, digit].mean(1) - rates[:, chosen].mean(1)).tolist()
+        found[kind] = {"less": [less.estimate, less.low, less.high], "by_seed": by_seed}
+    return found
 
 
 def trained(group: str, keep: float, seed: int, runs: Path, overrides: list[str]) -> Path:
@@ -115,12 +132,13 @@ def main() -> None:
         rival = min(affordable, key=lambda plan: plan.keep)
         static = answers(run.model, batches, keep=rival.plan.keep(len(run.model.described.layers)))
         gain, loss = paired_difference(routed, static["right"]), paired_difference(dense["right"], routed)
-        rates = torch.stack([r["keep"] for r in results]).mean(0)
+        rates = torch.stack([r["keep"] for r in results])
         rows.append(
             {
                 "target_keep": keep,
                 "keep": spent,
-                "keep_by_kind": by_kind(rates, kinds),
+                "keep_by_kind": by_kind(rates.mean(0), kinds),
+                "keep_below_digit": below_digit(rates, kinds),
                 "routed": float(routed.mean()),
                 "routed_by_seed": [float(r["right"].mean()) for r in results],
                 "routed_by_kind": by_kind(routed, kinds),
