@@ -66,7 +66,7 @@ def below_digit(rates: Tensor, kinds: list[str]) -> dict[str, dict[str, Any]]:
 
     Args:
         rates: keep rates (s n) of each seed and question.
-        kinds: of each question, as many of each; questions of two kinds are independent, so any pairing of them will do.
+        kinds: of each question, as many of each; two kinds' questions are independent, so any pairing will do.
     """
     found = {}
     digit, *others = (torch.tensor([x == kind for x in kinds]) for kind in ("digit", *TEXT_ONLY))

@@ -27,7 +27,7 @@ def join(parts: list[Part]) -> SkipCache:
     Nothing is computed: keys and values are moved, and masked padding stands where a row has fewer positions.
     """
     first = parts[0].cache
-    whole = SkipCache(len(first.layers), first.kept)
+    whole = SkipCache(len(first.layers), first.kept, first.every_row)
     whole.length = max(part.cache.length - part.padding for part in parts)
     whole.batch = sum(len(part.rows) for part in parts)
     for index, layer in enumerate(whole.layers):
