@@ -16,6 +16,7 @@ from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import AdaSkipError, CheckpointError, DataError
 from adaskip.export import router_folder
 from adaskip.recipe import Recipe, load
+from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
 from adaskip.runtime.persist import load_backbone
@@ -208,14 +209,14 @@ def _bands(run: Run, batches: list[Any]) -> list[dict[str, Any]]:
     from adaskip.theory.profile import calibrate_prices
 
     model, recipe = run.model, run.recipe
-    layers, attention = len(model.described.layers), recipe.router.group == "vision"
+    layers, attention = len(model.described.layers), model.runtime.hides_vision
     spans = [*late_entries(layers), *early_exits(layers)]
     fitted = records(recipe, "calibration")[: 2 * recipe.conditions.examples]
     device, size = model.described.device, recipe.trainer.batch_size
     calibration = [to_device(b, device) for b in loader(fitted, Collator(run.processor), size)]
     fresh = measure_bands(model, calibration, spans, attention)
-    prices = calibrate_prices(fresh, fresh.mass.mean(0), recipe.objective.alpha)
     measured = measure_bands(model, batches, spans, attention)
+    prices = calibrate_prices(fresh, measured.mass.mean(0), recipe.objective.alpha)
     section = recipe.conditions
     judged = judge_bands(measured, spans, prices, recipe.router.group, section.nats, section.level)
     return [found.to_dict(layers) for found in judged]
@@ -313,17 +314,7 @@ def _open(folder: Path) -> tuple[RoutedModel, Any, Run | None]:
         loaded = open_run(folder)
         return loaded.model, loaded.processor, loaded
     model = RoutedModel.from_pretrained(router_folder(folder))
-    return model, _processor_of(model), None
-
-
-def _processor_of(model: RoutedModel) -> Any:
-    from transformers import AutoProcessor, AutoTokenizer
-
-    name = model.backbone.config._name_or_path
-    try:
-        return AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        return AutoTokenizer.from_pretrained(name)
+    return model, persist.load_processor(model.backbone.config._name_or_path), None
 
 
 def _record(

@@ -160,6 +160,13 @@ def host(keep: Tensor) -> tuple[Flags, ...]:
     return tuple(map(tuple, keep.tolist()))
 
 
+def mean_over(tokens: Tensor, values: Tensor) -> Tensor:
+    """float32 (... b): each row's mean of values (... b t) over its ``tokens`` (b t); 1 for a row without one."""
+    count = tokens.sum(1)
+    total = torch.where(tokens, values.float(), 0.0).sum(-1)
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+
+
 @dataclass(frozen=True)
 class Routing:
     """The decisions of one request, and what they cost.
@@ -190,9 +197,7 @@ class Routing:
         """
         if self.tokens is None or decided.dim() < 3:
             return decided.float()
-        count = self.tokens.sum(1)
-        total = torch.where(self.tokens, decided.float(), 0.0).sum(-1)
-        return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+        return mean_over(self.tokens, decided)
 
     @property
     def decided(self) -> Tensor:

@@ -132,6 +132,11 @@ class Recipe(Section):
             raise ConfigError(
                 "Recipe: trainer.steps: expected an integer >= 1 (only method from-bounds can do without), got 0"
             )
+        if not self.trainer.steps and self.conditions.on_violation != "warn":
+            raise ConfigError(
+                "Recipe: conditions.on_violation: expected warn where trainer.steps is 0 (hold and stop act while "
+                f"training), got {self.conditions.on_violation!r}"
+            )
         return self
 
 

@@ -24,7 +24,7 @@ from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
 from adaskip.theory.bounds import joint_quadratic, redundancy_bound
-from adaskip.theory.flips import survey
+from adaskip.theory.flips import survey_flips
 from adaskip.theory.measures import spearman
 from adaskip.theory.prices import Kind, first_order_of, price
 from adaskip.theory.profile import Prices, compare, measure
@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=240, help="calibration and test inputs, so many each")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="skip rates of random plans")
     parser.add_argument("--draws", type=int, default=2, help="random plans an input and rate")
-    parser.add_argument("--label-draws", type=int, default=2, help="of price fisher, as in training")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
 
@@ -80,8 +79,8 @@ def main() -> None:
     prices: dict[str, Prices] = {
         kind: price(model, parts["calibration"], none, recipe.objective.alpha, kind) for kind in kinds
     }
-    rho, own = measure(model, parts["test"]).rho, survey(model, parts["test"]).pairs
-    slopes = first_order_of(model, parts["test"], args.label_draws, seed=1)
+    rho, own = measure(model, parts["test"]).rho, survey_flips(model, parts["test"]).pairs
+    slopes = first_order_of(model, parts["test"], seed=1)
 
     draws = torch.Generator().manual_seed(0)
     plans: dict[str, list[tuple[Tensor, Tensor]]] = {}

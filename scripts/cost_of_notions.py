@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -105,7 +107,7 @@ def main() -> None:
         print(
             f"{name:26} {statistics.median(ratios):7.2f} passes (mean {found.low:.2f} to {found.high:.2f})", flush=True
         )
-    command = f"python scripts/cost_of_notions.py {options.model} --group {options.group} --rounds {options.rounds}"
+    command = shlex.join(["python", "scripts/cost_of_notions.py", *sys.argv[1:]])
     settings = {
         "layers": layers,
         "group": options.group,

@@ -3,7 +3,8 @@
     python scripts/time_conditions.py
 
 Segments of 50 steps and the look that ends them, with and without, in ABBA order in one process, and an A/A control.
-The measurement of the layers before the first step is timed apart and spread over the recipe's steps. Processor seconds
+What happens once a run, the measurement of the layers before the first step and the dense pass that all looks compare
+with, is timed apart and spread over the recipe's steps. Processor seconds
 (all threads) stand beside wall-clock seconds. Writes the key ``condition_check`` of ``benchmarks/theory.json``.
 """
 
@@ -20,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from torch.utils.data import DataLoader
 
+from adaskip.bench.rounds import ratio
 from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import attach
-from adaskip.theory.intervals import bootstrap_mean
 from adaskip.theory.profile import calibrate_prices, measure
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, load_records, loader
@@ -56,13 +56,14 @@ def main() -> None:
     prices = calibrate_prices(fresh, fresh.mass.mean(0), recipe.objective.alpha)
     start = clock()
     measured = measure(model, held)
+    check = ConditionCheck(EVERY, batches=held, measured=measured)
+    check.on_train_end = lambda *_: None  # type: ignore[method-assign]  # the look at the very end is not part of it
+    check.inspect(model, prices, 0)
     before = [b - a for a, b in zip(start, clock(), strict=True)]
 
     def segment(watch: bool) -> tuple[float, ...]:
         """Seconds of 50 training steps, with the one look that belongs to them or without."""
         tuner = RouterTuner(model, recipe.objective, prices, steps=recipe.trainer.steps)
-        check = ConditionCheck(EVERY, batches=held, measured=measured)
-        check.on_train_end = lambda *_: None  # type: ignore[method-assign]  # the look at the very end is not part of it
         trainer = lightning.Trainer(
             max_steps=EVERY,
             accelerator="cpu",
@@ -90,9 +91,9 @@ def main() -> None:
     found: dict[str, Any] = {"command": command, "every": EVERY, "examples": looked_at}
     for name, (wall, processor_) in ratios.items():
         for kind, values in (("wall", wall), ("processor", processor_)):
-            interval = bootstrap_mean(torch.tensor(values))
+            interval = ratio(values, [1.0] * len(values))
             found[f"{name}, {kind}"] = {
-                "median": statistics.median(values),
+                "ratio": interval.estimate,
                 "low": interval.low if math.isfinite(interval.low) else None,
                 "high": interval.high if math.isfinite(interval.high) else None,
                 "rounds": values,

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from adaskip.plan import Routing
 from adaskip.runtime.measure import cache_bytes, peak_memory
 
 Progress = Callable[[str, float], None]
-PATHS = ("uniform", "mixed")
 
 
 @torch.no_grad()
@@ -64,7 +63,7 @@ def bench(
         f"--skip {x:g}: leaves no layer of {layers}" for x in skips or () if 0 <= x < 1 and round(x * layers) == layers
     ]
     faults += [f"--batch: expected whole numbers >= 1, got {x}" for x in batches if x < 1]
-    faults += [f"--path: expected uniform | mixed, got {x!r}" for x in paths if x not in PATHS]
+    faults += [f"--path: expected uniform | mixed, got {x!r}" for x in paths if x not in get_args(Path)]
     faults += [f"--new: expected a whole number >= 1, got {new}"] if new < 1 else []
     if faults:
         raise ConfigError("bench: " + "; ".join(faults))
@@ -151,9 +150,9 @@ class _Cell:
             budget,
             told,
         )
-        executed, whole = (float(x.sum()) for x in (cost.executed, cost.dense) if x is not None)
+        executed, whole = _spent(cost)
         if phase == "decode":
-            before, before_whole = (float(x.sum()) for x in (self.prompt.executed, self.prompt.dense) if x is not None)
+            before, before_whole = _spent(self.prompt)
             executed, whole = (
                 (now - then) / self.routed.new for now, then in ((executed, before), (whole, before_whole))
             )

@@ -121,7 +121,7 @@ def random_subject(
         torch.set_default_dtype(before)
     model.eval().requires_grad_(False)
     takes = inspect.signature(type(model).forward).parameters
-    opening = [7] if backbone == "qwen2_vl" else [1]
+    opening = [getattr(config, "vision_start_token_id", names["bos_token_id"])]
 
     def batch(rows: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)

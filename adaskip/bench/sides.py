@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,14 +108,10 @@ def ideal(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -
             parts.append(Side(twin(subject.described, row.nonzero().flatten().tolist()), inputs, new, share))
         if vision and count < len(row):
             model = twin(subject.described, (~row).nonzero().flatten().tolist())
-            parts.append(Side(_headless(model), _text_only(subject, inputs), new, share))
+            parts.append(Side(model.base_model, _text_only(subject, inputs), new, share))
     if not parts:
         raise AdaSkipError("bench: these routers leave out every layer of every row; there is nothing to cut out")
     return Sides(tuple(parts))
-
-
-def _headless(model: Any) -> Callable[..., Any]:
-    return model.base_model
 
 
 def _text_only(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ class RoutedModel(nn.Module):
             raise ConfigError(
                 f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
             )
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        tokens = inputs.get("input_ids", inputs.get("inputs", inputs.get("inputs_embeds")))
         length = tokens.shape[1] if tokens is not None else None
         mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
         with torch.no_grad(), self._set(mode=mode, fixed=self._given(routing), prompt_length=length):

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import Flags, RouterConfig, Routing, Scope, SkipPlan, Unit, host
+from adaskip.plan import Flags, RouterConfig, Routing, Scope, SkipPlan, Unit, host, mean_over
 from adaskip.routers import gates
 from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
@@ -276,7 +276,7 @@ class Runtime:
             keep = gate.detach() > 0.5
             _put(request.logits, index, logit)
         _put(request.keep, index, keep if request.deciding is None else keep & request.deciding)
-        _put(request.gates, index, gate if request.deciding is None else _mean(gate, request.deciding))
+        _put(request.gates, index, gate if request.deciding is None else mean_over(request.deciding, gate))
         return gate if request.deciding is None else torch.where(request.deciding, gate, 1.0)
 
     @torch.no_grad()
@@ -295,12 +295,6 @@ class Runtime:
             return keep | ~request.deciding
         _put(request.keep, index, keep)
         return tuple(keep.tolist())
-
-
-def _mean(gate: Tensor, deciding: Tensor) -> Tensor:
-    """float32 (b): the mean gate of each row's deciding tokens, 1 without one."""
-    count = deciding.sum(1)
-    return torch.where(count > 0, torch.where(deciding, gate, 0.0).sum(1) / count.clamp(min=1), 1.0)
 
 
 def _put(values: list[Tensor], index: int, value: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaskip.plan import Routing
+from adaskip.plan import Routing, host
 from adaskip.runtime.cache import SkipCache, SkipLayer
 from adaskip.runtime.cost import Ledger
 
@@ -17,7 +17,7 @@ class Part:
     """Rows of one cache that took the same path."""
 
     cache: SkipCache
-    rows: Tensor  # long (r), ascending
+    rows: Tensor  # long (r)
     padding: int  # leading positions that are padding in all of them
 
 
@@ -34,10 +34,12 @@ def join(parts: list[Part]) -> SkipCache:
         _join_layer(layer, [(part.cache.layers[index], part) for part in parts], whole.length)
     routings = [part.cache.routing.select(part.rows.to(part.cache.routing.keep.device)) for part in parts]  # type: ignore[union-attr]
     logits = [routing.logits for routing in routings if routing.logits is not None]
+    keep = torch.cat([routing.keep for routing in routings], 1)
     whole.routing = Routing(
-        keep=torch.cat([routing.keep for routing in routings], 1),
+        keep=keep,
         group=routings[0].group,
         logits=torch.cat(logits, 1) if len(logits) == len(parts) else None,
+        flags=host(keep),
     )
     ledgers = [_tokens(part, whole.length) for part in parts]
     assert first.ledger is not None
@@ -96,9 +98,8 @@ def _tokens(part: Part, length: int) -> tuple[Tensor, Tensor]:
     """bool (r length) each: the text and the vision tokens of a part's rows."""
     ledger = part.cache.ledger
     assert ledger is not None
-    empty = torch.zeros(part.cache.batch, 0, dtype=torch.bool, device=part.rows.device)
     masks = []
-    for kind in zip(*ledger.chunks, strict=True) if ledger.chunks else ((empty,), (empty,)):
+    for kind in zip(*ledger.chunks, strict=True):
         mask = torch.cat([chunk[part.rows.to(chunk.device)] for chunk in kind], 1)[:, part.padding :]
         masks.append(torch.nn.functional.pad(mask, (length - mask.shape[1], 0)))
     return masks[0], masks[1]

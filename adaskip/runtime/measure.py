@@ -16,11 +16,16 @@ _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """A call's result and its wall-clock seconds, the device's work included."""
-    _settle()
-    start = time.perf_counter()
+    start = clock()
     result = call()
-    _settle()
-    return result, time.perf_counter() - start
+    return result, clock() - start
+
+
+def clock() -> float:
+    """Wall-clock seconds, once the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str]:
@@ -47,8 +52,3 @@ def cache_bytes(cache: Any) -> int:
     if hasattr(cache, "nbytes"):
         return cache.nbytes()
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.consolidate import Prices, consolidate
+from adaskip.runtime.greedy import greedy_options
 from adaskip.runtime.join import Part, join
+from adaskip.runtime.measure import clock
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
@@ -144,7 +145,7 @@ def generate_many(
     if paths is not None:
         items = [one for item in items for one in _apart(item)]
 
-    begun = _clock(model)
+    begun = clock()
     rows = [
         _Row(done, row, done.keep[:, row])
         for done in (_prefill(model, item) for item in items)
@@ -158,12 +159,12 @@ def generate_many(
                 row = first[number] = rows[number]
                 fresh = _prefill(model, row.prompts.inputs, path[:, None])
                 rows[number] = _Row(fresh, 0, row.asked, float(row.prompts.spent[0]))
-    prefilled = _clock(model)
+    prefilled = clock()
     groups = _groups(rows, group_size)
     answers: dict[int, Answer] = {}
     for group in groups:
         answers |= zip(group, _decode(model, [rows[number] for number in group], options), strict=True)
-    decoded = _clock(model)
+    decoded = clock()
 
     changed = None
     if measure and paths is not None:
@@ -230,8 +231,7 @@ def _prefill(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None = N
 
     handle = model.backbone.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        greedy = {"do_sample": False, "num_beams": 1, "use_cache": True}
-        model.generate(**inputs, routing=keep, max_new_tokens=1, **greedy)
+        model.generate(**inputs, routing=keep, use_cache=True, **greedy_options(1))
     finally:
         handle.remove()
     cache = seen.get("past_key_values")
@@ -328,9 +328,3 @@ def _stack(values: list[tuple[Tensor, Part]], width: int, filling: int) -> Tenso
     """The parts' rows (... b t) one under the other, padded on the left to a common width."""
     cut = [value.index_select(-2, part.rows.to(value.device))[..., part.padding :] for value, part in values]
     return torch.cat([nn.functional.pad(x, (width - x.shape[-1], 0), value=filling) for x in cut], -2)
-
-
-def _clock(model: RoutedModel) -> float:
-    if model.described.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -35,11 +35,6 @@ class Segment:
     tokens: Tensor | None = None  # long (r n): places in the chunk, -1 where a row has fewer; None: all
     ragged: bool = False  # whether some row has fewer positions than another, so that there is filling
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is every position of every row."""
-        return self.rows is None and self.tokens is None
-
     def positions(self, offset: int, length: int, batch: int, device: torch.device, memo: Memo) -> Tensor:
         """long (r n): places in the whole sequence of the segment's tokens, -1 for filling."""
 

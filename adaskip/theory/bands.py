@@ -78,7 +78,7 @@ def measure_bands(
             found["cosine"].append(measures.cosine_distance(entry, leave, groups[0]))
             found["rho"].append(measures.relative_change(entry, leave, groups[0]))
             span = slice(band.first, band.last + 1)
-            found["mass"].append(found["rho"][-1] * 0 if read is None else read.mass[:, span].mean(1))
+            found["mass"].append(torch.zeros_like(found["rho"][-1]) if read is None else read.mass[:, span].mean(1))
             keep = torch.ones(n_layers, len(dense), dtype=torch.bool, device=dense.device)
             keep[span] = False
             with model.replay(states[: band.first + 1]):

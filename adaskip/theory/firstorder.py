@@ -11,38 +11,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.attach import RoutedModel
-
-IGNORED = -100
-
-
-class _Reached(Exception):
-    """The layer looked at has run; the rest of the pass is not needed."""
+from adaskip.theory.profile import IGNORED
 
 
-@torch.no_grad()
-def skipped_state(model: RoutedModel, batch: dict[str, Any], states: list[Tensor], layer: int) -> Tensor:
-    """H'_l: what layer ``layer`` hands on when the routed group leaves it, (b t d); runs that layer alone.
+def label_law(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """p, and the law q ~ p (1 - p) to draw labels from, (... v) each.
 
-    Args:
-        model: attached.
-        batch: as `Collator` makes it.
-        states: before layer 0, then after every layer of the dense pass, as `RoutedModel.replay` takes them.
-        layer: the layer left out; with group ``vision`` it runs on the text, which does not see vision there.
+    Weighted by p / q such labels stand for p, and the sure label, whose gradient vanishes, is not drawn in vain.
     """
-    found: list[Tensor] = []
-
-    def watch(index: int, before: Tensor, after: Tensor) -> None:
-        found.append(after)
-        raise _Reached
-
-    keep = torch.ones(len(model.described.layers), len(states[0]), dtype=torch.bool, device=states[0].device)
-    keep[layer] = False
-    try:
-        with model.replay(states[: layer + 1]), model.observe(watch):
-            model(**batch["inputs"], prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False)
-    except _Reached:
-        pass
-    return found[0]
+    log_p = log_p.detach()
+    p = log_p.exp()
+    q = p * -torch.expm1(log_p)
+    q = torch.where(q.sum(-1, keepdim=True) > 0, q, p)  # p is one label: every score is 0
+    return p, q / q.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -50,7 +31,14 @@ def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor
     """J dh: how the logits move, to first order, when the state after ``layer`` moves by ``shift``.
 
     One forward-mode product through the decoder's suffix; linear in ``shift``. (b t d) -> (b t vocab). An estimator of
-    the real change; with s = std_p(J dh), s^2/2 estimates the KL (no bound). Arguments as in `skipped_state`.
+    the real change; with s = std_p(J dh), s^2/2 estimates the KL (no bound).
+
+    Args:
+        model: attached.
+        batch: as `Collator` makes it.
+        states: before layer 0, then after every layer of the dense pass, as `RoutedModel.replay` takes them.
+        layer: whose result moves.
+        shift: by so much.
 
     Raises:
         BackboneError: an operation of this model has no forward-mode derivative.
@@ -77,15 +65,14 @@ def score_products(
     """(grad_h log p(Y*) . dh)^2 per predicted token for all layers at once, one backward pass a draw. -> (b l).
 
     An unbiased estimator [D, link 8] of the mean over the predicted tokens of s_l^2 (nats^2), s_l the std of J dh_l
-    under p. A sure model would draw its top label, whose gradient vanishes, again and again; so labels are drawn from
-    q ~ p (1 - p), weighted by p / q, and tokens get random signs, so that squares of their sum add up. Still noisy for
-    one input: average over inputs to rank layers.
+    under p. Labels are drawn from `label_law`, and tokens get random signs, so that squares of their sum add up. Still
+    noisy for one input: average over inputs to rank layers.
 
     Args:
         model: attached.
         batch: with labels, -100 where nothing is predicted.
         states: before layer 0, then after every layer of the dense pass.
-        shifts: dh of every layer, (b t d) each: `skipped_state` less the state after the layer.
+        shifts: dh of every layer, (b t d) each: the state after the layer when it is skipped less the dense one.
         draws: label draws, each one backward pass.
         seed: of the draws.
 
@@ -102,10 +89,7 @@ def score_products(
             logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
         log_p = logits[:, :-1][where].double().log_softmax(-1)
     draw = torch.Generator(log_p.device).manual_seed(seed)
-    p, others = log_p.detach().exp(), -torch.expm1(log_p.detach())
-    q = p * others
-    q = torch.where(q.sum(-1, keepdim=True) > 0, q, p)  # p is one label: every score is 0
-    q = q / q.sum(-1, keepdim=True)
+    p, q = label_law(log_p)
     total = torch.zeros(len(where), len(shifts), dtype=torch.float64, device=log_p.device)
     for left in reversed(range(draws)):
         labels = torch.multinomial(q, 1, generator=draw)

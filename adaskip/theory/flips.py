@@ -59,7 +59,7 @@ class Flips:
 
 
 @torch.no_grad()
-def survey(
+def survey_flips(
     model: RoutedModel,
     batches: Iterable[dict[str, Any]],
     task_weight: float = 0.0,
@@ -81,7 +81,7 @@ def survey(
     """
     if model.routers is None or model.config.scope != "prompt":
         raise ConfigError(
-            "from-bounds: expected one decision a layer and prompt, by routers; "
+            "method from-bounds and price gates: expected one decision a layer and prompt, by routers; "
             "attach with RouterConfig(scope='prompt') and without a plan"
         )
     found: list[Flips] = []
@@ -120,8 +120,7 @@ def _survey_batch(model: RoutedModel, batch: dict[str, Any], task_weight: float)
             dense = model(**arguments).logits[:, :-1][predicted]
 
     def mean(values: Tensor) -> Tensor:
-        spread = torch.zeros(predicted.shape, dtype=values.dtype, device=values.device)
-        return per_input(spread.masked_scatter(predicted, values), predicted, "mean")
+        return per_input(values, predicted, "mean")
 
     def cost(logits: Tensor) -> Tensor:
         values = bounds.kl_exact(dense, logits)

@@ -82,9 +82,7 @@ class FunctionalCost(_MeanOverInputs):
     def update(self, dense: Tensor, skipped: Tensor, labels: Tensor) -> None:
         """(b t v) logits twice, long (b t) labels with -100 where nothing is predicted."""
         where = labels[:, 1:] != IGNORED
-        kl = torch.zeros(where.shape, dtype=torch.float64, device=dense.device)
-        kl = kl.masked_scatter(where, kl_exact(dense[:, :-1][where], skipped[:, :-1][where]))
-        self.add(per_input(kl, where, "mean"))
+        self.add(per_input(kl_exact(dense[:, :-1][where], skipped[:, :-1][where]), where, "mean"))
 
 
 class AttentionMass(_MeanOverInputs):

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.flips import survey
+from adaskip.theory.firstorder import label_law
+from adaskip.theory.flips import survey_flips
 from adaskip.theory.profile import IGNORED, Prices, calibrate_prices, measure
 
 Kind = Literal["calibrated", "gates", "fisher"]
+DRAWS = 2
+"""Labels drawn of an input; constants hold only for slopes of as many draws as they were calibrated on."""
 
 
 def price(
@@ -25,7 +28,7 @@ def price(
 ) -> Prices:
     """Calibrate the constants that a kind of price needs, on inputs that nothing else was fitted on.
 
-    Costs a `measure` of the batches; ``gates`` a `survey` beside it, ``fisher`` a few backward passes.
+    Costs a `measure` of the batches; ``gates`` a `survey_flips` beside it, ``fisher`` a few backward passes.
 
     Args:
         model: attached, with routers.
@@ -47,14 +50,14 @@ def mean_correlation(model: RoutedModel, batches: Iterable[dict[str, Any]]) -> T
         R_lm = E_x[ G_lm / sqrt(G_ll G_mm) ],  G the gate matrix (link 6c)
 
     Positive semidefinite, ones on the diagonal. R = 1 everywhere would be the triangle inequality's worst case.
-    Costs a `survey` of the dense model.
+    Costs a `survey_flips` of the dense model.
 
     Args:
         model: attached, with routers.
         batches: prompts with answers.
     """
     with model.keep_all():
-        dense = survey(model, batches)
+        dense = survey_flips(model, batches)
     own = dense.pairs.double().diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
     size = own.unsqueeze(1) * own.unsqueeze(2)
     each = torch.where(size > 0, dense.pairs.double() / size.where(size > 0, 1.0), 0.0)
@@ -83,10 +86,7 @@ def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: to
         logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
         gates = model.gates()
         log_p = logits[:, :-1][where].double().log_softmax(-1)
-    p = log_p.detach().exp()
-    q = p * -torch.expm1(log_p.detach())
-    q = torch.where(q.sum(-1, keepdim=True) > 0, q, p)
-    q = q / q.sum(-1, keepdim=True)
+    p, q = label_law(log_p)
     total = torch.zeros(len(where), len(gates), dtype=torch.float64, device=log_p.device)
     for left in reversed(range(draws)):
         cut = torch.rand(len(q), 1, generator=noise, device=noise.device).to(q)
@@ -98,7 +98,7 @@ def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: to
     return logits.detach(), (total / draws / where.sum(1, keepdim=True)).sqrt()
 
 
-def first_order_of(model: RoutedModel, batches: Iterable[dict[str, Any]], draws: int = 4, seed: int = 0) -> Tensor:
+def first_order_of(model: RoutedModel, batches: Iterable[dict[str, Any]], draws: int = DRAWS, seed: int = 0) -> Tensor:
     """`first_order` over batches: (n l), on the CPU."""
     noise = torch.Generator().manual_seed(seed)
     return torch.cat([first_order(model, batch, draws, noise)[1].cpu() for batch in batches])

@@ -105,10 +105,10 @@ def calibrate_prices(
 
 
 def per_input(values: Tensor, mask: Tensor, reduce: str) -> Tensor:
-    """(b t) values at the True positions of mask -> (b): ``mean`` or ``max`` over each row's own positions."""
-    if reduce == "max":
-        return values.masked_fill(~mask, -torch.inf).amax(1)
-    return values.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
+    """(k) values, one for each True of mask (b t), row by row -> (b): ``mean`` or ``max`` over each row's own."""
+    empty = -torch.inf if reduce == "max" else 0.0
+    spread = torch.full(mask.shape, empty, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    return spread.amax(1) if reduce == "max" else spread.sum(1) / mask.sum(1)
 
 
 def compare(dense: Tensor, routed: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -119,15 +119,20 @@ def compare(dense: Tensor, routed: Tensor, labels: Tensor) -> dict[str, Tensor]:
         routed: (b t v) logits with something skipped.
         labels: long (b t), -100 where nothing is predicted.
     """
+    return compare_predicted(predicted(dense, labels), predicted(routed, labels), labels)
+
+
+def predicted(logits: Tensor, labels: Tensor) -> Tensor:
+    """(b t v) logits -> (k v): those that predict a supervised token, row by row."""
+    return logits[:, :-1][labels[:, 1:] != IGNORED]
+
+
+def compare_predicted(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The same from `predicted` logits (k v), which are all that has to be kept of a dense pass."""
     mask = labels[:, 1:] != IGNORED
-    before, after = dense[:, :-1][mask], routed[:, :-1][mask]
     shift = bounds.logit_shift(before, after)
     found = {"kl": bounds.kl_exact(before, after), "s": shift.s, "u": shift.u}
-
-    def spread(values: Tensor) -> Tensor:
-        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-    return {k: per_input(spread(v), mask, "mean" if k == "kl" else "max") for k, v in found.items()}
+    return {k: per_input(v, mask, "mean" if k == "kl" else "max") for k, v in found.items()}
 
 
 def exact_match(logits: Tensor, labels: Tensor) -> Tensor:

@@ -165,9 +165,7 @@ class _Profiler:
 
     def group(self) -> GroupProfile:
         measured = self.measured
-        prices = calibrate_prices(
-            measured.select(self.calibrating), measured.mass[self.calibrating].mean(0), self.alpha
-        )
+        prices = calibrate_prices(measured.select(self.calibrating), measured.mass[self.judging].mean(0), self.alpha)
         findings = judge(measured.select(self.judging), prices, measured.group, self.tolerance, self.level)
         s, u = prices.costs(measured.rho)
         bound = bounds.kl_two_point(s, u).masked_fill(self.calibrating[:, None], torch.nan)

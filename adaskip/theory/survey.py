@@ -229,8 +229,7 @@ class _Batch:
         self.chain[link] = checked + violated.numel(), wrong + int(violated.sum())
 
     def _per_input(self, values: Tensor, reduce: str) -> Tensor:
-        spread = torch.zeros(self.where.shape, dtype=values.dtype, device=values.device)
-        return per_input(spread.masked_scatter(self.where, values), self.where, reduce)
+        return per_input(values, self.where, reduce)
 
     def _run(self, **more: Any) -> Tensor:
         batch = self.batch

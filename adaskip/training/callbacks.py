@@ -18,7 +18,7 @@ from adaskip.routers.gates import hard
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.bounds import redundancy_bound
 from adaskip.theory.conditions import Findings, Joint, SkipFinding, judge, judge_joint, judge_skips
-from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, compare, measure
+from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, compare_predicted, measure, predicted
 from adaskip.training.data import Batch
 from adaskip.training.tracking import CONDITIONS, Board
 
@@ -41,8 +41,9 @@ class Look:
 
     @property
     def violations(self) -> dict[int, SkipFinding]:
-        """The layers whose skips clearly cost more than they may."""
-        return {layer: found for layer, found in self.skips.items() if found.verdict == "inadmissible"}
+        """The layers whose skips clearly cost more than they may; one that is held makes none."""
+        costly = {layer: found for layer, found in self.skips.items() if found.verdict == "inadmissible"}
+        return {layer: found for layer, found in costly.items() if layer not in self.held}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a line of ``conditions.jsonl``."""
@@ -59,8 +60,37 @@ class Look:
         }
 
 
+class DenseLogits:
+    """The dense logits at the predicted tokens of batches that are looked at again and again.
+
+    The backbone is frozen, so each batch's are computed once and kept on its device, as long as they fit in ``limit``
+    bytes; what does not fit is computed at every look.
+
+    Args:
+        limit: bytes to keep at most; 2**28 hold 128 answers of 7 tokens at a vocabulary of 150,000 in bfloat16.
+    """
+
+    def __init__(self, limit: int = 2**28) -> None:
+        self.limit = limit
+        self._kept: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, model: RoutedModel, index: int, batch: Batch) -> Tensor:
+        """(k v) of the batch with this index; see `predicted`."""
+        if index in self._kept:
+            return self._kept[index]
+        with model.dense():
+            logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        found = predicted(logits, batch["labels"])
+        if found.nbytes + sum(x.nbytes for x in self._kept.values()) <= self.limit:
+            self._kept[index] = found
+        return found
+
+
 @torch.no_grad()
-def joint_cost(model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices: Prices) -> dict[str, Tensor]:
+def joint_cost(
+    model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices: Prices, dense: DenseLogits | None = None
+) -> dict[str, Tensor]:
     """What the routers' real decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), and ``keep`` (l n).
 
     ``wanted`` (l n) is what the routers would do if no layer were held. Under scope token an input keeps a layer if
@@ -71,13 +101,14 @@ def joint_cost(model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices
         batches: prompts with answers.
         rho: (n l) relative change of every layer in the dense pass, for the same inputs in the same order.
         prices: calibrated constants.
+        dense: the memory of the same batches; None: they are looked at once.
     """
+    dense = dense or DenseLogits(limit=0)
     kl, keep, wanted = [], [], []
-    for batch in batches:
-        with model.dense():
-            dense = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+    for index, batch in enumerate(batches):
+        before, labels = dense(model, index, batch), batch["labels"]
         routed = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        kl.append(compare(dense, routed, batch["labels"])["kl"].cpu())
+        kl.append(compare_predicted(before, predicted(routed, labels), labels)["kl"].cpu())
         routing = model.routing
         keep.append(routing.share.cpu())
         decided = routing.keep if routing.logits is None else hard(routing.logits, model.config.threshold)
@@ -139,7 +170,15 @@ class ConditionCheck(lightning.Callback):
         self._warned: set[int] = set()
         self._held: frozenset[int] = frozenset()  # by this callback, beside those of the routers' configuration
         self._fixed: frozenset[int] = frozenset()
+        self._dense = DenseLogits()
         self.findings: Findings | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Hold again what a resumed run held; also where its last step is done, so that training does not start."""
+        tuner: Any = pl_module
+        self._fixed = frozenset(tuner.model.config.held) - self._held
+        if self._held:
+            tuner.model.hold(self._fixed | self._held)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure the layers and judge each on its own."""
@@ -160,9 +199,6 @@ class ConditionCheck(lightning.Callback):
                 "ConditionCheck: repeated looks need to know their number; give the trainer max_steps or max_epochs"
             )
         self.looks = int(steps) // self.every + 1 if self.every else 1
-        self._fixed = frozenset(model.config.held) - self._held
-        if self._held:
-            model.hold(self._fixed | self._held)
 
     def state_dict(self) -> dict[str, Any]:
         """The layers that are held and the looks that intervals allow for, for a run that resumes."""
@@ -247,7 +283,7 @@ class ConditionCheck(lightning.Callback):
         assert self.batches is not None
         if self.findings is None:
             self.findings = self._judge_layers(model, prices)
-        found = joint_cost(model, self.batches, self.measured.rho, prices)
+        found = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
         joint = judge_joint(found["kl"], found["bound"], found["keep"], self.findings.layers, prices.alpha)
         skips = judge_skips(
             self.measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks

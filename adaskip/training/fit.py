@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.flips import Flips, survey
+from adaskip.theory.flips import Flips, survey_flips
 from adaskip.training.data import Batch
 from adaskip.training.objective import Fit, Objective
 
@@ -54,7 +54,7 @@ def fit_from_bounds(
     state = state or FitState()
     for index in range(state.round, fit.rounds):
         started = time.perf_counter()
-        flips = survey(model, draw(index), objective.task_weight)
+        flips = survey_flips(model, draw(index), objective.task_weight)
         surveyed = time.perf_counter()
         target = 1.0 + (index + 1) / fit.rounds * (objective.keep - 1.0)
         figures, multiplier = fit_round(model, flips, target, objective, fit, seed=seed + index, start=state.multiplier)
@@ -82,11 +82,13 @@ def fit_round(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=fit.learning_rate, total_steps=fit.steps, pct_start=0.1, anneal_strategy="cos"
     )
+    held = torch.tensor([i in model.config.held for i in range(len(routers))], device=flips.cost.device)
     multiplier, figures = start, {}
     with torch.enable_grad():
         for _ in range(fit.steps):
             batch = flips.take(torch.randint(len(flips), (min(fit.batch_size, len(flips)),), generator=draws))
             gates = torch.sigmoid(read_logits(routers, batch.pooled) - model.config.threshold)
+            gates = torch.where(held, gates + (1.0 - gates).detach(), gates)  # run, and their routers go on learning
             cost, keep = batch.expected_cost(gates).mean(), batch.keep_rate(gates).mean()
             gap = keep - target
             loss = cost + multiplier * gap + objective.budget_weight * gap.clamp(min=0) ** 2

@@ -13,13 +13,11 @@ from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
 from adaskip.theory.measures import relative_change
-from adaskip.theory.prices import first_order
+from adaskip.theory.prices import DRAWS, first_order
 from adaskip.theory.profile import Prices, compare, exact_match
 from adaskip.training.data import Batch, answer_positions
 from adaskip.training.metrics import KeepByKind
 from adaskip.training.objective import Objective
-
-DRAWS = 2  # of labels a step, for price ``fisher``
 
 
 class RouterTuner(lightning.LightningModule):

@@ -146,14 +146,6 @@ def test_caches_that_cannot_hold_gaps_are_refused_by_name(kind: str) -> None:
         model.generate(**toy.batch([5]), max_new_tokens=2, cache_implementation=kind)
 
 
-def test_assisted_generation_says_what_the_model_says() -> None:
-    toy, model = routed("llama", "all")
-    batch = toy.batch([7])
-    options = {"max_new_tokens": 8, **GREEDY}
-    helper = make("llama", seed=1).model
-    assert torch.equal(model.generate(**batch, **options, assistant_model=helper), model.generate(**batch, **options))
-
-
 def test_a_later_chunk_of_pictures_only() -> None:
     """Rows that leave a layer store nothing of it; the slots of the others stay theirs."""
     toy, model = routed("llava", "vision")

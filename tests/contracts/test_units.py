@@ -221,7 +221,7 @@ def test_rows_do_not_see_one_another(case: Case) -> None:
 
 @torch.no_grad()
 def test_kept_vision_is_seen_though_never_updated() -> None:
-    """Absent vision leaves text blind; kept vision, skipping everything, still shows its embeddings to it."""
+    """Vision that skips every layer, but whose keys are kept, still shows its embeddings to the text."""
     toy = families.make("llava")
     model = attach(toy.model, plan=SkipPlan.early_exit(0, kv="kept"))
     batch = toy.batch([6])

@@ -11,7 +11,6 @@ from adaskip.theory.bounds import (
     argmax_kl_limit,
     distance_sq,
     fano,
-    first_order,
     fisher_form,
     gate_matrix,
     geometric_from_proximal,
@@ -28,15 +27,14 @@ from adaskip.theory.bounds import (
 )
 from adaskip.theory.conformal import conformal_quantile, conformal_rank, safe_ratio
 from adaskip.theory.measures import token_cosine_distance
+from tests.properties.test_bounds import F64, no_more_than
 
-F64 = torch.float64
 MASS = [pytest.param(20_000, id="2e4"), pytest.param(1_000_000, id="1e6", marks=pytest.mark.slow)]
-RELATIVE = 1e-9  # rounding allowance of a float64 evaluation
 
 
-def no_more_than(low, high, slack=0.0):
-    """low <= high up to rounding, and no NaN on either side."""
-    return bool((low <= high * (1 + RELATIVE) + slack).all())
+def first_order(readout, states, change):
+    """Logits and their derivative along a change of the states."""
+    return torch.func.jvp(readout, (states,), (change,))
 
 
 def generator(seed):

@@ -144,8 +144,8 @@ def test_resplits_follow_the_beta_binomial_law():
     assert found.law_p > 0.001
     assert 0.01 < found.low_splits < 0.1
     assert (found.splits, found.n_cal, found.n_test) == (300, 200, 200)
-    lying = resplit_coverage(scores, ALPHA, 200, splits=300).law_p
-    assert lying == found.law_p  # deterministic
+    again = resplit_coverage(scores, ALPHA, 200, splits=300).law_p
+    assert again == found.law_p  # deterministic
     assert resplit_coverage(torch.zeros(400), ALPHA, 200).mean == 1.0  # ties only cover more
     assert resplit_coverage(torch.zeros(400), ALPHA, 200).law_p < 1e-6  # and are seen
     assert resplit_coverage(scores[:12], ALPHA, 5).worst == 1.0  # too few to calibrate on: infinite, covers all
@@ -154,7 +154,7 @@ def test_resplits_follow_the_beta_binomial_law():
 
 
 def test_a_wrong_quantile_breaks_the_law(monkeypatch):
-    """A plug-in quantile, one rank too low, is found out."""
+    """A quantile three ranks too low is found out."""
     scores = torch.rand(100, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     monkeypatch.setattr(conformal, "conformal_quantile", lambda s, alpha: s.sort().values[conformal_rank(40, 0.1) - 4])
     assert resplit_coverage(scores, ALPHA, 40, splits=300).law_p < 1e-3

@@ -75,7 +75,7 @@ def test_a_profile_holds_every_notion_of_every_layer_and_group(llava_profile):
 def test_the_redundant_layer_is_found_by_every_notion(llava_profile):
     for group in llava_profile.groups:
         still = group.layers[2]
-        assert still["functional"]["estimate"] == pytest.approx(0.0, abs=1e-9) or group.group == "vision"
+        assert still["functional"]["estimate"] == pytest.approx(0.0, abs=1e-9)
         for name in ("cosine", "rho", "first_order", "score"):
             values = [row[name]["estimate"] for row in group.layers]
             assert values[2] == min(values) == pytest.approx(0.0, abs=1e-6)

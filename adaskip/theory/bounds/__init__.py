@@ -9,7 +9,7 @@ says otherwise.
 from adaskip.theory.bounds.attention import key_removal
 from adaskip.theory.bounds.certificates import argmax_certified_kl, argmax_certified_margin, argmax_kl_limit
 from adaskip.theory.bounds.compose import compose, gate_matrix, joint_quadratic, joint_shift, redundancy_bound
-from adaskip.theory.bounds.fisher import first_order, fisher_form
+from adaskip.theory.bounds.fisher import fisher_form
 from adaskip.theory.bounds.geometry import cosine_band, distance_sq, geometric_from_proximal, proximal_from_geometric
 from adaskip.theory.bounds.information import fano, information_lost
 from adaskip.theory.bounds.logits import (
@@ -37,7 +37,6 @@ __all__ = [
     "cosine_band",
     "distance_sq",
     "fano",
-    "first_order",
     "fisher_form",
     "gate_matrix",
     "geometric_from_proximal",

@@ -131,8 +131,8 @@ def kl_for_accuracy(points: Real) -> Tensor:
     """The KL, in nats, that costs at most so many points of accuracy: max(2 d^2, -log(1 - d^2)), d = points / 100.
 
     Bound [D, link 3c], the inverse of `tv_from_kl`: where the mean KL per predicted token is no more, tokens *sampled*
-    from p' are right at most `points` per cent less often than tokens sampled from p (by concavity also on average over
-    inputs). Strict for small d: greedy accuracy usually moves far less.
+    from p' are right less often, by at most `points` percentage points, than tokens sampled from p (by concavity also
+    on average over inputs). Strict for small d: greedy accuracy usually moves far less.
 
     >>> round(kl_for_accuracy(1.0).item(), 6), round(kl_for_accuracy(10.0).item(), 4)
     (0.0002, 0.02)
