@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError
 from adaskip.evaluate import open_run
+from adaskip.plan import KEEP_ALL
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.greedy import greedy_options, greedy_processors, process
@@ -23,7 +24,6 @@ from adaskip.training.callbacks import to_device
 from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image
 from adaskip.training.tracking import write_text
 
-KEEP_ALL = -1e9  # below any logit: every layer runs
 STEPS = 40  # thresholds on the path
 
 Progress = Callable[[str, int, int], None]

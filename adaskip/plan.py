@@ -17,6 +17,8 @@ Group = Literal["all", "vision"]
 KV = Literal["absent", "kept"]
 Flags = tuple[bool, ...]
 """Decisions that Python knows: one a row."""
+KEEP_ALL = -1e9
+"""A threshold below any logit: every layer runs."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, inspect_backbone, read_tokens
 from adaskip.errors import BackboneError, ConfigError
-from adaskip.plan import RouterConfig, Routing, SkipPlan
+from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Observer, Runtime
@@ -191,7 +191,7 @@ class RoutedModel(nn.Module):
     @contextmanager
     def keep_all(self) -> Iterator[None]:
         """Inside: the routers look and every layer runs, whatever they say."""
-        with self._set(config=replace(self.config, threshold=-1e9)):
+        with self._set(config=replace(self.config, threshold=KEEP_ALL)):
             yield
 
     def gates(self) -> list[Tensor]:

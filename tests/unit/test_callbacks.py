@@ -15,7 +15,8 @@ import adaskip
 from adaskip.errors import ConfigError
 from adaskip.recipe import load
 from adaskip.theory.bounds import kl_for_accuracy
-from adaskip.training.callbacks import OnViolation
+from adaskip.theory.profile import calibrate_prices, measure
+from adaskip.training.callbacks import DenseLogits, OnViolation, joint_cost
 from tests.unit.test_training import batches, planted
 
 GREEDY = -3.0  # a bias at which a router skips its layer for every input
@@ -80,9 +81,10 @@ def test_hold_makes_a_costly_layer_run_and_leaves_a_redundant_one_alone(tmp_path
     assert again.config.held == (1, 3)
     assert torch.equal(again(**arguments).logits, routed)
 
-    resumed = eager({1: GREEDY, 2: GREEDY})
-    fit(resumed, tmp_path, "hold", steps=5, resume=str(tmp_path / "last.ckpt"))
-    assert resumed.config.held == (1,)
+    for steps in (5, 4):  # with 4 the run is done, and its training does not start
+        resumed = eager({1: GREEDY, 2: GREEDY})
+        fit(resumed, tmp_path, "hold", steps=steps, resume=str(tmp_path / "last.ckpt"))
+        assert resumed.config.held == (1,)
 
 
 def test_stop_ends_training_and_says_why(tmp_path: Path) -> None:
@@ -92,6 +94,32 @@ def test_stop_ends_training_and_says_why(tmp_path: Path) -> None:
     assert check.stopped.startswith("conditions violated at step 2: layer 1 is skipped for 32 of 32 inputs at ")
     assert "nats" in check.stopped
     assert check.stopped.endswith("or train with conditions.on_violation=hold")
+
+
+def test_a_held_layer_skips_nothing_and_violates_nothing(tmp_path: Path) -> None:
+    model = eager({1: GREEDY})
+    model.hold([1])
+    check, trainer = fit(model, tmp_path, "stop")
+    assert check.look is not None
+    assert check.look.skips[1].verdict == "inadmissible"  # what its router asks for would be
+    assert check.look.violations == {}
+    assert (check.stopped, trainer.global_step) == (None, 4)
+
+
+@pytest.mark.parametrize(("kept", "passes"), [(4, 4), (0, 12), (2, 8)])
+def test_the_dense_logits_are_computed_once_as_long_as_they_fit(kept: int, passes: int) -> None:
+    """Three looks at four batches find the same, whether all, none or half of them are kept."""
+    model, rows = eager({1: GREEDY}), batches(4)
+    measured = measure(model, rows)
+    prices = calibrate_prices(measured, measured.mass.mean(0), alpha=0.1)
+    fresh, ran = joint_cost(model, rows, measured.rho, prices), []
+    dense = DenseLogits(kept * DenseLogits()(model, 0, rows[0]).nbytes)
+    hook = model.described.layers[1].register_forward_hook(lambda *_: ran.append(model.runtime.mode))
+    for _ in range(3):
+        found = joint_cost(model, rows, measured.rho, prices, dense)
+        assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+    hook.remove()
+    assert ran.count("dense") == passes
 
 
 def test_warn_says_it_once_and_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

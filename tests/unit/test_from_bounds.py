@@ -139,6 +139,19 @@ def test_the_fit_finds_the_feature_that_says_which_layer_is_needed(fooled: bool)
         assert torch.equal(decided, needed)
 
 
+def test_what_is_held_counts_as_kept_and_its_router_goes_on_learning() -> None:
+    """Layer 3 is never needed but held: the budget is met by the others, and its router learns to skip all the same."""
+    model, (flips, _) = routed(), planted(600, 0)
+    model.hold([3])
+    fit = Fit(steps=200, batch_size=128, learning_rate=0.01)
+    figures, _ = fit_round(model, flips, 0.75, adaskip.Objective(keep=0.75), fit, seed=0)
+    with torch.no_grad():
+        decided = read_logits(model.routers, flips.pooled) > 0
+    assert abs(figures["keep"] - 0.75) < 0.03
+    assert abs(float(decided[:, :3].float().mean()) - 2 / 3) < 0.04
+    assert not decided[:, 3].any()
+
+
 def test_pairs_keep_one_of_two_layers_that_stand_in_for_each_other() -> None:
     """Either of layers 1 and 2 may go, not both: costs without pairs cannot tell, with pairs the fit leaves out one."""
     flips, _ = planted(600, 0)

@@ -173,6 +173,13 @@ def test_unknown_names(tmp_path):
         find(tmp_path)
 
 
+@pytest.mark.parametrize("action", ["hold", "stop"])
+def test_conditions_cannot_act_where_nothing_is_trained_end_to_end(action):
+    with pytest.raises(ConfigError, match=rf"on_violation: expected warn where trainer.steps is 0 .* got '{action}'"):
+        load("digits-vlm-from-bounds", [f"conditions.on_violation={action}"])
+    assert load("digits-vlm-from-bounds", ["trainer.steps=4", f"conditions.on_violation={action}"]).trainer.steps == 4
+
+
 @pytest.mark.parametrize(
     ("override", "read"),
     [
