@@ -37,16 +37,15 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: it cannot be read; says why.
     """
-    path = FOLDER if name == EMBEDDED else name
+    path = _located(name)
     try:
         remote = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
         config = AutoConfig.from_pretrained(path, **remote)
         auto = AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else None
         return (auto or AutoModelForCausalLM).from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"backbone {name!r}: cannot be loaded ({reason}); expected a Hugging Face id, a folder that "
+            f"backbone {name!r}: cannot be loaded ({_reason(error)}); expected a Hugging Face id, a folder that "
             "save_pretrained wrote, or digits-vlm"
         ) from error
 
@@ -57,7 +56,7 @@ def load_processor(name: str, *, trust_remote_code: bool = False, revision: str 
     Raises:
         CheckpointError: the folder or repository holds neither.
     """
-    path = FOLDER if name == EMBEDDED else name
+    path = _located(name)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
         return AutoProcessor.from_pretrained(path, **options)
@@ -66,9 +65,24 @@ def load_processor(name: str, *, trust_remote_code: bool = False, revision: str 
             return AutoTokenizer.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"backbone {name!r}: holds no processor and no tokenizer; "
-                "save them beside the model with processor.save_pretrained(folder)"
+                f"backbone {name!r}: no processor and no tokenizer can be loaded ({_reason(error)}); expected a "
+                "Hugging Face id, or a folder where they stand beside the model: processor.save_pretrained(folder)"
             ) from error
+
+
+def _located(name: str) -> str | Path:
+    if name == EMBEDDED:
+        return FOLDER
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise CheckpointError(
+            f"backbone {name!r}: no such folder; expected a Hugging Face id, a folder that save_pretrained wrote, or "
+            f"{EMBEDDED}"
+        )
+    return name
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def save(model: RoutedModel, folder: str | Path) -> Path:

@@ -138,5 +138,5 @@ def test_missing_backbone_and_data(tmp_path: Path, language_model: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"expected train.jsonl in .*empty, which holds no .jsonl file"):
         train(load("causal-lm", [*settings, f"data.source={tmp_path / 'empty'}"]))
-    with pytest.raises(CheckpointError, match=r"backbone '.*nowhere': holds no processor"):
+    with pytest.raises(CheckpointError, match=r"backbone '.*nowhere': no such folder; expected a Hugging Face id"):
         train(load("causal-lm", [*SHORT, f"backbone.path={tmp_path / 'nowhere'}", f"output={tmp_path / 's'}"]))
