@@ -117,6 +117,25 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
     return Interval(successes / n, float(low), float(high), n)
 
 
+def share_lost(before: Tensor, after: Tensor, level: float = 0.95) -> Interval:
+    """Exact interval of the share of right answers lost: P(right before) - P(right after), paired over inputs (bound).
+
+    before, after (n,): 1 or True where the answer to the same input is right. The difference is that of two shares,
+    right before only and right after only, each by `clopper_pearson` with half of what the level leaves open.
+    Raises DataError if lengths differ, ConfigError as `clopper_pearson`.
+
+    >>> found = share_lost(torch.tensor([1, 1, 1, 0]), torch.tensor([1, 0, 0, 1]))
+    >>> found.estimate, round(found.low, 3), round(found.high, 3)
+    (0.25, -0.801, 0.95)
+    """
+    if before.shape != after.shape:
+        raise DataError(f"share_lost: expected one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+    was, stays, n = before.bool().flatten(), after.bool().flatten(), before.numel()
+    each = bonferroni(level, 2)
+    lost, won = (clopper_pearson(int(count.sum()), n, each) for count in (was & ~stays, stays & ~was))
+    return Interval(lost.estimate - won.estimate, lost.low - won.high, lost.high - won.low, n)
+
+
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Score interval of a proportion (estimator: covers about `level` on average; shorter than exact; Wilson 1927).
 

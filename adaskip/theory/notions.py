@@ -12,7 +12,7 @@ from torch import Tensor
 from adaskip.errors import DataError
 from adaskip.theory import bounds
 from adaskip.theory.information import code_entropy, probe_loss, sizes_for, usable_information_lost
-from adaskip.theory.intervals import Interval, bootstrap_mean
+from adaskip.theory.intervals import Interval, bootstrap_mean, share_lost
 from adaskip.theory.measures import TailCurve
 from adaskip.theory.similarity import Moments, dissimilarity
 from adaskip.theory.survey import Survey
@@ -55,7 +55,7 @@ class Notions:
             "layer": layer,
             "group": measured.group,
             "functional": mean(measured.kl[:, layer]),
-            "accuracy_lost": mean(measured.dense_hit - measured.hit[:, layer]),
+            "accuracy_lost": plain(share_lost(measured.dense_hit, measured.hit[:, layer], self.level)),
             "cosine": mean(measured.cosine[:, layer]),
             "rho": mean(measured.rho[:, layer]),
             "proximal": {"delta": deltas.tolist(), "share_above": tail(deltas).tolist()},

@@ -16,7 +16,7 @@ from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.theory import bounds
 from adaskip.theory.claims import Claim, judge_claims
 from adaskip.theory.conditions import judge
-from adaskip.theory.intervals import bonferroni, bootstrap_mean
+from adaskip.theory.intervals import bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.notions import PER_LAYER, Notions, plain
 from adaskip.theory.plans import PlanCosts, band_plans, plan_costs
 from adaskip.theory.prediction import rank_over_inputs, rank_over_layers
@@ -228,7 +228,7 @@ class _Profiler:
             {
                 "k": k,
                 "kl": plain(bootstrap_mean(costs.kl[:, k], each, seed=self.seed)),
-                "accuracy": plain(bootstrap_mean(costs.hit[:, k], each, seed=self.seed)),
+                "accuracy": plain(clopper_pearson(int(costs.hit[:, k].sum()), len(costs.hit), each)),
             }
             for k in range(costs.kl.shape[1])
         ]

@@ -13,6 +13,7 @@ from adaskip.theory.intervals import (
     bootstrap_mean,
     clopper_pearson,
     paired_difference,
+    share_lost,
     wilson,
 )
 
@@ -124,6 +125,21 @@ def test_proportion_intervals_agree_with_scipy(successes, n, interval, method, l
 def test_clopper_pearson_covers_every_share(share, n):
     held = [f.low <= share <= f.high for f in (clopper_pearson(k, n, 0.9) for k in range(n + 1))]
     assert sum(stats.binom.pmf(k, n, share) for k in range(n + 1) if held[k]) >= 0.9
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0.0, 0.0), (0.02, 0.0), (0.3, 0.1), (0.05, 0.6)])
+def test_share_lost_covers_and_stays_within_what_a_share_can_be(lost, won):
+    draw = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(400):
+        luck = torch.rand(60, generator=draw)
+        before, after = luck < lost, (luck >= lost) & (luck < lost + won)
+        found = share_lost(before, after, 0.9)
+        assert -1 <= found.low <= found.estimate <= found.high <= 1
+        held += found.low <= lost - won <= found.high
+    assert clopper_pearson(held, 400, 0.999).high >= 0.9
+    with pytest.raises(DataError, match=r"expected one shape, got \(2,\) and \(3,\)"):
+        share_lost(torch.zeros(2), torch.zeros(3))
 
 
 @pytest.mark.parametrize("interval", [clopper_pearson, wilson])
