@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -98,8 +99,8 @@ def main() -> None:
             {
                 "what": name,
                 "passes": found.estimate,
-                "low": found.low,
-                "high": found.high,
+                "low": found.low if math.isfinite(found.low) else None,
+                "high": found.high if math.isfinite(found.high) else None,
                 "median": statistics.median(ratios),
                 "rounds": rounds,
             }
