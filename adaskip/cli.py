@@ -201,7 +201,10 @@ def bench(
     group: Annotated[str | None, typer.Option("--group", help="all, or vision: the default with pictures.")] = None,
     skip: Annotated[str | None, typer.Option("--skip", help="Shares of layers left out; default 0,0.25,0.5.")] = None,
     batch: Annotated[str, typer.Option("--batch", help="Rows.")] = "1,8",
-    path: Annotated[str, typer.Option("--path", help="uniform: rows skip alike; mixed: each otherwise.")] = "uniform",
+    path: Annotated[
+        str, typer.Option("--path", help="uniform: rows skip alike; mixed: each otherwise; many: generate_many.")
+    ] = "uniform",
+    paths: Annotated[int, typer.Option("--paths", help="Different paths of --path many.")] = 4,
     new: Annotated[int, typer.Option("--new", help="Tokens written in a turn.")] = 16,
     budget: Annotated[float, typer.Option("--budget", help="Seconds for all rounds together.")] = 300,
     width: Annotated[float, typer.Option("--width", help="Rounds end when intervals are narrower.")] = 0.04,

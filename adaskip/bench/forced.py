@@ -11,7 +11,7 @@ from adaskip.errors import AdaSkipError
 from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.attach import RoutedModel
 
-Path = Literal["uniform", "mixed"]
+Path = Literal["uniform", "mixed", "many"]
 _LOGIT = 4.0
 
 
@@ -27,6 +27,23 @@ def spread_out(layers: int, rate: float, batch: int, path: Path) -> Tensor:
     row = torch.ones(layers, dtype=torch.bool)
     row[[(2 * i + 1) * layers // (2 * left) for i in range(left)]] = False
     return torch.stack([row.roll(i if path == "mixed" else 0) for i in range(batch)], 1)
+
+
+def different(layers: int, rate: float, batch: int, count: int) -> Tensor:
+    """bool (l b): ``count`` different ways of leaving out ``round(rate * layers)`` layers, taken by the rows in turn.
+
+    Where nothing is left out there is one way only. Drawn at random, the same at every call.
+
+    >>> different(4, 0.5, 3, 2).int().T.tolist()
+    [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 1]]
+    """
+    left, draw = round(rate * layers), torch.Generator().manual_seed(0)
+    found: dict[tuple[int, ...], Tensor] = {}
+    while len(found) < (count if left else 1):
+        out = torch.randperm(layers, generator=draw)[:left].sort().values
+        found.setdefault(tuple(out.tolist()), torch.ones(layers, dtype=torch.bool).index_fill(0, out, False))
+    ways = [*found.values()]
+    return torch.stack([ways[row % len(ways)] for row in range(batch)], 1)
 
 
 @torch.no_grad()
@@ -67,11 +84,10 @@ def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
             outer.bias.fill_(threshold + float(wanted[0]))
 
 
-def check_forced(model: RoutedModel, keep: Tensor) -> None:
-    """Raises AdaSkipError unless the last request was decided as `force` was told."""
-    decided = model.routing.keep.cpu()
-    if not torch.equal(decided, keep):
-        layers = sorted({int(layer) for layer, _ in (decided != keep).nonzero()})
+def check_forced(decided: Tensor, keep: Tensor) -> None:
+    """Raises AdaSkipError unless decisions (l b) are those that `force` was told."""
+    if not torch.equal(decided.cpu(), keep):
+        layers = sorted({int(layer) for layer, _ in (decided.cpu() != keep).nonzero()})
         raise AdaSkipError(
             f"bench: the routers of layers {layers} did not decide as they were made to; "
             "two rows look the same to them. Use --path uniform, or another --seed"

@@ -29,6 +29,7 @@ class Settings:
     skips: list[float] | None
     batches: list[int]
     paths: list[Path]
+    different: int
     new: int
     budget: float
     width: float
@@ -38,7 +39,9 @@ class Settings:
         """Build the subject and measure it; ``results``, the ``settings``, and what the figures depend on beside."""
         subject = self.subject()
         skips = self.skips if self.skips is not None or subject.trained else [0.0, 0.25, 0.5]
-        rows = bench(subject, skips, self.batches, self.paths, self.new, self.budget, self.width, progress)
+        rows = bench(
+            subject, skips, self.batches, self.paths, self.new, self.budget, self.width, self.different, progress
+        )
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         around = environment(self.seed, name) | {"threads": torch.get_num_threads()}
         return {"results": rows, "settings": self.told, "environment": around}
@@ -59,6 +62,7 @@ def read(
     skip: str | None,
     batch: str,
     path: str,
+    paths: int,
     new: int,
     budget: float,
     width: float,
@@ -111,8 +115,8 @@ def read(
         words = prompt or 512
         return random_subject(backbone, size, words, new, image_tokens, kind, attention, _DTYPES[dtype], place, seed)
 
-    paths = cast(list[Path], path.split(","))
-    return Settings(subject, place, told, skips, batches, paths, new, budget, width, seed)
+    kinds = cast(list[Path], path.split(","))
+    return Settings(subject, place, told, skips, batches, kinds, paths, new, budget, width, seed)
 
 
 def _numbers(name: str, text: str, kind: type, faults: list[str]) -> list[Any]:

@@ -40,13 +40,20 @@ class Side:
         self.cache, self.logits = self.prefill()
 
     def decode(self) -> None:
-        """Write ``new`` tokens after the prompt: the greedy choice is made, the token fed is always the same."""
+        """Write ``new`` tokens after the prompt: the greedy choice is made, the token fed is always the same.
+
+        Where prompts are padded a token stands behind the real ones; what a picture takes off its place is left aside.
+        """
         mask, rows = self.inputs["attention_mask"], len(self.inputs["input_ids"])
         padded = not bool(mask.all())
         token = self.inputs["input_ids"][:, -1:]
         for _ in range(self.new):
             mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
-            seen = {"attention_mask": mask} if padded else {}
+            seen = {}
+            if padded:
+                seen["attention_mask"] = mask
+                if self._takes("position_ids"):
+                    seen["position_ids"] = mask.sum(1, keepdim=True) - 1
             out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True, **seen)
             if self.logits is not None:
                 out.logits[:, -1:].argmax(-1)
@@ -63,9 +70,11 @@ class Side:
 
     def _last_only(self) -> dict[str, Any]:
         """As ``generate`` does: logits of the last token only, where the model has the option."""
+        return {"logits_to_keep": 1} if self._takes("logits_to_keep") else {}
+
+    def _takes(self, name: str) -> bool:
         backbone = getattr(self.model, "backbone", self.model)
-        takes = inspect.signature(type(backbone).forward).parameters
-        return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        return name in inspect.signature(type(backbone).forward).parameters
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ import torch
 from adaskip import cli
 from adaskip.backbone import inspect_backbone, twin
 from adaskip.bench import bench
-from adaskip.bench.forced import check_forced, force, spread_out
+from adaskip.bench.forced import check_forced, different, force, spread_out
+from adaskip.bench.many import many_cell
 from adaskip.bench.random_model import Size, random_subject
 from adaskip.bench.rounds import LEAST, interleave, ratio, spread
-from adaskip.bench.sides import ideal
+from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject, stored_subject
 from adaskip.errors import AdaSkipError, ConfigError
 from adaskip.plan import SkipPlan
@@ -61,6 +64,16 @@ def test_layers_are_left_out_evenly_and_mixed_rows_leave_out_equally_many() -> N
     assert spread_out(8, 0.0, 2, "mixed").all()
 
 
+def test_so_many_different_ways_to_leave_out_equally_many_layers() -> None:
+    keep = different(8, 0.5, 10, 4)
+    assert (keep.sum(0) == 4).all()
+    assert len({tuple(row) for row in keep.T.tolist()}) == 4
+    assert torch.equal(keep[:, :4], keep[:, 4:8])
+    assert torch.equal(keep, different(8, 0.5, 10, 4))
+    assert len({tuple(row) for row in different(4, 0.25, 4, 4).T.tolist()}) == 4
+    assert different(8, 0.0, 3, 4).all()
+
+
 @pytest.mark.parametrize("image_tokens", [0, 4])
 def test_routers_decide_as_they_are_made_to(image_tokens: int) -> None:
     subject = small("llava" if image_tokens else "llama", image_tokens)
@@ -70,10 +83,10 @@ def test_routers_decide_as_they_are_made_to(image_tokens: int) -> None:
         force(subject.routed, inputs, keep)
         with torch.no_grad():
             subject.routed(**inputs)
-        check_forced(subject.routed, keep)
+        check_forced(subject.routed.routing.keep, keep)
         assert subject.routed.routing.logits is not None
     with pytest.raises(AdaSkipError, match=r"routers of layers \[0, 1, 2, 3\] did not decide as they were made to"):
-        check_forced(subject.routed, ~keep)
+        check_forced(subject.routed.routing.keep, ~keep)
 
 
 @pytest.mark.parametrize(("backbone", "image_tokens"), [("llama", 0), ("mixtral", 0), ("llava", 9), ("qwen2_vl", 6)])
@@ -105,6 +118,83 @@ def test_every_row_adds_up(backbone: str, image_tokens: int) -> None:
             assert row["keep"] == 0.5
             assert row["kv_bytes"] * 2 == row["dense_kv_bytes"]
     json.dumps(rows)
+
+
+@pytest.mark.parametrize(("backbone", "image_tokens"), [("llama", 0), ("llava", 9), ("qwen2_vl", 6)])
+def test_many_prompts_beside_their_paths_cut_out(backbone: str, image_tokens: int) -> None:
+    subject = random_subject(backbone, SIZE, 9, 3, image_tokens, "all", "sdpa", torch.float32, CPU, seed=0)
+    rows = bench(subject, [0.0, 0.5], [6], ["many"], new=2, budget=0, different=3)
+    assert [(r["phase"], r["path"], r["paths"], r["skip"]) for r in rows] == [
+        ("prefill", "many", 1, 0.0),
+        ("decode", "many", 1, 0.0),
+        ("prefill", "many", 3, 0.5),
+        ("decode", "many", 3, 0.5),
+    ]
+    past = torch.tensor([9, 10]) + image_tokens
+    one = subject.routed.runtime.cost.chunk(torch.ones(2), past).sum(0).mean()
+    for row in rows:
+        assert row["rounds"] == 1
+        assert row["efficiency"] == pytest.approx(row["ideal_s"] / row["routed_s"])
+        assert row["keep"] == pytest.approx(1 - row["skip"])
+        assert row["kv_bytes"] is None
+        if row["phase"] == "decode":
+            assert row["dense_flops"] == pytest.approx(6 * float(one))
+    json.dumps(rows)
+
+
+def test_many_prompts_get_what_their_path_cut_out_says() -> None:
+    """The sides whose seconds are compared write the same tokens, each group in one batch, and as many as asked."""
+    subject = small()
+    cell = many_cell(subject, 6, 3, 0.5, 4)
+    many, cut = cell.sides["routed"], cell.sides["ideal"]
+    answers = many.run(4).answers
+    assert [count for _, count in many.run(4).groups] == [2, 2, 2]
+    assert {len(answer.tokens) for answer in answers} == {4}
+    for number, part in enumerate(cut.parts):
+        assert len(part.model.get_decoder().layers) == 2
+        tokens = part.model.generate(**part.inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, 9:]
+        assert torch.equal(tokens, torch.stack([answer.tokens for answer in answers[number::3]]))
+
+
+def padded(subject: Subject, rows: int) -> dict[str, torch.Tensor]:
+    """Its inputs with the first row two tokens longer than the others, whose padding is on the left."""
+    inputs = subject.batch(rows)
+    shape = inputs["input_ids"].shape
+    for name, value in inputs.items():
+        if value.shape == shape:
+            inputs[name] = torch.nn.functional.pad(value, (2, 0))
+            inputs[name][0] = torch.cat([value[0], value[0, -2:]])
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("backbone", "image_tokens", "group"),
+    [
+        ("llama", 0, "all"),
+        ("llava", 9, "all"),
+        ("llava", 9, "vision"),
+        ("qwen2_vl", 6, "all"),
+        ("qwen2_vl", 6, "vision"),
+    ],
+)
+def test_prompts_may_be_padded(backbone: str, image_tokens: int, group: str) -> None:
+    subject = random_subject(backbone, SIZE, 9, 3, image_tokens, group, "sdpa", torch.float32, CPU, seed=0)
+    kinds = ["mixed", "many"] if group == "all" else ["mixed"]
+    rows = bench(replace(subject, batch=partial(padded, subject)), [0.5], [4], kinds, new=2, budget=0)
+    assert [row["phase"] for row in rows] == ["prefill", "decode"] * len(kinds)
+
+
+@torch.no_grad()
+def test_a_token_after_a_padded_prompt_stands_behind_the_real_ones() -> None:
+    subject = small()
+    side = Side(subject.described.model, padded(subject, 2), 2)
+    side.settle()
+    places = []
+    side.model.register_forward_pre_hook(
+        lambda model, args, given: places.append(given["position_ids"]), with_kwargs=True
+    )
+    side.decode()
+    assert [place.tolist() for place in places] == [[[11], [9]], [[12], [10]]]
 
 
 def test_vision_is_cut_out_of_the_layers_it_leaves() -> None:
@@ -188,6 +278,17 @@ def test_peak_memory_sees_what_a_call_held() -> None:
         (["--backbone", "mamba", *TINY], "--backbone mamba: MambaForCausalLM does not support"),
         (["--backbone", "t5", *TINY], "--backbone t5: "),
         (["--backbone", "llama", *TINY, "--skip", "0.9,1"], "expected shares in [0, 1), got 1; --skip 0.9: leaves"),
+        (["--backbone", "llama", *TINY, "--path", "main"], "--path: expected uniform | mixed | many, got 'main'"),
+        (
+            ["--backbone", "llama", *TINY, "--path", "many", "--skip", "0.5", "--batch", "3"],
+            "--paths 4: expected at least so many prompts, got --batch 3; "
+            "--paths 4: 1 of 2 layers can be left out in 2 ways only",
+        ),
+        (["--backbone", "llama", *TINY, "--path", "many", "--paths", "0"], "--paths: expected a whole number >= 1"),
+        (
+            ["--backbone", "llava", *TINY, "--image-tokens", "4", "--path", "many"],
+            "--path many: without vision no layer is left out of decoding; expected --group all",
+        ),
     ],
 )
 def test_bad_input_is_a_plain_error(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,159 @@
+"""One line of the table: its four sides, warmed up, and what they spend and hold; measured phase by phase."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adaskip.bench.forced import Path, check_forced, force, spread_out
+from adaskip.bench.rounds import Seconds, interleave, ratio, spread
+from adaskip.bench.sides import Side, ideal
+from adaskip.bench.subject import Subject
+from adaskip.errors import AdaSkipError
+from adaskip.plan import Routing
+from adaskip.runtime.measure import cache_bytes, peak_memory
+
+
+class Timed(Protocol):
+    """What takes its turn in a round."""
+
+    def prefill_seconds(self) -> float:
+        """Seconds of one prefill."""
+        ...
+
+    def decode_seconds(self) -> float:
+        """Seconds of writing one token."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Four sides that do the same work, and what of it does not depend on the clock."""
+
+    facts: dict[str, Any]  # what is measured
+    sides: dict[str, Timed]  # dense, routed, ideal, control
+    spent: dict[str, tuple[float, float]]  # of a phase: decoder FLOPs executed, and with every layer run
+    held: dict[str, dict[str, int | None]]  # of a phase: bytes of keys and values after it
+    memory: dict[str, Any]
+
+    def measure(self, phase: str, budget: float, width: float, told: Callable[[Seconds], None]) -> dict[str, Any]:
+        """Rounds of ``phase``, prefill or decode, and their row of the table, as `adaskip.bench.bench` says."""
+        whole = self.facts["skip"] == 0
+        asked = [("ideal", "routed"), *([("routed", "dense")] if whole else [])]
+        seconds = interleave(
+            {name: getattr(side, f"{phase}_seconds") for name, side in self.sides.items()},
+            lambda found: all(_width(found, *pair) < width for pair in asked),
+            budget,
+            told,
+        )
+        executed, dense = self.spent[phase]
+        row: dict[str, Any] = {"phase": phase, **self.facts}
+        row |= {f"{name}_s": statistics.median(seconds[name]) for name in ("dense", "routed", "ideal")}
+        row |= _ratio("speedup", seconds, "dense", "routed")
+        row |= _ratio("ideal_speedup", seconds, "dense", "ideal")
+        row |= _ratio("efficiency", seconds, "ideal", "routed")
+        nothing = {"overhead": None, "overhead_low": None, "overhead_high": None}
+        row |= _ratio("overhead", seconds, "routed", "dense") if whole else nothing
+        row |= _ratio("control", seconds, "control", "ideal")
+        row |= {f"{name}_spread": spread(seconds[name]) for name in ("dense", "routed", "ideal")}
+        row |= {"rounds": len(seconds["routed"]), "keep": executed / dense, "flops": executed, "dense_flops": dense}
+        return row | self.held[phase] | self.memory
+
+
+def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new: int) -> Cell:
+    """One batch that is prefilled and decoded as it is, its rows going one path or several.
+
+    Raises:
+        AdaSkipError: routers cannot be made to decide, or sides compute different things.
+    """
+    inputs, routed = subject.batch(batch), subject.routed
+    if rate is not None:
+        keep = spread_out(len(subject.described.layers), rate, batch, path)
+        force(routed, inputs, keep)
+    dense, own = Side(subject.described.model, inputs, new), Side(routed, inputs, new)
+    memory = peaks(subject, own.settle, dense.settle)
+    if rate is not None:
+        check_forced(routed.routing.keep, keep)
+    prompt = routed.routing
+    keep = prompt.keep.cpu()
+    cut, control = (ideal(subject, inputs, keep, new) for _ in range(2))
+    cut.settle()
+    control.settle()
+    if rate is not None and path == "uniform" and len(cut.parts) == 1:
+        _check_same(own.logits, cut.parts[0].logits)
+    held = {"prefill": _held(own, dense)}
+    for side in (dense, own):
+        side.decode()
+    held["decode"] = _held(own, dense)
+    before, after = _spent(prompt), _spent(routed.routing)
+    for side in (dense, own):
+        side.cache.crop(-new)
+    return Cell(
+        describe(subject, inputs, keep, path if rate is not None else "own", rate),
+        {"dense": dense, "routed": own, "ideal": cut, "control": control},
+        {"prefill": before, "decode": ((after[0] - before[0]) / new, (after[1] - before[1]) / new)},
+        held,
+        memory,
+    )
+
+
+def describe(
+    subject: Subject, inputs: dict[str, Tensor], keep: Tensor, path: str, rate: float | None
+) -> dict[str, Any]:
+    """What is measured: the model and its inputs, and the decisions (l b) that its rows take."""
+    batch, tokens = inputs["input_ids"].shape
+    return {
+        "backbone": subject.name,
+        "group": subject.routed.runtime.group,
+        "batch": batch,
+        "path": path,
+        "paths": len(set(map(tuple, keep.T.tolist()))),
+        "skip": rate,
+        "tokens": tokens,
+    }
+
+
+def peaks(subject: Subject, routed: Callable[[], Any], dense: Callable[[], Any]) -> dict[str, Any]:
+    """The most memory, bytes, that the routed and the dense call held, and which memory that is."""
+    device: torch.device = subject.described.device
+    most, what = peak_memory(routed, device)
+    return {"peak_bytes": most, "peak_is": what, "dense_peak_bytes": peak_memory(dense, device)[0]}
+
+
+def _held(routed: Side, dense: Side) -> dict[str, int | None]:
+    return {"kv_bytes": cache_bytes(routed.cache), "dense_kv_bytes": cache_bytes(dense.cache)}
+
+
+def _spent(routing: Routing) -> tuple[float, float]:
+    assert routing.executed is not None
+    assert routing.dense is not None
+    return float(routing.executed.sum()), float(routing.dense.sum())
+
+
+def _width(seconds: Seconds, above: str, below: str) -> float:
+    found = ratio(seconds[above], seconds[below])
+    return found.high - found.low
+
+
+def _ratio(name: str, seconds: Seconds, above: str, below: str) -> dict[str, float | None]:
+    found = ratio(seconds[above], seconds[below])
+    ends = (found.low, found.high) if math.isfinite(found.high) and found.low > 0 else (None, None)
+    return {name: found.estimate, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+
+
+def _check_same(routed: Tensor | None, cut: Tensor | None) -> None:
+    """Two programs whose seconds are compared must say the same."""
+    assert routed is not None
+    assert cut is not None
+    gap, size = (routed - cut).abs().max(), cut.abs().max()
+    if gap > (1e-3 if routed.dtype == torch.float32 else 0.1) * size:
+        raise AdaSkipError(
+            f"bench: routed and physically cut model differ by {float(gap):.2g} in logits up to {float(size):.2g}; "
+            "their seconds cannot be compared. Please report this model type"
+        )

@@ -1,0 +1,104 @@
+"""`generate_many` beside what it comes from: each path's layers cut out, and its prompts as one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaskip.backbone import twin
+from adaskip.bench.cell import Cell, describe, peaks
+from adaskip.bench.forced import check_forced, different, force
+from adaskip.bench.sides import Side, Sides
+from adaskip.bench.subject import Subject
+from adaskip.errors import ConfigError
+from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.greedy import greedy_options
+from adaskip.runtime.measure import cache_bytes
+from adaskip.runtime.paths import Answers
+
+
+@dataclass(frozen=True)
+class Many:
+    """`generate_many` over prompts that come as one batch; its seconds are those that it tells itself.
+
+    Decoding so includes joining the caches of each group's prompts and what ``generate`` does around every token.
+    """
+
+    model: RoutedModel
+    inputs: dict[str, Tensor]
+    new: int
+
+    def run(self, new: int) -> Answers:
+        """Answers of just so many tokens; placeholders of pictures are never written."""
+        placeholders = list(self.model.described.vision_ids) or None
+        return self.model.generate_many(
+            [self.inputs],
+            group_size=len(self.inputs["input_ids"]),
+            min_new_tokens=new,
+            suppress_tokens=placeholders,
+            **greedy_options(new),
+        )
+
+    def prefill_seconds(self) -> float:
+        """Seconds of routing and reading all prompts."""
+        return self.run(1).prefill_s
+
+    def decode_seconds(self) -> float:
+        """Seconds of writing one token of every answer, group by group."""
+        return self.run(self.new).decode_s / self.new
+
+
+def many_cell(subject: Subject, batch: int, count: int, rate: float, new: int) -> Cell:
+    """``batch`` prompts that go ``count`` different paths, each of which leaves out the same share of the layers.
+
+    Raises:
+        AdaSkipError: routers cannot be made to decide.
+        ConfigError: inputs that cannot be told apart prompt by prompt.
+    """
+    inputs = subject.batch(batch)
+    keep = different(len(subject.described.layers), rate, batch, count)
+    force(subject.routed, inputs, keep)
+    many, dense = Many(subject.routed, inputs, new), Side(subject.described.model, inputs, new)
+    memory = peaks(subject, lambda: many.run(1), dense.settle)
+    one, more = many.run(1), many.run(1 + new)
+    check_forced(torch.tensor([answer.path for answer in one.answers]).T, keep)
+    cut, control = (_groups(subject, inputs, keep, new) for _ in range(2))
+    cut.settle()
+    control.settle()
+    held = {"prefill": {"kv_bytes": None, "dense_kv_bytes": cache_bytes(dense.cache)}}
+    dense.decode()
+    held["decode"] = {"kv_bytes": None, "dense_kv_bytes": cache_bytes(dense.cache)}
+    dense.cache.crop(-new)
+    before, after = _spent(one), _spent(more)
+    return Cell(
+        describe(subject, inputs, keep, "many", rate),
+        {"dense": dense, "routed": many, "ideal": cut, "control": control},
+        {"prefill": before, "decode": ((after[0] - before[0]) / new, (after[1] - before[1]) / new)},
+        held,
+        memory,
+    )
+
+
+def _groups(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -> Sides:
+    """For every path a model of its layers alone, with those prompts as its batch."""
+    parts = []
+    for path in dict.fromkeys(map(tuple, keep.T.tolist())):
+        column = torch.tensor(path)
+        rows = (keep == column[:, None]).all(0).nonzero().flatten()
+        parts.append(Side(twin(subject.described, column.nonzero().flatten().tolist()), _rows(inputs, rows), new))
+    return Sides(tuple(parts))
+
+
+def _rows(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Some prompts of a batch; what has more entries than there are prompts has equally many for each."""
+    batch = len(inputs["input_ids"])
+    if uneven := [name for name, value in inputs.items() if len(value) % batch]:
+        raise ConfigError(f"bench: --path many: expected equally many {', '.join(uneven)} for every prompt")
+    rows = rows.to(inputs["input_ids"].device)
+    return {name: value.unflatten(0, (batch, -1))[rows].flatten(0, 1) for name, value in inputs.items()}
+
+
+def _spent(answers: Answers) -> tuple[float, float]:
+    return sum(answer.executed for answer in answers.answers), sum(answer.dense for answer in answers.answers)
