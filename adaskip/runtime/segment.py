@@ -96,6 +96,8 @@ def cut(
                 at = rearrange(keys.clamp(min=0), "r k -> r 1 1 k")
                 rows = rows.gather(3, at.expand(-1, rows.shape[1], rows.shape[2], -1))
             return rearrange(rows, "b h q k -> (b h) q k")
+        if name == "position_bias" and value.dim() == 3:  # h q k: the same for every row
+            return value
         if name == "position_embeddings":  # (... b t d)
             return take(value, segment, value.dim() - 3)
         if name == "position_ids":  # (... b t)
@@ -114,8 +116,11 @@ def cut(
 
 def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None) -> Any:
     if mask is None:
-        # None means plain causal attention; it stays true for a subset without holes whose queries are the last keys
-        if keys is None or bool((keys >= 0).all() & (keys[:, -queries.shape[1] :] == queries).all()):
+        # None means plain causal attention; without holes that stays true of one query, or of queries that are all keys
+        if keys is None:
+            return None
+        last = queries.shape[1] in (1, keys.shape[1]) and bool((keys[:, -queries.shape[1] :] == queries).all())
+        if last and bool((keys >= 0).all()):
             return None
         seen = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
         return rearrange(seen, "r q k -> r 1 q k")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,3 +180,35 @@ def test_a_first_chunk_of_pictures_alone() -> None:
     cache = model(input_ids=ids[:, :cut], routing=keep, use_cache=True, **pictures).past_key_values
     later = model(input_ids=ids[:, cut:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
     assert (later - whole[:, cut:]).abs().max() <= 1e-4
+
+
+def test_a_picture_that_opens_the_prompt_and_keeps_its_keys() -> None:
+    """The text's queries are the last positions but not all: SDPA without a mask would align them with the first."""
+    toy = make("llava", "sdpa")
+    assert toy.pictures is not None
+    toy.pictures = replace(toy.pictures, opening=())
+    model = attach(toy.model, plan=SkipPlan.early_exit(1, kv="kept"))
+    batch = toy.batch([6, 6])
+    logits = same_both_ways(model, batch)
+    assert batch["attention_mask"].all()
+    eager = make("llava", "eager")
+    with torch.no_grad():
+        told = attach(eager.model, plan=SkipPlan.early_exit(1, kv="kept"))(**batch).logits
+    assert (logits - told).abs().max() <= 1e-4
+
+
+def test_last_tokens_that_run_while_the_first_only_keep_their_keys() -> None:
+    toy = make("llama", "sdpa")
+    model = attach(toy.model, RouterConfig(scope="token", kv="kept"))
+    keep = torch.ones(LAYERS, 1, 6, dtype=torch.bool)
+    keep[:, :, :3] = False
+    same_both_ways(model, toy.batch([6]), routing=keep)
+
+
+def test_a_bias_of_as_many_heads_as_rows_is_not_cut_by_rows() -> None:
+    toy, model = routed("mpt", "all", "eager")
+    batch = toy.batch([5, 5, 5, 5])
+    assert model.described.config.n_heads == 4
+    together = same_both_ways(model, batch, routing=some_keep(4))
+    one = same_both_ways(model, {name: value[1:2] for name, value in batch.items()}, routing=some_keep(4)[:, 1:2])
+    assert (together[1] - one[0]).abs().max() <= 1e-4
