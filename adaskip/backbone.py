@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.probe import check_layers
 from adaskip.sublayers import Sublayers, find_sublayers
+from adaskip.work import Work, measure_work
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _ROUTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -39,6 +40,8 @@ class Backbone:
         vision_ids: placeholder token ids of images and videos; empty for a language model.
         outputs: what a layer returns: a tensor (0), or a tuple of this many.
         sublayers: what each layer is made of, where the routing needs to know.
+        work: what each layer computes.
+        head: FLOPs of the language-model head per position.
     """
 
     model: PreTrainedModel
@@ -48,6 +51,8 @@ class Backbone:
     vision_ids: tuple[int, ...] = ()
     outputs: int = 0
     sublayers: tuple[Sublayers, ...] = field(default=(), repr=False)
+    work: tuple[Work, ...] = field(default=(), repr=False)
+    head: float = 0.0
 
     @property
     def config(self) -> Any:
@@ -116,7 +121,14 @@ def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") 
     ids = tuple(dict.fromkeys(i for key in _PLACEHOLDERS if (i := getattr(model.config, key, None)) is not None))
     needed = unit != "block" or kv == "kept"
     sublayers = find_sublayers(model, layers, config.hidden_size, unit) if needed else ()
-    return Backbone(model, path, layers, config.hidden_size, ids, outputs, sublayers)
+    work, head = measure_work(model, layers, _pair_flops(config))
+    return Backbone(model, path, layers, config.hidden_size, ids, outputs, sublayers, work, head)
+
+
+def _pair_flops(config: Any) -> float:
+    """What a query and a key cost an ordinary attention: the score, and the value's share in the result."""
+    heads = config.num_attention_heads
+    return 4.0 * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Module, ...]]:

@@ -183,6 +183,7 @@ class Routing:
     tokens: Tensor | None = None  # bool (b t), scope token: the tokens that decide
     executed: Tensor | None = None  # float64 (b): decoder FLOPs really spent on each row
     dense: Tensor | None = None  # float64 (b): decoder FLOPs of the same tokens with every layer run
+    kv_bytes: Tensor | None = None  # long (b): bytes of each row's keys and values in the cache; None without one
     flags: tuple[Flags, ...] | None = None  # keep on the host, where it has been read from the device
 
     @property

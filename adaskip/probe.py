@@ -8,6 +8,7 @@ same shape, look only back, and keep nothing between tokens but its own keys and
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: i
 def _look(model: PreTrainedModel, layers: tuple[nn.Module, ...], caches: bool, **more: Any) -> _Watch:
     watch = _Watch(layers)
     with watch:
-        dense_pass(model, **more, **({"past_key_values": _WatchedCache(watch), "use_cache": True} if caches else {}))
+        dense_pass(model, **more, **({"past_key_values": ToldCache(watch.store), "use_cache": True} if caches else {}))
     return watch
 
 
@@ -143,6 +144,10 @@ class _Watch:
 
         return hook
 
+    def store(self, slot: int) -> None:
+        """Told by the cache: keys and values go to this slot."""
+        self.stored.append((self.inside, slot))
+
     def faults(self, width: int, caches: bool) -> list[str]:
         """What makes these layers unsound to skip, gravest first; empty if nothing."""
         found = []
@@ -181,13 +186,13 @@ class _Watch:
         return found
 
 
-class _WatchedCache(DynamicCache):
-    """A cache that tells the watch who stores where."""
+class ToldCache(DynamicCache):
+    """A cache that tells, by its slot, whenever keys and values are handed to it."""
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, tell: Callable[[int], None]) -> None:
         super().__init__()
-        self.watch = watch
+        self.tell = tell
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.watch.stored.append((self.watch.inside, layer_idx))
+        self.tell(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

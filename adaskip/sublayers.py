@@ -1,4 +1,4 @@
-"""What a decoder layer is made of: its attention, its MLP, and what its keys and values cost to project.
+"""What a decoder layer is made of: its attention and its MLP.
 
 Nothing is known by name. A few plain tokens go through the untouched model while every module inside its layers is
 watched: the attention is what hands keys and values to the cache, the MLP what else turns states into states with
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from adaskip.errors import BackboneError
-from adaskip.probe import ROWS, TOKENS, dense_pass
+from adaskip.probe import ROWS, TOKENS, ToldCache, dense_pass
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,12 @@ class Sublayers:
         attention: the module that hands keys and values to the cache.
         mlp: the other modules that turn states into states: one, or an MLP and the experts beside it.
         outputs: what each of them returns: a tensor (0), or a tuple of this many.
-        projected: matrix weights that a token meets in the layer before its keys and values are stored.
         cache_names: the argument by which the layer and its attention receive the cache.
     """
 
     attention: nn.Module = field(repr=False)
     mlp: tuple[nn.Module, ...] = field(repr=False)
     outputs: dict[nn.Module, int] = field(repr=False)
-    projected: int = 0
     cache_names: tuple[str, str] = ("past_key_values", "past_key_values")
 
 
@@ -58,7 +56,7 @@ def find_sublayers(
         )
     watch = _Watch(layers, torch.Size([ROWS, TOKENS, width]))
     with watch:
-        dense_pass(model, past_key_values=_Cache(watch), use_cache=True)
+        dense_pass(model, past_key_values=ToldCache(watch.store), use_cache=True)
     found = tuple(watch.parts(index) for index in range(len(layers)))
     if unit == "mlp" and any(not parts.mlp for parts in found):
         index = next(i for i, parts in enumerate(found) if not parts.mlp)
@@ -111,9 +109,7 @@ class _Watch:
         self.layers, self.states = layers, states
         self.stack: list[nn.Module] = []
         self.layer = 0
-        self.weights = 0
         self.attention: dict[int, nn.Module] = {}
-        self.projected: dict[int, int] = {}
         self.closing: list[set[nn.Module]] = [set() for _ in layers]
         self.through: list[list[nn.Module]] = [[] for _ in layers]
         self.outputs: dict[nn.Module, int] = {}
@@ -133,18 +129,17 @@ class _Watch:
     def _before(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.stack:
-                self.layer, self.weights = index, 0
+                self.layer = index
             self.stack.append(module)
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
-                if isinstance(value, _Cache):
+                if isinstance(value, ToldCache):
                     self.cache_names[module] = name
 
         return hook
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.stack.pop()
-        self.weights += sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() >= 2)
         if len(self.stack) != 1 or not any(weight.dim() >= 2 for weight in module.parameters()):
             return
         before = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
@@ -157,11 +152,10 @@ class _Watch:
             self.through[self.layer].append(module)
             self.outputs[module] = len(out) if isinstance(out, tuple) else 0
 
-    def stored(self) -> None:
+    def store(self, slot: int) -> None:
         """Told by the cache: keys and values have just been handed over."""
         if len(self.stack) > 1 and self.layer not in self.attention:
             self.attention[self.layer] = self.stack[1]
-            self.projected[self.layer] = self.weights
 
     def parts(self, index: int) -> Sublayers:
         """What was seen of one layer."""
@@ -173,18 +167,4 @@ class _Watch:
             )
         mlp = tuple(module for module in self.through[index] if module is not attention)
         names = (self.cache_names[self.layers[index]], self.cache_names[attention])
-        return Sublayers(
-            attention, mlp, {part: self.outputs[part] for part in self.through[index]}, self.projected[index], names
-        )
-
-
-class _Cache(DynamicCache):
-    """A cache that tells the watch when it is written."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        self.watch.stored()
-        return super().update(*args, **kwargs)
+        return Sublayers(attention, mlp, {part: self.outputs[part] for part in self.through[index]}, names)

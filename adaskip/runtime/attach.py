@@ -18,6 +18,7 @@ from adaskip.backbone import Backbone, Tokens, bind_arguments, inspect_backbone,
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
+from adaskip.runtime.cost import Flops, Ledger
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Observer, Runtime
 from adaskip.runtime.request import Mode
@@ -59,7 +60,9 @@ def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    getattr(model, _MARK).close(failed=output is None)
+    values = output if isinstance(output, tuple) else (getattr(output, "logits", None),)
+    logits = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3), None)  # (b t v); a loss has no axes
+    getattr(model, _MARK).close(failed=output is None, heads=0 if logits is None else logits.shape[1])
 
 
 class RoutedModel(nn.Module):
@@ -141,15 +144,9 @@ class RoutedModel(nn.Module):
         Raises:
             ConfigError: nothing has run yet.
         """
-        run, left = self.flops()
-        routing, ledger = self.runtime.routing, self.runtime.ledger
-        assert routing is not None
-        assert ledger is not None
-        if routing.tokens is None:
-            executed = torch.where(routing.keep.to(run.device), run, left)
-        else:
-            _, executed = ledger.flops(self.runtime.cost, routing.keep)
-        return replace(routing, executed=executed.sum(0), dense=run.sum(0))
+        routing, ledger = self._last()
+        executed, dense = (ledger.spent(self.runtime.cost, along).decoder for along in (routing, None))
+        return replace(routing, executed=executed, dense=dense, kv_bytes=ledger.kv_bytes())
 
     def flops(self) -> tuple[Tensor, Tensor]:
         """float64 (l b) each: what running every layer costs each row of the last request, and what leaving it costs.
@@ -157,9 +154,21 @@ class RoutedModel(nn.Module):
         Raises:
             ConfigError: nothing has run yet.
         """
-        if self.runtime.ledger is None:
+        return self._last()[1].flops(self.runtime.cost)
+
+    def flops_by_part(self, dense: bool = False) -> Flops:
+        """What the last request spent on projections, attention, MLP and the head; ``dense``: had every layer run.
+
+        Raises:
+            ConfigError: nothing has run yet.
+        """
+        routing, ledger = self._last()
+        return ledger.spent(self.runtime.cost, None if dense else routing)
+
+    def _last(self) -> tuple[Routing, Ledger]:
+        if self.runtime.routing is None or self.runtime.ledger is None:
             raise ConfigError("model.routing: no routed request has run yet; call the model or generate first")
-        return self.runtime.ledger.flops(self.runtime.cost)
+        return self.runtime.routing, self.runtime.ledger
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:

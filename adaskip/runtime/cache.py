@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from adaskip.plan import Flags, Routing
-from adaskip.runtime.cost import Ledger
+from adaskip.runtime.cost import Ledger, Slots
 from adaskip.runtime.segment import Memo, Segment, once
 
 
@@ -128,6 +128,13 @@ class SkipLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, used], self.values[:, :, used]
         if (index := self.index) is not None:
             self.index = once(memo, "truncate", (index,), lambda: places[:, used])
+
+    def slots(self, batch: int) -> Slots:
+        """What is held, for a batch of so many rows."""
+        if not self.filled:
+            return Slots(batch, None, None, 0, 0)
+        size = sum(int(x.shape[1] * x.shape[-1] * x.element_size()) for x in (self.keys, self.values))
+        return Slots(batch, self.rows, self.index, self.keys.shape[-2], size)
 
     def nbytes(self) -> int:
         """Bytes of the keys and values of real slots, holes left out."""
@@ -295,6 +302,7 @@ class SkipCache(Cache):
             self.routing = self.routing.select(beam_idx.to(self.routing.keep.device))
             self.ledger.select(beam_idx)
         self.batch = len(beam_idx)
+        self.note()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
@@ -315,10 +323,16 @@ class SkipCache(Cache):
         memo: Memo = {}
         for layer in self.layers:
             layer.truncate(self.length, memo)
+        self.note()
 
     def reset(self) -> None:
         """Forget the request."""
         self.__init__(len(self.layers), self.kept, self.every_row)  # type: ignore[misc]
+
+    def note(self) -> None:
+        """Have the ledger know what is held now, so that it can be told when the cache itself is gone."""
+        if self.ledger is not None:
+            self.ledger.held = tuple(layer.slots(self.batch) for layer in self.layers)
 
     def nbytes(self) -> int:
         """Bytes of the keys and values that are really held."""

@@ -120,8 +120,8 @@ class Runtime:
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
 
-    def close(self, failed: bool = False) -> None:
-        """Publish the routing of the request that ends here."""
+    def close(self, failed: bool = False, heads: int = 0) -> None:
+        """Publish the routing of the request that ends here, ``heads`` positions of which have got logits."""
         request = self.request
         if request is None:
             return
@@ -132,6 +132,7 @@ class Runtime:
         cache = request.cache
         ledger = cache.ledger if cache is not None and cache.ledger is not None else Ledger(self.group)
         ledger.add(request.tokens.valid, request.tokens.vision)
+        ledger.heads += heads
         if cache is None or cache.routing is None or request.deciding is not None:
             keep = torch.stack(request.keep) if request.fixed is None else request.fixed
             known = request.flags
@@ -152,6 +153,7 @@ class Runtime:
         if cache is not None:
             cache.ledger, cache.routing = ledger, routing
             cache.length += request.tokens.valid.shape[1]
+            cache.note()
         self.routing, self.ledger = routing, ledger
 
     def _cache(self, inputs: dict[str, Any]) -> SkipCache | None:

@@ -45,6 +45,7 @@ def join(parts: list[Part]) -> SkipCache:
     assert first.ledger is not None
     chunk = torch.cat([text for text, _ in ledgers]), torch.cat([vision for _, vision in ledgers])
     whole.ledger = Ledger(first.ledger.group, [chunk])
+    whole.note()
     return whole
 
 

@@ -36,6 +36,7 @@ class Answer:
     executed: float  # decoder FLOPs spent on prompt and answer, a prefill that was done anew included
     wanted: float  # decoder FLOPs of the same tokens along the path asked for
     dense: float  # decoder FLOPs of the same tokens with every layer run
+    kv_bytes: int  # of its keys and values in the cache when its group was done, filling up to the group's length too
 
     @property
     def keep_rate(self) -> float:
@@ -57,6 +58,11 @@ class Answers:
     def keep_rate(self) -> float:
         """Executed over dense decoder FLOPs of all prompts together; 1 for no prompts."""
         return self._share("executed", "dense", 1.0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all prompts' keys and values, as each group's cache held them when it was done."""
+        return sum(answer.kv_bytes for answer in self.answers)
 
     @property
     def added(self) -> float:
@@ -300,7 +306,8 @@ def _decode(model: RoutedModel, rows: list[_Row], options: dict[str, Any]) -> li
         places = [(source.positions, part) for source, part in parts if source.positions is not None]
         inputs["position_ids"] = _stack(places, width, 0)
     ids = model.generate(**inputs, past_key_values=cache, **options)[:, width:]
-    run, left = model.flops()
+    (run, left), held = model.flops(), model.routing.kv_bytes
+    assert held is not None
     config = options.get("generation_config") or model.backbone.generation_config
     ends = options.get("eos_token_id", config.eos_token_id)
     ends = torch.tensor(ends if isinstance(ends, list | tuple) else [] if ends is None else [ends], device=ids.device)
@@ -320,6 +327,7 @@ def _decode(model: RoutedModel, rows: list[_Row], options: dict[str, Any]) -> li
             executed=along(path) + row.discarded,
             wanted=along(row.asked),
             dense=float(run[:, column].sum()),
+            kv_bytes=int(held[column]),
         )
     return [found[i] for i in range(len(rows))]
 

@@ -131,7 +131,7 @@ def test_many_prompts_beside_their_paths_cut_out(backbone: str, image_tokens: in
         ("decode", "many", 3, 0.5),
     ]
     past = torch.tensor([9, 10]) + image_tokens
-    one = subject.routed.runtime.cost.chunk(torch.ones(2), past).sum(0).mean()
+    one = subject.routed.runtime.cost.chunk(torch.ones(2), past).sum((0, 1)).mean()
     for row in rows:
         assert row["rounds"] == 1
         assert row["efficiency"] == pytest.approx(row["ideal_s"] / row["routed_s"])
@@ -209,7 +209,7 @@ def test_vision_is_cut_out_of_the_layers_it_leaves() -> None:
     assert (len(text.inputs["input_ids"][0]), len(seen.inputs["input_ids"][0])) == (9, 18)
     assert not (text.inputs["input_ids"] == 5).any()
     cost = subject.routed.runtime.cost
-    spent = sum(float(cost.chunk(torch.tensor([n]), torch.tensor([0]))[0, 0]) * 2 for n in (9, 18))
+    spent = sum(float(cost.chunk(torch.tensor([n]), torch.tensor([0]))[:, 0, 0].sum()) * 2 for n in (9, 18))
     assert float(subject.routed.routing.executed[0]) == pytest.approx(spent)
 
 

@@ -17,6 +17,7 @@ ORDER = [
     "demo",
     "plan",
     "probe",
+    "work",
     "sublayers",
     "backbone",
     "routers",
