@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from adaskip.plan import SkipPlan as SkipPlan
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
+    from adaskip.runtime.cut import cut as cut
     from adaskip.theory.redundancy import profile as profile
     from adaskip.training.callbacks import ConditionCheck as ConditionCheck
     from adaskip.training.data import Collator as Collator
@@ -48,6 +49,7 @@ _HOMES = {
     "Routing": "plan",
     "SkipPlan": "plan",
     "attach": "runtime.attach",
+    "cut": "runtime.cut",
     "profile": "theory.redundancy",
 }
 __all__ = sorted(_HOMES)

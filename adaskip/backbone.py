@@ -223,8 +223,9 @@ def twin(backbone: Backbone, keep: Sequence[int] | None = None) -> PreTrainedMod
     setattr(owner, name, layers)
     for place, layer in enumerate(layers):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place  # type: ignore[assignment]
+            for number in ("layer_idx", "layer_id"):
+                if hasattr(module, number):
+                    setattr(module, number, place)
     config, count = copied.config.get_text_config(decoder=True), len(backbone.layers)
     for key, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == count:

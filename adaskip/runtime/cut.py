@@ -1,0 +1,98 @@
+"""One path's layers as an ordinary model: what a static choice of layers leaves, on the same weights.
+
+Nothing of adaskip is left in it, so whatever speeds up a Hugging Face model works on it: static caches, which no routed
+model can have, `torch.compile`, and with both of them decoding as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adaskip.backbone import twin
+from adaskip.errors import BackboneError, ConfigError
+from adaskip.plan import SkipPlan
+from adaskip.probe import ROWS, dense_pass
+from adaskip.runtime.attach import RoutedModel
+
+_CLOSE = 1e-3
+
+
+def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = None) -> PreTrainedModel:
+    """The layers of one path as a model of their own, of the backbone's class, frozen and in ``eval()``.
+
+    It shares the backbone's weights, and takes no memory but its caches'; ``model`` stays as it is. What it answers is
+    what the routed model answers along this path. Do not save it: its configuration need not say which layers it has.
+
+    Args:
+        model: blocks of which whole rows leave out (unit ``block``, group ``all``).
+        path: whether each layer runs: a `SkipPlan`, an answer's ``path``, a column of ``model.routing.keep``;
+            None: the plan that the model was attached with.
+
+    Raises:
+        ConfigError: no such path, or one that leaves more of a layer than nothing.
+        BackboneError: the model's layers do something else when they stand elsewhere.
+    """
+    keep = _path(model, path)
+    kept = keep.nonzero().flatten().tolist()
+    if not kept:
+        raise ConfigError("cut: expected at least one layer to stay, got a path without any")
+    _check_injected(model, kept)
+    plain = twin(_unrouted(model).described, kept).requires_grad_(False).eval()
+    fixed = keep[:, None].expand(-1, ROWS)
+    with model._set(mode="skip", fixed=fixed, routing=None, ledger=None, request=None):
+        routed = dense_pass(model.backbone).logits
+    apart = (dense_pass(plain).logits - routed).abs().max()
+    if not apart <= _CLOSE * routed.abs().max():
+        raise BackboneError(
+            f"cut: {type(plain).__name__}: on plain tokens its logits differ by {float(apart):.2g} from those of the "
+            "routed model, so its layers depend on the place where they stand; use the routed model"
+        )
+    return plain
+
+
+def _path(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None) -> Tensor:
+    """bool (l)."""
+    runtime, layers = model.runtime, len(model.described.layers)
+    path = model.plan if path is None else path
+    if path is None:
+        raise ConfigError("cut: routers choose a path for every prompt; say which, such as path=answer.path")
+    decides: Any = path if isinstance(path, SkipPlan) else runtime
+    if (decides.unit, decides.group) != ("block", "all"):
+        raise ConfigError(
+            f"cut: with unit {decides.unit!r} and group {decides.group!r} a part of every layer still runs, so none "
+            "can be cut out; expected unit 'block' and group 'all'"
+        )
+    if isinstance(path, SkipPlan):
+        return path.keep(layers)
+    keep = torch.as_tensor(path).cpu()
+    if keep.dtype != torch.bool or keep.shape != (layers,):
+        raise ConfigError(
+            f"cut: expected a path of {layers} booleans, got {keep.dtype} of shape {tuple(keep.shape)}; a batch has "
+            "one path a row: model.routing.keep[:, row]"
+        )
+    return keep
+
+
+def _check_injected(model: RoutedModel, kept: list[int]) -> None:
+    """Pictures that are added to the states after the first layers would be added elsewhere."""
+    vision = getattr(model.backbone.config, "vision_config", None)
+    count = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    if missing := [index for index in range(count) if index not in kept]:
+        raise BackboneError(
+            f"cut: {type(model.backbone).__name__} adds its pictures to the states after each of its first {count} "
+            f"layers, so none of these can be cut out; the path leaves out {', '.join(map(str, missing))}"
+        )
+
+
+def _unrouted(model: RoutedModel) -> RoutedModel:
+    """A copy on the same weights with its routers taken off."""
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    copied._trained = set()  # the weights are the routed model's, and stay frozen
+    copied.detach()
+    return copied
