@@ -56,7 +56,7 @@ def bench(
         ``_high`` of their 95 % bootstrap interval (None where rounds were too few): ``speedup`` dense over routed,
         ``ideal_speedup`` dense over ideal, ``efficiency`` ideal over routed, ``overhead`` routed over dense where
         nothing is skipped, ``control`` ideal over ideal. ``flops`` and ``kv_bytes``: what the routed batch spent in the
-        phase, and holds after it (None for ``many``, which hands no cache out); ``dense_*`` likewise.
+        phase, and holds after it; ``dense_*`` likewise.
 
     Raises:
         ConfigError: an option that cannot be measured; all faults at once.

@@ -39,7 +39,7 @@ class Cell:
     facts: dict[str, Any]  # what is measured
     sides: dict[str, Timed]  # dense, routed, ideal, control
     spent: dict[str, tuple[float, float]]  # of a phase: decoder FLOPs executed, and with every layer run
-    held: dict[str, dict[str, int | None]]  # of a phase: bytes of keys and values after it
+    held: dict[str, dict[str, int]]  # of a phase: bytes of keys and values after it
     memory: dict[str, Any]
 
     def measure(self, phase: str, budget: float, width: float, told: Callable[[Seconds], None]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def peaks(subject: Subject, routed: Callable[[], Any], dense: Callable[[], Any])
     return {"peak_bytes": most, "peak_is": what, "dense_peak_bytes": peak_memory(dense, device)[0]}
 
 
-def _held(routed: Side, dense: Side) -> dict[str, int | None]:
+def _held(routed: Side, dense: Side) -> dict[str, int]:
     return {"kv_bytes": cache_bytes(routed.cache), "dense_kv_bytes": cache_bytes(dense.cache)}
 
 

@@ -67,9 +67,9 @@ def many_cell(subject: Subject, batch: int, count: int, rate: float, new: int) -
     cut, control = (_groups(subject, inputs, keep, new) for _ in range(2))
     cut.settle()
     control.settle()
-    held = {"prefill": {"kv_bytes": None, "dense_kv_bytes": cache_bytes(dense.cache)}}
+    held = {"prefill": {"kv_bytes": one.kv_bytes, "dense_kv_bytes": cache_bytes(dense.cache)}}
     dense.decode()
-    held["decode"] = {"kv_bytes": None, "dense_kv_bytes": cache_bytes(dense.cache)}
+    held["decode"] = {"kv_bytes": more.kv_bytes, "dense_kv_bytes": cache_bytes(dense.cache)}
     dense.cache.crop(-new)
     before, after = _spent(one), _spent(more)
     return Cell(

@@ -136,7 +136,7 @@ def test_many_prompts_beside_their_paths_cut_out(backbone: str, image_tokens: in
         assert row["rounds"] == 1
         assert row["efficiency"] == pytest.approx(row["ideal_s"] / row["routed_s"])
         assert row["keep"] == pytest.approx(1 - row["skip"])
-        assert row["kv_bytes"] is None
+        assert row["kv_bytes"] == row["dense_kv_bytes"] * (1 - row["skip"])
         if row["phase"] == "decode":
             assert row["dense_flops"] == pytest.approx(6 * float(one))
     json.dumps(rows)
