@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.probe import check_layers
@@ -123,6 +123,12 @@ def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") 
     sublayers = find_sublayers(model, layers, config.hidden_size, unit) if needed else ()
     work, head = measure_work(model, layers, _pair_flops(config))
     return Backbone(model, path, layers, config.hidden_size, ids, outputs, sublayers, work, head)
+
+
+def size_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Layers and width of the language model that a configuration describes."""
+    text: Any = config.get_text_config(decoder=True)
+    return text.num_hidden_layers, text.hidden_size
 
 
 def _pair_flops(config: Any) -> float:

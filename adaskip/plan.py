@@ -56,12 +56,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "held", tuple(sorted(set(self.held))))
-        faults = []
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint) if get_origin(hint) is Literal else ()
-            if allowed and getattr(self, name) not in allowed:
-                hint_text = did_you_mean(str(getattr(self, name)), allowed)
-                faults.append(f"{name}: expected {' | '.join(allowed)}, got {getattr(self, name)!r}; {hint_text}")
+        faults = _unknown(self)
         if self.hidden < 1:
             faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
         if faults:
@@ -81,6 +76,16 @@ class RouterConfig:
                 "RouterConfig: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown)
             )
         return cls(**values)
+
+
+def _unknown(config: RouterConfig | SkipPlan) -> list[str]:
+    """Values that are not in the set of their field."""
+    faults = []
+    for name, hint in get_type_hints(type(config)).items():
+        allowed, value = get_args(hint) if get_origin(hint) is Literal else (), getattr(config, name, None)
+        if allowed and value not in allowed:
+            faults.append(f"{name}: expected {' | '.join(allowed)}, got {value!r}; {did_you_mean(str(value), allowed)}")
+    return faults
 
 
 def _check_kv(where: str, scope: Scope, unit: Unit, group: Group, kv: KV) -> None:
@@ -122,6 +127,8 @@ class SkipPlan:
     kv: KV = "absent"
 
     def __post_init__(self) -> None:
+        if faults := _unknown(self):
+            raise ConfigError("SkipPlan: " + "; ".join(faults))
         _check_kv("SkipPlan", "prompt", self.unit, self.group, self.kv)
 
     @classmethod

@@ -43,7 +43,7 @@ def measure_work(model: PreTrainedModel, layers: tuple[nn.Module, ...], pair: fl
     A model on device ``meta`` is not run: all its weights are counted, as if every token met each once, and ``pair``
     FLOPs for a query-key pair.
     """
-    if any(weight.is_meta for weight in model.parameters()):
+    if any(weight.is_meta for weight in model.parameters()):  # offloaded ones too
         head = model.get_output_embeddings()
         return tuple(Work({layer: _weights(layer)}, {}, pair, None) for layer in layers), _weights(head)
     meter = _Meter(model, layers)
@@ -66,7 +66,7 @@ class _Meter:
 
     def __init__(self, model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> None:
         self.layers = layers
-        self.products = _Products(self, {weight.untyped_storage().data_ptr() for weight in model.parameters()})
+        self.products = _Products(self, {_storage(weight) for weight in model.parameters()})
         self.stack: list[nn.Module] = []
         self.layer = -1
         self.counted = 0.0
@@ -161,4 +161,12 @@ class _Products(TorchDispatchMode):
         return out
 
     def _weighted(self, args: Any) -> bool:
-        return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self.weights for x in args)
+        return any(isinstance(x, Tensor) and _storage(x) in self.weights for x in args)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where a tensor's values lie; 0 where that is not told, as of a packed or distributed one."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0

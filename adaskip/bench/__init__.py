@@ -86,6 +86,7 @@ def bench(
                 progress(f"{what}: round {len(seconds['routed'])}", done / (2 * len(cells)))
 
             rows.append(cell.measure(phase, share, width, told))
+        del cell  # its caches would count as memory of the next one
     return rows
 
 
@@ -97,7 +98,7 @@ def _faults(
     new: int,
     different: int,
 ) -> list[str]:
-    layers = len(subject.described.layers)
+    routed, layers = subject.routed.runtime, len(subject.described.layers)
     left = {rate: round(rate * layers) for rate in skips or () if 0 <= rate < 1}
     faults = [f"--skip: expected shares in [0, 1), got {x:g}" for x in skips or () if x not in left]
     faults += [f"--skip {x:g}: leaves no layer of {layers}" for x, out in left.items() if out == layers]
@@ -106,10 +107,16 @@ def _faults(
     faults += [f"--path: expected {' | '.join(kinds)}, got {x!r}" for x in paths if x not in kinds]
     faults += [f"--new: expected a whole number >= 1, got {new}"] if new < 1 else []
     faults += [f"--paths: expected a whole number >= 1, got {different}"] if different < 1 else []
+    if (routed.scope, routed.unit, routed.kv) != ("prompt", "block", "absent"):
+        faults.append(
+            f"routers of scope {routed.scope!r}, unit {routed.unit!r} and kv {routed.kv!r} leave no layer as a whole, "
+            "so there is no model to cut out for comparison; expected scope prompt, unit block, kv absent. "
+            "`adaskip eval` measures their seconds beside the dense model's"
+        )
     if "many" in paths:
         if skips is None:
             faults.append("--path many: trained routers go as many paths as they like; say which share --skip leaves")
-        if subject.routed.runtime.group == "vision":
+        if routed.group == "vision":
             faults.append("--path many: without vision no layer is left out of decoding; expected --group all")
         faults += [
             f"--paths {different}: expected at least so many prompts, got --batch {x}"

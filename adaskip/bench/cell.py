@@ -70,14 +70,16 @@ def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new
     """One batch that is prefilled and decoded as it is, its rows going one path or several.
 
     Raises:
-        AdaSkipError: routers cannot be made to decide, or sides compute different things.
+        AdaSkipError: routers cannot be made to decide, or on a uniform path sides answer differently.
     """
     inputs, routed = subject.batch(batch), subject.routed
     if rate is not None:
         keep = spread_out(len(subject.described.layers), rate, batch, path)
         force(routed, inputs, keep)
     dense, own = Side(subject.described.model, inputs, new), Side(routed, inputs, new)
-    memory = peaks(subject, own.settle, dense.settle)
+    memory = peaks(subject, own.prefill, dense.prefill)
+    own.settle()
+    dense.settle()
     if rate is not None:
         check_forced(routed.routing.keep, keep)
     prompt = routed.routing
@@ -120,8 +122,13 @@ def describe(
 
 
 def peaks(subject: Subject, routed: Callable[[], Any], dense: Callable[[], Any]) -> dict[str, Any]:
-    """The most memory, bytes, that the routed and the dense call held, and which memory that is."""
+    """The most memory, bytes, that the routed and the dense call held, and which memory that is.
+
+    Both are called once before, and neither should keep anything.
+    """
     device: torch.device = subject.described.device
+    for call in (routed, dense):
+        call()
     most, what = peak_memory(routed, device)
     return {"peak_bytes": most, "peak_is": what, "dense_peak_bytes": peak_memory(dense, device)[0]}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from adaskip.backbone import inspect_backbone, twin
+from adaskip.backbone import inspect_backbone, size_of, twin
 from adaskip.bench.subject import Subject
 from adaskip.errors import BackboneError, ConfigError, did_you_mean
 from adaskip.plan import Group, RouterConfig
@@ -62,6 +62,10 @@ class Size:
             "head_dim": self.hidden // heads,
             "intermediate_size": self.intermediate or -(-self.hidden * 8 // 3 // 64) * 64,
             "n_inner": self.intermediate or 4 * self.hidden,
+            "ffn_dim": self.intermediate or 4 * self.hidden,
+            "decoder_layers": self.layers,
+            "decoder_attention_heads": heads,
+            "decoder_ffn_dim": self.intermediate or 4 * self.hidden,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": longest,
             "is_decoder": True,
@@ -107,20 +111,27 @@ def random_subject(
             f"--backbone {backbone}: a vision-language model; say how long its picture is: --image-tokens 576"
         )
     else:
-        config, picture = _config(backbone, names), None
+        config, picture = None, None
         auto = AutoModelForCausalLM
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
+        config = config or _config(backbone, names)
+        _check_size(backbone, size, *size_of(config))  # a composite configuration knows none of the names
         with device:
             model = auto.from_config(config, attn_implementation=attention)
-    except ValueError as error:
-        raise BackboneError(f"--backbone {backbone}: {str(error).splitlines()[0]}") from error
+    except (torch.OutOfMemoryError, ConfigError):
+        raise
+    except Exception as error:  # whatever a configuration or a model does not like
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"--backbone {backbone}: {first}") from error
     finally:
         torch.set_default_dtype(before)
     model.eval().requires_grad_(False)
     takes = inspect.signature(type(model).forward).parameters
+    if "past_key_values" not in takes:
+        raise BackboneError(f"--backbone {backbone}: it keeps no KV cache, so that decoding cannot be measured")
     opening = [getattr(config, "vision_start_token_id", names["bos_token_id"])]
 
     def batch(rows: int) -> dict[str, Tensor]:
@@ -138,8 +149,18 @@ def random_subject(
         return {name: value.to(device) for name, value in found.items()}
 
     described = inspect_backbone(model)
+    _check_size(backbone, size, len(described.layers), described.width)
     routed = attach(twin(described), RouterConfig(group=group), seed=seed)
     return Subject(backbone, described, routed, batch)
+
+
+def _check_size(backbone: str, size: Size, layers: int, width: int) -> None:
+    if (layers, width) != (size.layers, size.hidden):
+        raise ConfigError(
+            f"--backbone {backbone}: expected a model of {size.layers} layers and width {size.hidden}, but its "
+            f"configuration made one of {layers} layers and width {width}; "
+            "try the model type of its language model, such as gemma3_text"
+        )
 
 
 def _common(word: str) -> list[str]:

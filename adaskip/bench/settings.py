@@ -17,6 +17,7 @@ from adaskip.plan import Group
 from adaskip.training.tracking import environment
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OF_RANDOM_MODELS = {*vars(Size()), "backbone", "prompt", "image_tokens", "group", "attention", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,16 @@ def read(
     faults: list[str] = []
     if (target is None) == (backbone is None):
         faults.append("expected a run folder, digits-vlm, or --backbone TYPE for a random model, one of them")
-    if target is not None and (prompt is not None or image_tokens or group is not None):
-        faults.append("--prompt, --image-tokens, --group: a stored model has its own; leave them out")
+    size, made = Size(layers, hidden, heads, kv_heads, intermediate, vocabulary), (attention, dtype)
+    if target is not None:
+        if prompt is not None or image_tokens or group is not None or size != Size() or made != ("sdpa", "float32"):
+            faults.append(
+                "--prompt, --image-tokens, --group, --attention, --dtype and sizes: a stored model has its own; "
+                "leave them out"
+            )
+        told = {name: value for name, value in told.items() if name not in _OF_RANDOM_MODELS}
+    if image_tokens < 0:
+        faults.append(f"--image-tokens: expected a whole number >= 0, got {image_tokens}")
     group = group or ("vision" if image_tokens else "all")
     for name, value, valid in (
         ("group", group, get_args(Group)),
@@ -101,6 +110,10 @@ def read(
             place = torch.device(device)
         except RuntimeError:
             faults.append(f"--device: expected cpu or cuda, got {device!r}")
+    if place.type not in ("cpu", "cuda"):
+        faults.append(f"--device: expected cpu or cuda, got {device!r}")
+    if place.type == "cuda" and torch.cuda.is_available() and (place.index or 0) >= torch.cuda.device_count():
+        faults.append(f"--device {device}: expected a number below {torch.cuda.device_count()}, so many GPUs there are")
     if place.type == "cuda" and not torch.cuda.is_available():
         faults.append(f"--device {device}: no GPU was found here; expected cpu")
     if faults:
@@ -110,7 +123,6 @@ def read(
         if target is not None:
             return stored_subject(target, place, seed)
         assert backbone is not None
-        size = Size(layers, hidden, heads, kv_heads, intermediate, vocabulary)
         kind = cast(Group, group)
         words = prompt or 512
         return random_subject(backbone, size, words, new, image_tokens, kind, attention, _DTYPES[dtype], place, seed)

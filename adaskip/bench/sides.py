@@ -38,6 +38,8 @@ class Side:
     def settle(self) -> None:
         """Prefill and keep the cache, for `decode`."""
         self.cache, self.logits = self.prefill()
+        if hasattr(self.cache, "activate_past_recording"):  # without it a sliding window cannot be taken back
+            self.cache.activate_past_recording()
 
     def decode(self) -> None:
         """Write ``new`` tokens after the prompt: the greedy choice is made, the token fed is always the same.

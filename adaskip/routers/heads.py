@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,14 +30,25 @@ class RouterHead(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.constant_(self.outer.bias, keep_bias)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> RouterHead:
+        """Follow to another device but not to another precision: a decision is a comparison with a threshold."""
+
+        def moved(weight: Tensor) -> Tensor:
+            after = fn(weight)
+            return after if after.dtype == weight.dtype else weight.to(after.device)
+
+        return super()._apply(moved, recurse)
+
     def forward(self, pooled: Tensor) -> Tensor:
         """float32 (b k d) -> float32 (b)."""
-        return self.outer(self.features(pooled)).squeeze(-1).to(pooled.device)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.outer(self.features(pooled)).squeeze(-1).to(pooled.device)
 
     def features(self, pooled: Tensor) -> Tensor:
         """float32 (b k d) -> float32 (b hidden): what the last layer reads."""
-        normed = rearrange(self.norm(pooled.to(self.inner.weight.device)), "b k d -> b (k d)")
-        return nn.functional.gelu(self.inner(normed))
+        pooled = pooled.to(self.inner.weight.device)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return nn.functional.gelu(self.inner(rearrange(self.norm(pooled), "b k d -> b (k d)")))
 
 
 def build_heads(n_layers: int, width: int, kinds: int, hidden: int, keep_bias: float, seed: int) -> nn.ModuleList:

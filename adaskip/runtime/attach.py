@@ -121,7 +121,7 @@ class RoutedModel(nn.Module):
         if inputs.get("prefill_chunk_size") or getattr(options, "prefill_chunk_size", None):
             raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
         implementation = inputs.get("cache_implementation") or getattr(options, "cache_implementation", None)
-        if implementation not in (None, "dynamic"):
+        if implementation not in (None, "dynamic", "hybrid"):  # hybrid: an old name of what transformers does unasked
             raise ConfigError(
                 f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
             )
@@ -225,7 +225,7 @@ class RoutedModel(nn.Module):
 
     def read_tokens(self, inputs: dict[str, Any]) -> Tokens:
         """Which positions of a batch are real, and which are vision."""
-        return read_tokens(self.described, inputs, need_vision=self.runtime.group == "vision")
+        return read_tokens(self.described, inputs, self.runtime.group == "vision" or self.runtime.pools)
 
     def group_mask(self) -> Tensor:
         """bool (b t): the tokens of the request under way that the routing speaks of; for observers."""
@@ -246,6 +246,8 @@ class RoutedModel(nn.Module):
         """Decisions made beforehand, if of a shape that the scope understands."""
         keep = routing.keep if isinstance(routing, Routing) else routing
         layers, by_token = len(self.described.layers), self.runtime.scope == "token"
+        if keep is not None and keep.dtype != torch.bool:
+            raise ConfigError(f"routing: expected keep of torch.bool, got {keep.dtype}")
         if keep is not None and (keep.shape[0] != layers or keep.dim() not in ((2, 3) if by_token else (2,))):
             shape = f"(layers={layers}, batch{', tokens' if by_token else ''})"
             raise ConfigError(f"routing: expected keep of shape {shape}, got {tuple(keep.shape)}")

@@ -128,6 +128,14 @@ class SkipLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, used], self.values[:, :, used]
         if (index := self.index) is not None:
             self.index = once(memo, "truncate", (index,), lambda: places[:, used])
+        if not self.filled:
+            self.rows = self.index = None
+
+    def undo(self, length: int) -> None:
+        """Forget what a pass that failed has left behind: parts that were not stored, and positions from ``length``."""
+        self._fresh, self._joined, self._segment = [], None, None
+        if self.filled and int(self._places().max()) >= length:
+            self.truncate(length, {})
 
     def slots(self, batch: int) -> Slots:
         """What is held, for a batch of so many rows."""
@@ -196,6 +204,11 @@ class KeptLayer(SkipLayer):
         self._size = (0, 0)
         self._chunk: list[Tensor] = []
         self._project = False
+
+    def undo(self, length: int) -> None:
+        """As of a `SkipLayer`, with the chunk that was being put together."""
+        self._chunk = []
+        super().undo(length)
 
     def open(self, batch: int, length: int) -> None:
         """A chunk of this size comes next, in parts."""
@@ -324,6 +337,11 @@ class SkipCache(Cache):
         for layer in self.layers:
             layer.truncate(self.length, memo)
         self.note()
+
+    def undo(self) -> None:
+        """Forget what a pass that failed has left in some of the layers."""
+        for layer in self.layers:
+            layer.undo(self.length)
 
     def reset(self) -> None:
         """Forget the request."""

@@ -97,7 +97,7 @@ class Slots:
     size: int  # bytes of a slot
 
     def nbytes(self) -> Tensor:
-        """long (b): bytes of each row's keys and values, holes left out."""
+        """long (b): bytes of each row's keys and values, holes left out; padding that was computed counts."""
         held = torch.full((self.batch,), self.count) if self.index is None else (self.index >= 0).sum(1).cpu()
         if self.rows is not None:
             rows = self.rows.cpu()

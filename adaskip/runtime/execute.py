@@ -61,7 +61,8 @@ class Executor:
             weight = torch.where(vision, weight, 1.0)  # what vision does here is no other token's business
         elif not by_token and self.group == "vision":
             left = self._run_segment(request, call, states, named, _text(request), left)
-        mixed = torch.lerp(left, self.states(out), weight.to(states.dtype))
+        run = self.states(out)  # of another precision than the states where autocast runs a sublayer
+        mixed = torch.lerp(left.to(run.dtype), run, weight.to(run.dtype))
         return (mixed, *out[1:]) if isinstance(out, tuple | list) else mixed
 
     def skip(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], keep: Keep) -> Any:
@@ -172,6 +173,7 @@ def _cache(request: Request) -> SkipCache | None:
 
 def _scatter(result: Tensor, segment: Segment, into: Tensor) -> Tensor:
     """A copy of ``into`` with the segment's part replaced."""
+    into = into.to(result.dtype)
     if segment.tokens is None:
         return result if segment.rows is None else into.index_copy(0, segment.rows, result)
     if segment.rows is None and not segment.ragged:

@@ -22,6 +22,8 @@ from adaskip.runtime.request import Mode, Request, read_prompt
 
 Observer = Callable[[int, Tensor, Tensor], None]
 
+_TAKEN = "_adaskip_taken"
+
 
 class Runtime:
     """What the patched layers of one model share: who decides, how to execute, and the request under way.
@@ -55,6 +57,11 @@ class Runtime:
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
+
+    @property
+    def pools(self) -> bool:
+        """Whether routers look at text and vision apart, once at the prompt."""
+        return self.heads is not None and self.scope == "prompt"
 
     @property
     def hides_vision(self) -> bool:
@@ -92,11 +99,15 @@ class Runtime:
             nothing = torch.ones(0, 0, dtype=torch.bool)
             self.request = Request("dense", Tokens(nothing, None), nothing)
             return inputs
-        tokens = read_tokens(self.backbone, inputs, need_vision=self.group == "vision")
         cache = None if self.mode == "dense" else self._cache(inputs)
+        started = cache is not None and cache.routing is not None
+        tokens = read_tokens(self.backbone, inputs, need_vision=self.group == "vision" or (self.pools and not started))
+        if cache is not None and started and cache.batch != tokens.valid.shape[0]:
+            raise DataError(
+                f"past_key_values: expected as many rows as the cache holds, {cache.batch}, got {tokens.valid.shape[0]}"
+            )
         if cache is not None and cache.length == 0:
             cache.batch = tokens.valid.shape[0]
-        started = cache is not None and cache.routing is not None
         if self.group == "vision" and self.mode != "dense" and not started and not tokens.has_vision:
             raise DataError(
                 "group 'vision': no row of this batch holds a vision token; pass images together with the text, "
@@ -125,8 +136,10 @@ class Runtime:
         request = self.request
         if request is None:
             return
-        if not torch.is_grad_enabled() or failed:
+        if failed or request.mode != "soft" or not torch.is_grad_enabled():
             self.request = None  # else kept: gradient checkpointing runs the layers again in the backward pass
+        if failed and request.cache is not None:
+            request.cache.undo()
         if failed or request.mode == "dense" or (request.fixed is None and not request.keep):
             return
         cache = request.cache
@@ -172,10 +185,17 @@ class Runtime:
                 "past_key_values: expected an adaskip cache or an empty DynamicCache, got a DynamicCache "
                 f"holding {given.get_seq_length()} tokens; start from the prompt without a cache"
             )
+        if getattr(given, _TAKEN, False) and self.mode == "skip":
+            raise DataError(
+                "past_key_values: this DynamicCache was replaced when it was first given, and holds nothing; go on "
+                "with the cache in the model's output (outputs.past_key_values), or begin with a new one"
+            )
         use = inputs.get("use_cache")
         wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
         if not wanted or self.mode != "skip":
             return None
+        if given is not None:
+            setattr(given, _TAKEN, True)
         return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
 
     def _by_token(self, tokens: Tokens, cache: SkipCache | None) -> Request:

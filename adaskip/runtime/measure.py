@@ -22,9 +22,11 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def clock() -> float:
-    """Wall-clock seconds, once the device has done all it was given."""
+    """Wall-clock seconds, once every GPU in use has done all it was given."""
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        for device in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(device):  # one that nothing lies on would only be woken
+                torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -145,8 +145,7 @@ def generate_many(
         DataError: an item without ``input_ids``, or a prompt that ends with a vision token.
         BackboneError: the model keeps no cache.
     """
-    config = options.get("generation_config") or model.backbone.generation_config
-    _check(model, config, group_size, options)
+    _check(model, group_size, options)
     items = [_aligned(item) for item in prompts]
     if paths is not None:
         items = [one for item in items for one in _apart(item)]
@@ -159,7 +158,7 @@ def generate_many(
     ]
     first: dict[int, _Row] = {}  # those that were prefilled anew, as they were
     if paths is not None and rows:
-        new = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 20
+        new = _option(model, options, "max_new_tokens", 20)
         for number, path in enumerate(_snap(model, rows, paths, new).T):
             if not torch.equal(path, rows[number].asked):
                 row = first[number] = rows[number]
@@ -187,7 +186,14 @@ def generate_many(
     )
 
 
-def _check(model: RoutedModel, config: Any, group_size: int, options: dict[str, Any]) -> None:
+def _option(model: RoutedModel, options: dict[str, Any], name: str, default: Any = None) -> Any:
+    """As ``generate`` has it: what was said, else what the given generation config says, else the model's own."""
+    configs = (options.get("generation_config"), model.backbone.generation_config)
+    told = (options.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in told if value is not None), default)
+
+
+def _check(model: RoutedModel, group_size: int, options: dict[str, Any]) -> None:
     if model.runtime.mode == "dense":
         raise ConfigError("generate_many: inside dense() there is only one path; call generate")
     if model.runtime.scope == "token":
@@ -195,7 +201,7 @@ def _check(model: RoutedModel, config: Any, group_size: int, options: dict[str, 
     if refused := [name for name in _REFUSED if options.get(name) is not None]:
         raise ConfigError(f"generate_many: {', '.join(refused)} does not go with many prompts; call generate")
     for name in ("num_beams", "num_return_sequences"):
-        if (options.get(name) or getattr(config, name, None) or 1) > 1:
+        if _option(model, options, name, 1) > 1:
             raise ConfigError(f"generate_many: {name} asks for several rows a prompt; call generate")
     if group_size < 1:
         raise ConfigError(f"generate_many: group_size: expected at least 1 prompt, got {group_size}")
@@ -208,7 +214,12 @@ def _aligned(item: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"generate_many: expected input_ids in each item, got {', '.join(item) or 'nothing'}")
     inputs = {"attention_mask": torch.ones_like(ids), **item}
     order = inputs["attention_mask"].long().argsort(dim=1, stable=True)
-    return {name: value.gather(1, order) if name in _TOKENS else value for name, value in inputs.items()}
+
+    def turned(value: Tensor) -> Tensor:  # (... b t), or of one row for all
+        whole = (*value.shape[:-2], *order.shape)
+        return value.expand(whole).gather(-1, order.expand(whole))
+
+    return {name: turned(value) if name in (*_TOKENS, "position_ids") else value for name, value in inputs.items()}
 
 
 def _apart(inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -299,17 +310,18 @@ def _decode(model: RoutedModel, rows: list[_Row], options: dict[str, Any]) -> li
     width = cache.length + 1
     inputs: dict[str, Any] = {}
     for name in _TOKENS:
-        if name in parts[0][0].inputs:
+        if any(name in source.inputs for source, _ in parts):  # who lacks it has text alone
             filling = model.backbone.generation_config.pad_token_id or 0 if name == "input_ids" else 0
-            inputs[name] = _stack([(source.inputs[name], part) for source, part in parts], width, filling)
+            nothing = [torch.zeros_like(source.inputs["input_ids"]) for source, _ in parts]
+            given = [(source.inputs.get(name, zero), part) for (source, part), zero in zip(parts, nothing, strict=True)]
+            inputs[name] = _stack(given, width, filling)
     if parts[0][0].positions is not None:
         places = [(source.positions, part) for source, part in parts if source.positions is not None]
         inputs["position_ids"] = _stack(places, width, 0)
     ids = model.generate(**inputs, past_key_values=cache, **options)[:, width:]
     (run, left), held = model.flops(), model.routing.kv_bytes
     assert held is not None
-    config = options.get("generation_config") or model.backbone.generation_config
-    ends = options.get("eos_token_id", config.eos_token_id)
+    ends = _option(model, options, "eos_token_id")
     ends = torch.tensor(ends if isinstance(ends, list | tuple) else [] if ends is None else [ends], device=ids.device)
     found: dict[int, Answer] = {}
     for column, i in enumerate(order):

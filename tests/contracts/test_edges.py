@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from adaskip.errors import ConfigError
+from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from tests.contracts.test_runtime import GREEDY, decide, real, routed, some_keep
@@ -212,3 +213,110 @@ def test_a_bias_of_as_many_heads_as_rows_is_not_cut_by_rows() -> None:
     together = same_both_ways(model, batch, routing=some_keep(4))
     one = same_both_ways(model, {name: value[1:2] for name, value in batch.items()}, routing=some_keep(4)[:, 1:2])
     assert (together[1] - one[0]).abs().max() <= 1e-4
+
+
+# -- what a caller may get wrong --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_cache_that_was_replaced_cannot_be_gone_on_with() -> None:
+    """Transformers fills a cache in place; a routed model has to take another, and the first would stay empty."""
+    toy, model = routed("llama", "all")
+    batch, cache = toy.batch([6]), DynamicCache()
+    out = model(**batch, past_key_values=cache)
+    with pytest.raises(DataError, match=r"go on with the cache in the model's output \(outputs.past_key_values\)"):
+        model(input_ids=torch.tensor([[20]]), past_key_values=cache)
+    model(input_ids=torch.tensor([[20]]), past_key_values=out.past_key_values)
+    with model.dense():
+        model.backbone(**batch, past_key_values=cache)
+        assert cache.get_seq_length() == 6
+
+
+def test_nothing_of_a_request_is_left_for_the_next() -> None:
+    """With gradients on as well: the inner model, called alone, does not follow another batch's decisions."""
+    toy, model = routed("llama", "all")
+    batch = toy.batch([6, 4])
+    model(**batch)
+    with pytest.raises(BackboneError):
+        model.backbone.model(**batch)
+
+
+@pytest.mark.parametrize("kv", ["absent", "kept"])
+@torch.no_grad()
+def test_a_pass_that_failed_leaves_no_trace_in_the_cache(kv: Any) -> None:
+    toy = make("llava")
+    model = attach(toy.model, RouterConfig(group="vision", kv=kv))
+    batch, token = toy.batch([6, 6]), torch.full((2, 1), 20)
+    cache = model(**batch, routing=some_keep(2), use_cache=True).past_key_values
+    held = cache.nbytes()
+    wanted = model(input_ids=token, past_key_values=cache).logits
+    cache.crop(-1)
+    handle = model.described.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=token, past_key_values=cache)
+    handle.remove()
+    assert cache.nbytes() == held
+    assert torch.allclose(model(input_ids=token, past_key_values=cache).logits, wanted, atol=1e-5)
+    fresh = DynamicCache()
+    handle = model.described.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch, past_key_values=fresh)
+    handle.remove()
+
+
+@torch.no_grad()
+def test_another_number_of_rows_than_the_cache_holds() -> None:
+    toy, model = routed("llama", "all")
+    cache = model(**toy.batch([6, 6]), routing=some_keep(2), use_cache=True).past_key_values
+    with pytest.raises(DataError, match="expected as many rows as the cache holds, 2, got 4"):
+        model(input_ids=torch.full((4, 1), 20), past_key_values=cache)
+
+
+def test_words_and_types_that_mean_nothing() -> None:
+    for wrong in ({"group": "al"}, {"unit": "Block"}, {"kv": "keep"}):
+        with pytest.raises(ConfigError, match=f"SkipPlan: {next(iter(wrong))}: expected .* did you mean"):
+            SkipPlan.static([1], **wrong)
+    toy, model = routed("llama", "all")
+    with pytest.raises(ConfigError, match=r"expected keep of torch.bool, got torch.int64"):
+        model(**toy.batch([6]), routing=torch.ones(LAYERS, 1, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_routers_that_pool_pictures_apart_need_to_know_them() -> None:
+    toy, model = routed("llava", "all")
+    batch = toy.batch([6])
+    cache = model(**batch, use_cache=True).past_key_values
+    embed = toy.model.get_input_embeddings()
+    model(inputs_embeds=embed(torch.tensor([[20]])), past_key_values=cache)  # text, and nobody looks
+    del batch["pixel_values"]
+    with pytest.raises(DataError, match="cannot be told apart in inputs_embeds"):
+        model(inputs_embeds=embed(batch.pop("input_ids").clamp(min=8)), **batch)
+
+
+@pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
+def test_autocast_and_another_precision(unit: Any) -> None:
+    """The routers stay in float32 and decide the same; states follow the backbone's precision."""
+    toy = make("llama")
+    model = attach(toy.model, RouterConfig(unit=unit))
+    for head in model.routers:
+        torch.nn.init.normal_(head.outer.weight)
+    batch, keep = toy.batch([6, 4]), some_keep(2)
+    with torch.no_grad():
+        wanted = model(**batch, routing=keep).logits
+        decided = [head(torch.ones(1, head.norm.weight.numel())[:, None]) for head in model.routers]
+    for training in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.train(training)(**batch, routing=keep).logits
+            again = [head(torch.ones(1, head.norm.weight.numel())[:, None]) for head in model.routers]
+        assert (real(found.float(), batch) - real(wanted, batch)).abs().max() < 0.1 * wanted.abs().max()
+        assert torch.equal(torch.cat(again), torch.cat(decided))
+    model.eval().to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(**batch).logits.dtype == torch.bfloat16
+    assert {weight.dtype for weight in model.routers.parameters()} == {torch.float32}
+
+
+def test_an_old_name_of_the_usual_cache() -> None:
+    toy, model = routed("llama", "all")
+    model.backbone.generation_config.cache_implementation = "hybrid"
+    assert model.generate(**toy.batch([6]), max_new_tokens=2).shape == (1, 8)

@@ -202,6 +202,31 @@ def test_kernels_that_hide_their_products_and_weights_that_are_not_there() -> No
     assert plain.head == hidden.head == nowhere.head == 2 * toys.VOCABULARY * 32
 
 
+class Packed(Tensor):
+    """A weight whose storage cannot be looked at, as of quantised and distributed models."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Packed:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*(x.inner if isinstance(x, Packed) else x for x in args), **(kwargs or {}))
+        return Packed(out) if func is torch.ops.aten.detach.default else out
+
+
+def test_weights_that_cannot_be_looked_at() -> None:
+    model = toys.make("llama").model
+    plain = CostModel.of(inspect_backbone(model))
+    for module in model.model.layers.modules():
+        if type(module) is nn.Linear:
+            module.weight = nn.Parameter(Packed(module.weight.data), requires_grad=False)
+    assert torch.equal(CostModel.of(inspect_backbone(model)).token, plain.token)
+
+
 def test_the_head_is_counted_apart() -> None:
     """At every position of a plain call, at one a token of a generation; never in a keep rate."""
     toy = toys.make("llava", "eager")

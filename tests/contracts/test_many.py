@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import SkipPlan
@@ -162,3 +163,28 @@ def test_what_does_not_go_with_many_prompts_is_refused() -> None:
     nothing = model.generate_many([], **NEW)
     assert nothing.answers == ()
     assert nothing.keep_rate == 1
+
+
+def test_places_given_with_padding_on_the_right_move_with_their_tokens() -> None:
+    toy, model = routed("gpt2", "all")
+    items = single(toy, [5, 9])
+    batch = toy.batch([5, 9], "right")
+    assert "position_ids" in batch
+    for answer, item in zip(model.generate_many([batch], **NEW).answers, items, strict=True):
+        assert torch.equal(answer.tokens, alone(model, item))
+
+
+def test_what_a_generation_config_leaves_open_the_model_says() -> None:
+    """As ``generate`` does: where an answer ends, and that beams are not for many prompts."""
+    toy, model = routed("llama", "all")
+    items = single(toy, [5, 8, 3])
+    own = model.backbone.generation_config
+    own.eos_token_id, own.pad_token_id = int(alone(model, items[0])[1]), 0
+    config = GenerationConfig(max_new_tokens=4, **GREEDY)
+    told = model.generate_many(items, **NEW).answers
+    assert len(told[0].tokens) <= 2
+    for answer, other in zip(model.generate_many(items, generation_config=config).answers, told, strict=True):
+        assert torch.equal(answer.tokens, other.tokens)
+    own.num_beams = 4
+    with pytest.raises(ConfigError, match="num_beams asks for several rows"):
+        model.generate_many(items, generation_config=GenerationConfig(max_new_tokens=4))

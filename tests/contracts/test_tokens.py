@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
 from tests.contracts.test_runtime import GREEDY, LENGTHS, decide, real, slot_bytes
-from tests.contracts.test_units import masked
+from tests.contracts.test_units import check_saving, masked
 from tests.families import IMAGE, LAYERS, TEXT, TOKEN_REFUSED, UNIT_REFUSED, VISION, Toy
 
 Case = tuple[str, str, str]  # unit, group, kv
@@ -120,17 +119,7 @@ def test_cost_and_cache_are_what_was_computed(case: Case) -> None:
     toy, model = routed("llava" if group == "vision" else "llama", case)
     batch = toy.batch([8])  # of one row nothing is filled up
     keep = drawn(2, batch["input_ids"].shape[1])[:, :1]
-    counted = {}
-    for what in ("routed", "dense"):
-        with FlopCounterMode(display=False) as counter:
-            if what == "dense":
-                with model.dense():
-                    model.backbone(**batch, use_cache=False)
-            else:
-                model(**batch, routing=keep, use_cache=False)
-        counted[what] = counter.get_total_flops()
-    saved = float((model.routing.dense - model.routing.executed).sum())
-    assert saved == counted["dense"] - counted["routed"] > 0
+    check_saving(model, batch, keep)
     batch = toy.batch(LENGTHS)
     valid = batch["attention_mask"].bool()
     keep = drawn(*valid.shape)

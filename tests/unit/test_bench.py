@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from transformers import Cache
 
 from adaskip import cli
 from adaskip.backbone import inspect_backbone, twin
@@ -19,7 +21,7 @@ from adaskip.bench.rounds import LEAST, interleave, ratio, spread
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject, stored_subject
 from adaskip.errors import AdaSkipError, ConfigError
-from adaskip.plan import SkipPlan
+from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import attach
 from adaskip.runtime.measure import cache_bytes, peak_memory
 from tests import families
@@ -142,6 +144,35 @@ def test_many_prompts_beside_their_paths_cut_out(backbone: str, image_tokens: in
     json.dumps(rows)
 
 
+@pytest.mark.parametrize("path", ["mixed", "many"])
+def test_no_cache_but_its_own_counts_as_a_sides_memory(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def seen(call, device):
+        gc.collect()
+        held.append(sum(isinstance(x, Cache) and x.get_seq_length() > 0 for x in gc.get_objects()))
+        return call() and 1, "memory"
+
+    monkeypatch.setattr("adaskip.bench.cell.peak_memory", seen)
+    elsewhere = sum(isinstance(x, Cache) and x.get_seq_length() > 0 for x in gc.get_objects())
+    bench(small(), [0.25, 0.5], [4], [path], new=2, budget=0)
+    assert held == [elsewhere] * 4
+
+
+@pytest.mark.parametrize("router", [{"unit": "mlp"}, {"scope": "token"}, {"group": "vision", "kv": "kept"}])
+def test_routers_that_leave_no_layer_as_a_whole_have_no_ideal(router: dict[str, str]) -> None:
+    subject = small("llava", 4) if "group" in router else small()
+    routed = attach(twin(subject.described), RouterConfig(**router))
+    with pytest.raises(ConfigError, match="so there is no model to cut out for comparison"):
+        bench(replace(subject, routed=routed), None, [1], ["uniform"], new=2, budget=0)
+
+
+def test_a_prompt_longer_than_the_window_is_measured() -> None:
+    size = Size(layers=2, hidden=64, vocabulary=128)
+    subject = random_subject("gpt_oss", size, 140, 3, 0, "all", "eager", torch.float32, CPU, seed=0)
+    assert [row["phase"] for row in bench(subject, [0.5], [1], ["uniform"], new=3, budget=0)] == ["prefill", "decode"]
+
+
 def test_many_prompts_get_what_their_path_cut_out_says() -> None:
     """The sides whose seconds are compared write the same tokens, each group in one batch, and as many as asked."""
     subject = small()
@@ -179,7 +210,7 @@ def padded(subject: Subject, rows: int) -> dict[str, torch.Tensor]:
 )
 def test_prompts_may_be_padded(backbone: str, image_tokens: int, group: str) -> None:
     subject = random_subject(backbone, SIZE, 9, 3, image_tokens, group, "sdpa", torch.float32, CPU, seed=0)
-    kinds = ["mixed", "many"] if group == "all" else ["mixed"]
+    kinds = ["uniform", "mixed", "many"] if group == "all" else ["mixed"]  # uniform: logits are compared
     rows = bench(replace(subject, batch=partial(padded, subject)), [0.5], [4], kinds, new=2, budget=0)
     assert [row["phase"] for row in rows] == ["prefill", "decode"] * len(kinds)
 
@@ -261,7 +292,13 @@ def test_peak_memory_sees_what_a_call_held() -> None:
     ("words", "told"),
     [
         ([], "expected a run folder, digits-vlm, or --backbone TYPE for a random model, one of them"),
-        (["digits-vlm", "--prompt", "3"], "--prompt, --image-tokens, --group: a stored model has its own"),
+        (["digits-vlm", "--prompt", "3"], "--attention, --dtype and sizes: a stored model has its own"),
+        (["digits-vlm", "--dtype", "bfloat16"], "--attention, --dtype and sizes: a stored model has its own"),
+        (["--backbone", "llama", "--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
+        (["--backbone", "llava", "--image-tokens", "-5"], "--image-tokens: expected a whole number >= 0, got -5"),
+        (["--backbone", "openai-gpt", *TINY, "--attention", "eager"], "--backbone openai-gpt: it keeps no KV cache"),
+        (["--backbone", "gpt_neo", *TINY], "--backbone gpt_neo: "),
+        (["--backbone", "gemma3", *TINY], "expected a model of 2 layers and width 64, but its configuration made one"),
         (
             ["nowhere"],
             "nowhere: expected digits-vlm or the folder of a run; for a random model type --backbone nowhere",
@@ -293,7 +330,7 @@ def test_peak_memory_sees_what_a_call_held() -> None:
 )
 def test_bad_input_is_a_plain_error(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", *words, "--vocabulary", "64"])
+        cli.main(["bench", *words, *(["--vocabulary", "64"] if "--backbone" in words else [])])
     out, err = capfd.readouterr()
     assert (stop.value.code, out) == (2, "")
     assert told in err.replace("\n", " ")
