@@ -9,7 +9,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 BLOCK = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
-COLUMNS = ["phase", "batch", "path", "skip", "dense_s", "routed_s", "ideal_s", "speedup"]
+COLUMNS = ["phase", "batch", "path", "skip", "dense_s", "routed_s", "ideal_s", "speedup", "kv"]
 RATIOS = ["efficiency", "overhead", "control"]
 
 
@@ -35,6 +35,7 @@ def table(path: Path) -> str:
         "|" + " --- |" * (len(COLUMNS) + len(RATIOS) + 1),
     ]
     for row in found["results"]:
+        row["kv"] = row["kv_bytes"] / row["dense_kv_bytes"]
         cells = [f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS]
         lines.append("| " + " | ".join([*cells, *(ratio(row, name) for name in RATIOS), str(row["rounds"])]) + " |")
     return "\n".join(lines) + "\n"
