@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class Runtime:
         self.group, self.unit, self.kv = decides.group, decides.unit, decides.kv
         self.cost = CostModel.of(backbone, self.unit, self.kv)
         self.layers = [self._executor(i, "block", backbone.outputs) for i in range(len(backbone.layers))]
+        self.caches = "past_key_values" in inspect.signature(type(backbone.model).forward).parameters
         self.mode: Mode = "skip"
         self.temperature = 1.0
         self.noise: torch.Generator | None = None
@@ -171,6 +173,8 @@ class Runtime:
 
     def _cache(self, inputs: dict[str, Any]) -> SkipCache | None:
         given = inputs.get("past_key_values")
+        if not self.caches:  # a cache that it may be given is nothing to it
+            return None
         if isinstance(given, SkipCache):
             if self.mode == "soft" and given.length:
                 raise DataError(
