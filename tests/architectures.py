@@ -8,7 +8,16 @@ from pathlib import Path
 
 from adaskip.backbone import inspect_backbone
 from adaskip.errors import BackboneError
-from tests.families import REFUSED, TEXT, TOKEN_REFUSED, UNIT_REFUSED, VISION, make, make_refused
+from tests.families import (
+    REFUSED,
+    TEXT,
+    TOKEN_ATTENTION_REFUSED,
+    TOKEN_REFUSED,
+    UNIT_REFUSED,
+    VISION,
+    make,
+    make_refused,
+)
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- architectures -->\n).*?(<!-- /architectures -->)", re.DOTALL)
@@ -45,6 +54,8 @@ def table() -> str:
             without[reason(model_type, unit)].append(model_type)
         rows += [(f"unit `{unit}` refused: {why}", sorted(types)) for why, types in without.items()]
     rows.append(("scope `token` refused: its attention has a mask or places of its own", sorted(TOKEN_REFUSED)))
+    why = "scope `token` with unit `attention` refused: its attention is handed its states three times"
+    rows.append((why, sorted(TOKEN_ATTENTION_REFUSED)))
     lines = ["| | model types |", "|---|---|"]
     lines += [f"| {title} ({len(types)}) | {', '.join(types)} |" for title, types in rows]
     return "\n".join(lines) + "\n"

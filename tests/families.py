@@ -471,6 +471,8 @@ _TOKEN_REFUSED = {
 }
 TOKEN_REFUSED = {model_type: why for model_type, why in _TOKEN_REFUSED.items() if model_type in CONFIG_MAPPING}
 """Families whose tokens cannot decide for themselves: a piece of the reason."""
+TOKEN_ATTENTION_REFUSED = {"ctrl": _OWN_PLACES}
+"""Families whose tokens cannot decide about the attention alone: a piece of the reason."""
 
 
 _HYBRID = "keep something else than keys and values between tokens"

@@ -40,7 +40,8 @@ def try_tokens(routed: RoutedModel) -> None:
     if not same:
         raise BackboneError(
             f"{name}: {where}: single tokens do not get alone what they get in place (its attention counts keys "
-            "instead of being told their positions); use scope='prompt' with kv='absent'"
+            "instead of being told their positions, or is handed its states several times); "
+            "use scope='prompt' with kv='absent'"
         )
 
 
