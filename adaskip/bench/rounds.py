@@ -10,7 +10,7 @@ import torch
 
 from adaskip.theory.intervals import Interval, bootstrap_mean
 
-LEAST, MOST = 3, 200
+LEAST, MOST = 10, 200  # few rounds that happen to agree would stop too early, with an interval that is too narrow
 Seconds = dict[str, list[float]]
 
 
@@ -26,7 +26,7 @@ def interleave(
 
     Args:
         calls: by name; each does its work once and returns its seconds.
-        enough: whether the rounds so far suffice; asked after every round from the third on.
+        enough: whether the rounds so far suffice; asked after every round from the `LEAST`th on.
         budget: seconds after which no further round begins; one round is always made.
         told: hears of every round.
     """
