@@ -49,13 +49,13 @@ BENCH := $(BIN)/adaskip bench --json
 LLAMA := $(BENCH) --backbone llama --layers 24 --hidden 1024
 
 bench: $(READY) ## seconds beside the dense and the physically cut model (two and a half hours on two idle cores)
-	$(LLAMA) --skip 0,0.25,0.5 --prompt 512 --batch 1 --budget 1500 > benchmarks/bench-llama-batch1.json
-	OMP_NUM_THREADS=1 $(LLAMA) --skip 0 --prompt 512 --batch 1 --budget 1500 > benchmarks/bench-llama-overhead.json
-	$(LLAMA) --skip 0,0.25,0.5 --prompt 512 --batch 8 --path uniform,mixed --budget 2000 > benchmarks/bench-llama-batch8.json
-	$(LLAMA) --skip 0.5 --prompt 512 --batch 8 --budget 420 > benchmarks/bench-llama-batch8-half.json
-	$(LLAMA) --skip 0,0.25,0.5 --prompt 64 --batch 32 --path many --paths 4 --budget 900 > benchmarks/bench-many.json
-	$(LLAMA) --skip 0.5 --prompt 64 --batch 32 --path many --paths 4 --budget 420 --width 0.1 > benchmarks/bench-many-half.json
-	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0,0.25,0.5 --image-tokens 576 --prompt 64 --batch 1 --budget 700 > benchmarks/bench-llava.json
+	$(LLAMA) --skip 0 --prompt 512 --batch 1 --budget 2000 > benchmarks/bench-llama-overhead.json
+	$(LLAMA) --skip 0.25,0.5 --prompt 512 --batch 1 --budget 900 > benchmarks/bench-llama-batch1.json
+	$(LLAMA) --skip 0.25,0.5 --prompt 512 --batch 8 --path uniform,mixed --budget 3000 > benchmarks/bench-llama-batch8.json
+	$(LLAMA) --skip 0.25 --prompt 512 --batch 8 --path uniform,mixed --budget 1500 --width 0.1 > benchmarks/bench-llama-batch8-quarter.json
+	$(LLAMA) --skip 0.25,0.5 --prompt 64 --batch 32 --path many --paths 4 --budget 1000 --width 0.1 > benchmarks/bench-many.json
+	$(LLAMA) --skip 0.5 --prompt 64 --batch 32 --path many --paths 4 --budget 480 --width 0.1 > benchmarks/bench-many-half.json
+	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0.5 --image-tokens 576 --prompt 64 --batch 1 --budget 350 > benchmarks/bench-llava.json
 	$(BIN)/python scripts/bench_tables.py
 
 clean: ## remove the virtual environment and caches
