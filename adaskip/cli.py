@@ -205,6 +205,7 @@ def bench(
         str, typer.Option("--path", help="uniform: rows skip alike; mixed: each otherwise; many: generate_many.")
     ] = "uniform",
     paths: Annotated[int, typer.Option("--paths", help="Different paths of --path many.")] = 4,
+    phase: Annotated[str, typer.Option("--phase", help="prefill, decode or both.")] = "prefill,decode",
     new: Annotated[int, typer.Option("--new", help="Tokens written in a turn.")] = 16,
     budget: Annotated[float, typer.Option("--budget", help="Seconds for all rounds together.")] = 300,
     width: Annotated[float, typer.Option("--width", help="Rounds end when intervals are narrower.")] = 0.04,

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from adaskip.bench.cell import batch_cell
+from adaskip.bench.cell import PHASES, Phase, batch_cell
 from adaskip.bench.forced import Path
 from adaskip.bench.many import many_cell
 from adaskip.bench.rounds import Seconds
@@ -30,6 +30,7 @@ def bench(
     width: float = 0.04,
     different: int = 4,
     progress: Progress = lambda text, share: None,
+    phases: Sequence[Phase] = PHASES,
 ) -> list[dict[str, Any]]:
     """Measure every batch size, path and skip rate, prefill and decode apart.
 
@@ -49,6 +50,7 @@ def bench(
             narrower than this.
         different: paths that the prompts of ``many`` go, wherever something is skipped.
         progress: hears what is being done and the share that is done.
+        phases: ``prefill``, ``decode`` or both, in this order.
 
     Returns:
         One row per batch size, path, skip rate and phase. ``*_s``: medians over rounds, seconds of one prefill or of
@@ -56,13 +58,13 @@ def bench(
         ``_high`` of their 95 % bootstrap interval (None where rounds were too few): ``speedup`` dense over routed,
         ``ideal_speedup`` dense over ideal, ``efficiency`` ideal over routed, ``overhead`` routed over dense where
         nothing is skipped, ``control`` ideal over ideal. ``flops`` and ``kv_bytes``: what the routed batch spent in the
-        phase, and holds after it; ``dense_*`` likewise.
+        phase, and holds after it; ``dense_*`` likewise. ``rounds_s``: seconds of every side, round by round.
 
     Raises:
         ConfigError: an option that cannot be measured; all faults at once.
         AdaSkipError: routers cannot be made to decide, or sides compute different things.
     """
-    faults = _faults(subject, skips, batches, paths, new, different)
+    faults = _faults(subject, skips, batches, paths, new, different, phases)
     if faults:
         raise ConfigError("bench: " + "; ".join(faults))
     cells = [
@@ -78,12 +80,14 @@ def bench(
             cell = many_cell(subject, batch, different, rate, new)
         else:
             cell = batch_cell(subject, batch, path, rate, new)
-        for phase in ("prefill", "decode"):
-            left = 2 * (len(cells) - number) - (phase == "decode")
+        for place, phase in enumerate(phases):
+            left = len(phases) * (len(cells) - number) - place
             share = max(0.0, end - time.perf_counter()) / left
 
-            def told(seconds: Seconds, done: int = 2 * len(cells) - left, what: str = f"{phase}, {name}") -> None:
-                progress(f"{what}: round {len(seconds['routed'])}", done / (2 * len(cells)))
+            def told(
+                seconds: Seconds, done: int = len(phases) * len(cells) - left, what: str = f"{phase}, {name}"
+            ) -> None:
+                progress(f"{what}: round {len(seconds['routed'])}", done / (len(phases) * len(cells)))
 
             rows.append(cell.measure(phase, share, width, told))
         del cell  # its caches would count as memory of the next one
@@ -97,6 +101,7 @@ def _faults(
     paths: Sequence[Path],
     new: int,
     different: int,
+    phases: Sequence[Phase],
 ) -> list[str]:
     routed, layers = subject.routed.runtime, len(subject.described.layers)
     left = {rate: round(rate * layers) for rate in skips or () if 0 <= rate < 1}
@@ -105,6 +110,8 @@ def _faults(
     faults += [f"--batch: expected whole numbers >= 1, got {x}" for x in batches if x < 1]
     kinds = get_args(Path)
     faults += [f"--path: expected {' | '.join(kinds)}, got {x!r}" for x in paths if x not in kinds]
+    if not phases or len(set(phases)) < len(phases) or not set(phases) <= set(PHASES):
+        faults.append(f"--phase: expected prefill, decode or both, got {','.join(phases)!r}")
     faults += [f"--new: expected a whole number >= 1, got {new}"] if new < 1 else []
     faults += [f"--paths: expected a whole number >= 1, got {different}"] if different < 1 else []
     if (routed.scope, routed.unit, routed.kv) != ("prompt", "block", "absent"):

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
 from adaskip.plan import Routing
 from adaskip.runtime.measure import cache_bytes, peak_memory
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 class Timed(Protocol):
@@ -42,7 +45,7 @@ class Cell:
     held: dict[str, dict[str, int]]  # of a phase: bytes of keys and values after it
     memory: dict[str, Any]
 
-    def measure(self, phase: str, budget: float, width: float, told: Callable[[Seconds], None]) -> dict[str, Any]:
+    def measure(self, phase: Phase, budget: float, width: float, told: Callable[[Seconds], None]) -> dict[str, Any]:
         """Rounds of ``phase``, prefill or decode, and their row of the table, as `adaskip.bench.bench` says."""
         whole = self.facts["skip"] == 0
         asked = [("ideal", "routed"), *([("routed", "dense")] if whole else [])]
@@ -62,7 +65,13 @@ class Cell:
         row |= _ratio("overhead", seconds, "routed", "dense") if whole else nothing
         row |= _ratio("control", seconds, "control", "ideal")
         row |= {f"{name}_spread": spread(seconds[name]) for name in ("dense", "routed", "ideal")}
-        row |= {"rounds": len(seconds["routed"]), "keep": executed / dense, "flops": executed, "dense_flops": dense}
+        row |= {
+            "rounds": len(seconds["routed"]),
+            "rounds_s": seconds,
+            "keep": executed / dense,
+            "flops": executed,
+            "dense_flops": dense,
+        }
         return row | self.held[phase] | self.memory
 
 

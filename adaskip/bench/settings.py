@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 import torch
 
 from adaskip.bench import Progress, bench
+from adaskip.bench.cell import Phase
 from adaskip.bench.forced import Path
 from adaskip.bench.random_model import Size, random_subject
 from adaskip.bench.subject import Subject, stored_subject
@@ -35,13 +36,23 @@ class Settings:
     budget: float
     width: float
     seed: int
+    phases: list[Phase]
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Build the subject and measure it; ``results``, the ``settings``, and what the figures depend on beside."""
         subject = self.subject()
         skips = self.skips if self.skips is not None or subject.trained else [0.0, 0.25, 0.5]
         rows = bench(
-            subject, skips, self.batches, self.paths, self.new, self.budget, self.width, self.different, progress
+            subject,
+            skips,
+            self.batches,
+            self.paths,
+            self.new,
+            self.budget,
+            self.width,
+            self.different,
+            progress,
+            self.phases,
         )
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         around = environment(self.seed, name) | {"threads": torch.get_num_threads()}
@@ -64,6 +75,7 @@ def read(
     batch: str,
     path: str,
     paths: int,
+    phase: str,
     new: int,
     budget: float,
     width: float,
@@ -127,8 +139,8 @@ def read(
         words = prompt or 512
         return random_subject(backbone, size, words, new, image_tokens, kind, attention, _DTYPES[dtype], place, seed)
 
-    kinds = cast(list[Path], path.split(","))
-    return Settings(subject, place, told, skips, batches, kinds, paths, new, budget, width, seed)
+    kinds, phases = cast(list[Path], path.split(",")), cast(list[Phase], phase.split(","))
+    return Settings(subject, place, told, skips, batches, kinds, paths, new, budget, width, seed, phases)
 
 
 def _numbers(name: str, text: str, kind: type, faults: list[str]) -> list[Any]:

@@ -105,6 +105,7 @@ def test_every_row_adds_up(backbone: str, image_tokens: int) -> None:
     assert {r["phase"] for r in rows[1::2]} == {"decode"}
     for row in rows:
         assert row["rounds"] == 1
+        assert row["rounds_s"]["routed"] == [row["routed_s"]]
         assert row["efficiency"] == pytest.approx(row["ideal_s"] / row["routed_s"])
         assert row["speedup"] == pytest.approx(row["dense_s"] / row["routed_s"])
         assert (row["overhead"] is None) == (row["skip"] != 0)
@@ -326,6 +327,10 @@ def test_peak_memory_sees_what_a_call_held() -> None:
             ["--backbone", "llava", *TINY, "--image-tokens", "4", "--path", "many"],
             "--path many: without vision no layer is left out of decoding; expected --group all",
         ),
+        (
+            ["--backbone", "llama", *TINY, "--phase", "decode,prefil"],
+            "--phase: expected prefill, decode or both, got 'decode,prefil'",
+        ),
     ],
 )
 def test_bad_input_is_a_plain_error(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +352,10 @@ def test_the_verb(capfd: pytest.CaptureFixture[str]) -> None:
     assert [row["phase"] for row in found["results"]] == ["prefill", "decode"] * 2
     assert found["settings"]["backbone"] == "llama"
     assert found["environment"]["threads"] == torch.get_num_threads()
+    with pytest.raises(SystemExit):
+        cli.main([*words.split(), "--budget", "0.1", "--json", "--phase", "decode"])
+    out, _ = capfd.readouterr()
+    assert [row["phase"] for row in json.loads(out)["results"]] == ["decode"] * 2
     with pytest.raises(SystemExit):
         cli.main([*words.split(), "--budget", "0.1"])
     out, _ = capfd.readouterr()
