@@ -48,7 +48,7 @@ slow: $(READY) ## the tests that take minutes each
 BENCH := $(BIN)/adaskip bench --json
 LLAMA := $(BENCH) --backbone llama --layers 24 --hidden 1024
 
-bench: $(READY) ## seconds beside the dense and the physically cut model (two and a half hours on two idle cores)
+bench: $(READY) ## seconds beside the dense and the physically cut model (two hours and a quarter on two idle cores)
 	$(LLAMA) --skip 0 --prompt 512 --batch 1 --budget 2000 > benchmarks/bench-llama-overhead.json
 	$(LLAMA) --skip 0.25,0.5 --prompt 512 --batch 1 --budget 900 > benchmarks/bench-llama-batch1.json
 	$(LLAMA) --skip 0.25,0.5 --prompt 512 --batch 8 --path uniform,mixed --budget 3000 > benchmarks/bench-llama-batch8.json

@@ -50,7 +50,7 @@ def bench(
             narrower than this.
         different: paths that the prompts of ``many`` go, wherever something is skipped.
         progress: hears what is being done and the share that is done.
-        phases: ``prefill``, ``decode`` or both, in this order.
+        phases: ``prefill``, ``decode`` or both, measured in the order given.
 
     Returns:
         One row per batch size, path, skip rate and phase. ``*_s``: medians over rounds, seconds of one prefill or of

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from adaskip.plan import Routing
 from adaskip.runtime.measure import cache_bytes, peak_memory
 
 Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Timed(Protocol):
