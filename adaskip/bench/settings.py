@@ -47,12 +47,12 @@ class Settings:
             skips,
             self.batches,
             self.paths,
-            self.new,
-            self.budget,
-            self.width,
-            self.different,
-            progress,
-            self.phases,
+            new=self.new,
+            budget=self.budget,
+            width=self.width,
+            different=self.different,
+            progress=progress,
+            phases=self.phases,
         )
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         around = environment(self.seed, name) | {"threads": torch.get_num_threads()}
