@@ -122,11 +122,12 @@ class SkipLayer(DynamicLayer):
         """Forget every position from ``length`` on."""
         if not self.filled:
             return
-        places = self._places()
-        places = torch.where(places < length, places, -1)
-        used = (places >= 0).any(0)
-        self.keys, self.values = self.keys[:, :, used], self.values[:, :, used]
-        if (index := self.index) is not None:
+        if (index := self.index) is None:  # a view, as `DynamicCache.crop` makes one: nothing is copied
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        else:
+            places = torch.where(index < length, index, -1)
+            used = (places >= 0).any(0)
+            self.keys, self.values = self.keys[:, :, used], self.values[:, :, used]
             self.index = once(memo, "truncate", (index,), lambda: places[:, used])
         if not self.filled:
             self.rows = self.index = None

@@ -108,6 +108,20 @@ def test_cropping_is_as_if_the_tokens_had_never_come(name: str, group: str) -> N
 
 
 @torch.no_grad()
+def test_cropping_layers_without_gaps_copies_nothing() -> None:
+    """As `DynamicCache.crop`: what is left is a view of what was there."""
+    toy, model = routed("llama", "all")
+    cache = model(**toy.batch([8, 8]), routing=some_keep(2), use_cache=True).past_key_values
+    held = [layer for layer in cache.layers if layer.filled]
+    before = [(layer.keys, layer.values) for layer in held]
+    cache.crop(-3)
+    for layer, (keys, values) in zip(held, before, strict=True):
+        for now, then in ((layer.keys, keys), (layer.values, values)):
+            assert now.data_ptr() == then.data_ptr()
+            assert torch.equal(now, then[:, :, :5])
+
+
+@torch.no_grad()
 def test_rows_chosen_from_a_cache_are_those_rows() -> None:
     toy, model = routed("llama", "all")
     batch = toy.batch([8, 8, 8])
