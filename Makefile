@@ -48,15 +48,15 @@ slow: $(READY) ## the tests that take minutes each
 BENCH := $(BIN)/adaskip bench --json
 LLAMA := $(BENCH) --backbone llama --layers 24 --hidden 1024
 
-bench: $(READY) ## seconds beside the dense and the physically cut model (three hours on two idle cores)
+bench: $(READY) ## seconds beside the dense and the physically cut model (three and a half hours on two idle cores)
 	$(LLAMA) --skip 0 --prompt 512 --batch 1 --budget 2000 > benchmarks/bench-llama-overhead.json
+	$(LLAMA) --skip 0 --prompt 512 --batch 1 --phase decode --budget 240 > benchmarks/bench-llama-overhead-decode.json
 	$(LLAMA) --skip 0.25,0.5 --prompt 512 --batch 1 --budget 900 > benchmarks/bench-llama-batch1.json
 	$(LLAMA) --skip 0.25 --prompt 512 --batch 8 --path uniform,mixed --phase prefill --budget 2400 > benchmarks/bench-llama-batch8-prefill-quarter.json
 	$(LLAMA) --skip 0.5 --prompt 512 --batch 8 --path uniform,mixed --phase prefill --budget 1700 > benchmarks/bench-llama-batch8-prefill-half.json
 	$(LLAMA) --skip 0.25,0.5 --prompt 512 --batch 8 --path uniform,mixed --phase decode --budget 1200 > benchmarks/bench-llama-batch8-decode.json
-	$(LLAMA) --skip 0.5 --prompt 512 --batch 8 --phase decode --budget 420 > benchmarks/bench-llama-batch8-decode-half.json
-	MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=34359738368 \
-	$(LLAMA) --skip 0.5 --prompt 512 --batch 8 --phase decode --budget 330 > benchmarks/bench-llama-batch8-decode-held.json
+	for n in 1 2 3; do $(LLAMA) --skip 0.5 --prompt 512 --batch 8 --phase decode --budget 420 > benchmarks/bench-llama-batch8-decode-half-$$n.json || exit; done
+	for n in 1 2; do $(LLAMA) --skip 0.25 --prompt 512 --batch 8 --phase decode --budget 420 > benchmarks/bench-llama-batch8-decode-quarter-$$n.json || exit; done
 	$(LLAMA) --skip 0.25,0.5 --prompt 64 --batch 32 --path many --paths 4 --phase decode --budget 1900 > benchmarks/bench-many-decode.json
 	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0.5 --image-tokens 576 --prompt 64 --batch 1 --budget 350 > benchmarks/bench-llava.json
 	$(BIN)/python scripts/bench_tables.py
