@@ -50,7 +50,7 @@ LLAMA := $(BENCH) --backbone llama --layers 24 --hidden 1024
 
 bench: $(READY) ## seconds beside the dense and the physically cut model (three and a half hours on two idle cores)
 	$(LLAMA) --skip 0 --prompt 512 --batch 1 --budget 2000 > benchmarks/bench-llama-overhead.json
-	$(LLAMA) --skip 0 --prompt 512 --batch 1 --phase decode --budget 240 > benchmarks/bench-llama-overhead-decode.json
+	for n in 1 2; do $(LLAMA) --skip 0 --prompt 512 --batch 1 --phase decode --budget 240 > benchmarks/bench-llama-overhead-decode-$$n.json || exit; done
 	$(LLAMA) --skip 0.25,0.5 --prompt 512 --batch 1 --budget 900 > benchmarks/bench-llama-batch1.json
 	$(LLAMA) --skip 0.25 --prompt 512 --batch 8 --path uniform,mixed --phase prefill --budget 2400 > benchmarks/bench-llama-batch8-prefill-quarter.json
 	$(LLAMA) --skip 0.5 --prompt 512 --batch 8 --path uniform,mixed --phase prefill --budget 1700 > benchmarks/bench-llama-batch8-prefill-half.json
