@@ -18,6 +18,8 @@ from adaskip.plan import RouterConfig
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective
 
+RESOLVED = "recipe.resolved.yaml"
+"""The resolved recipe in the folder of its run."""
 _NAMES = {int: "an integer", float: "a number", str: "a string"}
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -176,7 +178,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe or a file, apply ``key.path=value`` overrides (values are YAML), and validate.
 
     A relative `data.source` or `backbone.path` that exists beside the file, or else in the working directory, becomes
-    absolute; anything else is left for the Hugging Face hub.
+    absolute; anything else is left for the Hugging Face hub. A run's own ``recipe.resolved.yaml`` means the folder it
+    lies in, wherever that has been moved to or is looked at from.
 
     Raises:
         ConfigError: lists every fault of the file and the overrides, one a line.
@@ -187,6 +190,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find(name_or_path)
     raw, found = _parse(path)
     if isinstance(raw, dict):
+        if path.name == RESOLVED:
+            raw["output"] = str(path.parent)
         found += [fault for text in overrides if (fault := _override(raw, text))]
         raw.setdefault("name", path.stem)
         raw.setdefault("output", f"runs/{raw['name']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from dataclasses import asdict
@@ -12,19 +13,21 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from adaskip import report
-from adaskip.errors import CheckpointError, ConfigError
-from adaskip.recipe import Recipe, dump, load
+from adaskip.errors import CheckpointError
+from adaskip.recipe import RESOLVED, Recipe
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
+from adaskip.start import check_start, is_first_process, opened
 from adaskip.theory.prices import price
 from adaskip.theory.profile import LayerMeasures, Prices, exact_match, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
+from adaskip.training.checkpoints import RoundsBySteps, WholeFiles, checkpoint_callback
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
@@ -34,13 +37,12 @@ from adaskip.training.tracking import (
     Board,
     Laps,
     MetricsFile,
-    environment,
     truncate_lines,
     wandb_logger,
     write_text,
 )
 
-RECIPE, LAST = "recipe.resolved.yaml", "checkpoints/last.ckpt"
+RECIPE = RESOLVED
 
 
 def load_processor(recipe: Recipe) -> Any:
@@ -80,12 +82,28 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """
     laps = Laps()
     folder = Path(recipe.output)
-    checkpoint = _prepare(recipe, folder, resume)
+    check_start(recipe, folder, resume)
     lightning.seed_everything(recipe.seed, verbose=False)
     collate = Collator(load_processor(recipe))
     splits = {split: records(recipe, split) for split in ("train", "validation", "calibration")}
     model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
+    with opened(recipe, folder, resume) as (checkpoint, step):
+        if resume and is_first_process():
+            print(f"adaskip: {folder}: going on from step {step}", file=sys.stderr)
+        return _train(recipe, folder, model, collate, splits, checkpoint, step, laps)
 
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    model: RoutedModel,
+    collate: Collator,
+    splits: dict[str, list[Record]],
+    checkpoint: Path | None,
+    step: int,
+    laps: Laps,
+) -> dict[str, Any]:
+    """Price, fit, train and finish in a folder that is this run's alone."""
     size, looked_at = recipe.trainer.batch_size, recipe.conditions.examples
     check = [*loader(splits["validation"][:looked_at], collate, size)]
     measured, prices = _price(model, check, [*loader(splits["calibration"][: 2 * looked_at], collate, size)], recipe)
@@ -108,14 +126,15 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         measured=measured,
         folder=folder,
     )
-    step = torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint else 0
-    truncate_lines(folder / CONDITIONS, step)
-    trainer = _trainer(recipe, folder, step, conditions)
-    per_round = recipe.trainer.checkpoint_every * size
+    if is_first_process():
+        truncate_lines(folder / CONDITIONS, step)
+    every = recipe.trainer.checkpoint_every
+    sampler = RoundSampler(len(splits["train"]), every * size, recipe.seed)
+    trainer = _trainer(recipe, folder, step, [conditions, RoundsBySteps(sampler, every)])
     batches: DataLoader[Any] = DataLoader(
         splits["train"],  # type: ignore[arg-type]
         size,
-        sampler=RoundSampler(len(splits["train"]), per_round, recipe.seed),
+        sampler=sampler,
         collate_fn=collate,
         num_workers=recipe.trainer.workers,
     )
@@ -142,39 +161,12 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     return _finish(recipe, folder, trainer, tuner, conditions, validation, laps)
 
 
-def _prepare(recipe: Recipe, folder: Path, resume: bool) -> Path | None:
-    """Make the run folder, or check that it can be resumed; returns the checkpoint to go on from."""
-    resolved = folder / RECIPE
-    if resume:
-        if not resolved.is_file():
-            raise CheckpointError(f"{folder}: no run to resume here; start one without --resume")
-        before = load(resolved)
-        differing = [
-            key for key, value in recipe.model_dump().items() if key != "name" and value != before.model_dump()[key]
-        ]
-        if differing:
-            raise ConfigError(
-                f"{resolved}: the run was started with another {' and '.join(differing)}; "
-                f"resume it with: adaskip train {resolved} --resume"
-            )
-        return folder / LAST if (folder / LAST).is_file() else None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder}: already holds a run; go on with --resume, or choose another folder: output={folder}-2"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(resolved, dump(recipe))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    write_text(folder / "env.json", json.dumps(environment(recipe.seed, device), indent=2) + "\n")
-    return None
-
-
 def _price(
     model: RoutedModel, check: list[Batch], calibration: list[Batch], recipe: Recipe
 ) -> tuple[LayerMeasures, Prices]:
     """Measure what each layer is worth on validation inputs; calibrate the bound's constants on others."""
-    if torch.cuda.is_available() and not recipe.backbone.device_map:
-        model.cuda()
+    if (own := own_device(recipe)) is not None:
+        model.to(own)
     device = model.described.device
     vision = model.runtime.hides_vision
     measured = measure(model, [to_device(b, device) for b in check], attention=vision)
@@ -188,17 +180,14 @@ def _price(
     )
 
 
-def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck) -> lightning.Trainer:
+def _trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> lightning.Trainer:
     section, tracking = recipe.trainer, recipe.tracking
     loggers: list[Logger] = [MetricsFile(folder, step)]
     if tracking.wandb != "disabled":
         loggers.append(
             wandb_logger(folder, tracking.wandb, tracking.project, tracking.name, tracking.tags, recipe.model_dump())
         )
-    saver = ModelCheckpoint(
-        folder / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1, save_on_train_epoch_end=True
-    )
-    callbacks: list[Callback] = [conditions, saver]
+    callbacks = [*own, checkpoint_callback(folder)]
     callbacks += [RichProgressBar(leave=True)] if section.progress else []
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for noise in (".*many workers.*", ".*LeafSpec.*", ".*eval mode at the start of training.*"):
@@ -217,11 +206,25 @@ def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck
         log_every_n_steps=10,
         logger=loggers,
         callbacks=callbacks,
+        plugins=[WholeFiles()],
         enable_progress_bar=section.progress,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
+
+
+def own_device(recipe: Recipe) -> torch.device | None:
+    """The GPU that Lightning will train this process on, so that pricing runs there too; None: the model stays."""
+    section = recipe.trainer
+    if (
+        recipe.backbone.device_map
+        or section.accelerator not in ("auto", "gpu", "cuda")
+        or not torch.cuda.is_available()
+    ):
+        return None
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", section.devices[local] if isinstance(section.devices, list) else local)
 
 
 @torch.no_grad()

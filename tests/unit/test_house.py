@@ -28,6 +28,7 @@ ORDER = [
     "recipe",
     "export",
     "report",
+    "start",
     "train",
     "evaluate",
     "bench",

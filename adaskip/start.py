@@ -1,0 +1,170 @@
+"""Start a run, or go on with one: whose folder it is, what it already holds, and who else is at work in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only
+
+from adaskip.errors import CheckpointError, ConfigError
+from adaskip.recipe import RESOLVED, Recipe, dump, load
+from adaskip.training.checkpoints import CHECKPOINTS, checkpoints, newest_checkpoint
+from adaskip.training.fit_run import ROUTERS
+from adaskip.training.tracking import CONDITIONS, METRICS, environment, write_text
+
+LOCK = ".lock"
+_STARTED = (RESOLVED, "env.json", METRICS, CONDITIONS, LOCK, CHECKPOINTS, "wandb")
+"""What a start leaves in a folder before its first step."""
+_FREE_TO_CHANGE = {"name", "output", "tracking", "trainer.progress", "trainer.workers"}
+"""Keys that a resumed run may have otherwise: they change nothing that it computes."""
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of its run that makes folders, writes files and prints."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Refuse a start that cannot work, before anything is loaded or written.
+
+    A folder in which an earlier start failed before its first step counts as new: for a start and for a resume.
+
+    Raises:
+        ConfigError: the folder holds a run, or another run than this recipe's; or W&B has no key.
+        CheckpointError: there is no run to go on with.
+    """
+    if not is_first_process():
+        return
+    _check_tracking(recipe)
+    if resume:
+        _check_same_run(recipe, folder)
+    elif has_progress(folder):
+        raise ConfigError(
+            f"{folder}: already holds a run; go on with it: adaskip train {folder / RESOLVED} --resume, "
+            f"or choose another folder: output={folder}-2"
+        )
+    elif other := _foreign(folder):
+        raise ConfigError(
+            f"{folder}: expected a new or empty folder, found {', '.join(other[:5])}; "
+            f"choose another folder: output={folder}-2"
+        )
+
+
+@contextmanager
+def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | None, int]]:
+    """Inside, the run's folder is made and this run's alone; gives the checkpoint to go on from, and its step.
+
+    Only the first process of a run makes the folder and keeps others out; the lock dies with the process, however that
+    ends.
+
+    Raises:
+        ConfigError: another process is at work in the folder.
+    """
+    if not is_first_process():
+        yield newest_checkpoint(folder) if resume else (None, 0)
+        return
+    _make(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: another process is training in this folder; wait for it, or choose another: output={folder}-2"
+        ) from None
+    try:
+        checkpoint, step = newest_checkpoint(folder) if resume else (None, 0)
+        if not has_progress(folder):
+            _forget_failed_start(folder)
+            write_text(folder / RESOLVED, dump(recipe))
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            write_text(folder / "env.json", json.dumps(environment(recipe.seed, device), indent=2) + "\n")
+        yield checkpoint, step
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def has_progress(folder: Path) -> bool:
+    """Whether a run in this folder has got as far as a step, a fitted round or a result."""
+    metrics = folder / METRICS
+    stepped = metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1
+    made = (folder / ROUTERS).is_file() or (folder / "router").is_dir() or (folder / "summary.json").is_file()
+    return stepped or made or bool(checkpoints(folder))
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names in a folder that no start of ours leaves there."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        return ["a file of that name"]
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name.removesuffix(".part") not in _STARTED]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder: output=..."
+        ) from error
+
+
+def _forget_failed_start(folder: Path) -> None:
+    """Remove what a start left that never came to its first step."""
+    for path in folder.iterdir():
+        if path.name == LOCK or path.name.removesuffix(".part") not in _STARTED:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_same_run(recipe: Recipe, folder: Path) -> None:
+    resolved = folder / RESOLVED
+    if not resolved.is_file():
+        raise CheckpointError(f"{folder}: no run to resume here; start one without --resume")
+    if not has_progress(folder):
+        return
+    before, now = _flat(load(resolved).model_dump()), _flat(recipe.model_dump())
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed := [key for key in changed if not _is_free(key)]:
+        differences = ", ".join(f"{key} ({before.get(key)!r}, now {now.get(key)!r})" for key in changed[:5])
+        raise ConfigError(
+            f"{resolved}: the run was started with another {differences}; "
+            f"resume it as it was: adaskip train {resolved} --resume"
+        )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    """Nested sections as one mapping of dotted keys."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_tracking(recipe: Recipe) -> None:
+    """Ask for the W&B key before minutes of pricing, not after them."""
+    if recipe.tracking.wandb != "online":
+        return
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise ConfigError(
+            "tracking.wandb: online needs a W&B API key, and none is configured; type `wandb login`, "
+            "or keep the run on this machine: tracking.wandb=offline"
+        )

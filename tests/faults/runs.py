@@ -1,0 +1,89 @@
+"""A run of the embedded demo so short that a test can afford several, and ways to interrupt it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+STEPS, EVERY = 16, 4
+SHORT = [
+    f"trainer.steps={STEPS}",
+    "trainer.batch_size=8",
+    f"trainer.checkpoint_every={EVERY}",
+    f"trainer.validate_every={EVERY}",
+    "trainer.progress=false",
+    "conditions.every=6",
+    "conditions.examples=12",
+    "data.examples.train=130",
+    "data.examples.validation=49",
+    "data.examples.calibration=24",
+    "data.examples.test=24",
+    "objective.warmup=0.1",
+    "tracking.wandb=disabled",
+]
+
+KILLER = """
+import io, os, signal, sys
+import torch
+import lightning
+from adaskip.cli import main
+from adaskip.training.module import RouterTuner
+
+moment, step, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+sys.argv = ["adaskip", *arguments]
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train_one, save, validate = RouterTuner.training_step, torch.save, lightning.Trainer.validate
+
+def training_step(self, *args):
+    if moment == "in step" and self.global_step == step:
+        die()
+    return train_one(self, *args)
+
+def half_a_file(content, place, *args, **options):
+    if moment != "in checkpoint" or content.get("global_step") != step:
+        return save(content, place, *args, **options)
+    whole = io.BytesIO()
+    save(content, whole)
+    place.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    place.flush()
+    die()
+
+def validate_or_die(self, *args, **options):
+    if moment == "after training":
+        die()
+    return validate(self, *args, **options)
+
+RouterTuner.training_step, torch.save, lightning.Trainer.validate = training_step, half_a_file, validate_or_die
+main(arguments)
+"""
+
+
+def environment() -> dict[str, str]:
+    """What a process of its own needs: one thread, and no word of a test's distributed or W&B neighbours."""
+    hidden = ("WANDB_SERVICE", "LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def kill(moment: str, step: int, arguments: list[str]) -> None:
+    """Run ``adaskip ARGUMENTS`` and kill it -9 from within: ``in step``, ``in checkpoint`` or ``after training``."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, moment, str(step), *arguments],
+        env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == -9, done.stderr
+
+
+def numbers(run: Path) -> dict[str, list[tuple[int, str]]]:
+    """Every series of ``metrics.csv``: name -> (step, value), values as they are written, NaN included."""
+    series: dict[str, list[tuple[int, str]]] = {}
+    with (run / "metrics.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            series.setdefault(row["name"], []).append((int(row["step"]), row["value"]))
+    return series

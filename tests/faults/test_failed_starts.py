@@ -1,0 +1,112 @@
+"""A start that failed before its first step leaves nothing that blocks the next; one that got further is never lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adaskip.train
+from adaskip.errors import CheckpointError, ConfigError, DataError
+from adaskip.export import export
+from adaskip.recipe import load
+from adaskip.start import opened
+from adaskip.train import train
+from tests.faults.runs import SHORT, environment, kill
+
+
+class Begun(Exception):
+    """Raised where pricing would begin: the start has worked."""
+
+
+@pytest.fixture
+def starts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*args: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr(adaskip.train, "_price", begin)
+
+
+def recipe(folder: Path, *more: str) -> adaskip.recipe.Recipe:
+    return load("digits-vlm", [*SHORT, f"output={folder}", *more])
+
+
+@pytest.mark.usefixtures("starts_only")
+@pytest.mark.parametrize("resume", [False, True], ids=["start", "resume"])
+def test_a_start_that_failed_blocks_nothing(tmp_path: Path, resume: bool) -> None:
+    """Would catch: "already holds a run", or "started with another data", after a typo that was mended."""
+    folder = tmp_path / "run"
+    with pytest.raises(DataError, match="nodata"):
+        train(recipe(folder, "data.source=nodata"))
+    assert not folder.exists()  # a typo is seen before anything is written
+    with pytest.raises(Begun):
+        train(recipe(folder, "seed=1"))  # fails later, with its folder made
+    assert (folder / "recipe.resolved.yaml").is_file()
+    with pytest.raises(Begun):
+        train(recipe(folder, "seed=2"), resume=resume)
+    assert load(folder / "recipe.resolved.yaml").seed == 2
+    assert not (folder / ".lock").exists()
+
+
+def test_wandb_online_without_a_key_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: minutes of pricing, then a traceback of W&B, then a folder that is refused."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"tracking.wandb: online needs a W&B API key.*wandb login"):
+        train(recipe(tmp_path / "run", "tracking.wandb=online"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_progress_is_kept(tmp_path: Path) -> None:
+    """Would catch: a killed run that a second start wipes, or goes on under other settings."""
+    folder = tmp_path / "run"
+    kill("in step", 5, ["train", "digits-vlm", *SHORT, f"output={folder}"])
+    with pytest.raises(ConfigError, match="already holds a run; go on with it"):
+        train(recipe(folder))
+    with pytest.raises(ConfigError, match=r"started with another seed \(0, now 7\)"):
+        train(recipe(folder, "seed=7"), resume=True)
+    with pytest.raises(CheckpointError, match="has not finished; go on with"):
+        export(folder, tmp_path / "never")
+    moved = folder.rename(tmp_path / "moved")
+    assert load(moved / "recipe.resolved.yaml").output == str(moved)
+
+
+@pytest.mark.usefixtures("starts_only")
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    """Would catch: files of the user's that a start removes or writes between."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"expected a new or empty folder, found notes.txt"):
+        train(recipe(tmp_path))
+    with pytest.raises(CheckpointError, match="no run to resume here"):
+        train(recipe(tmp_path), resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(ConfigError, match="a file of that name"):
+        train(recipe(tmp_path / "notes.txt"))
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    """Would catch: two starts at once that write one metrics.csv and one checkpoint."""
+    folder = tmp_path / "run"
+    code = (
+        "import sys; from pathlib import Path; from adaskip.recipe import load; from adaskip.start import opened\n"
+        "recipe = load('digits-vlm', [f'output={sys.argv[1]}'])\n"
+        "with opened(recipe, Path(sys.argv[1]), False):\n"
+        "    print('inside', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"inside\n"
+    with (
+        pytest.raises(ConfigError, match="another process is training in this folder"),
+        opened(recipe(folder), folder, False),
+    ):
+        pass
+    other.kill()  # its lock goes with it
+    other.wait()
+    with opened(recipe(folder), folder, False) as (checkpoint, step):
+        assert (checkpoint, step) == (None, 0)

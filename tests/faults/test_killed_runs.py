@@ -1,0 +1,81 @@
+"""A run that is killed goes on from its newest whole checkpoint and ends with the routers of an uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adaskip.recipe import load
+from adaskip.train import train
+from adaskip.training.checkpoints import checkpoints, newest_checkpoint
+from adaskip.training.module import RouterTuner
+from tests.faults.runs import EVERY, SHORT, STEPS, kill, numbers
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(load("digits-vlm", [*SHORT, f"output={folder}"]))
+    return folder
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that this process trains, as it trains them."""
+    trained: list[int] = []
+    train_one = RouterTuner.training_step
+
+    def training_step(self: RouterTuner, batch: dict, batch_idx: int) -> torch.Tensor:
+        trained.append(self.global_step)
+        return train_one(self, batch, batch_idx)
+
+    monkeypatch.setattr(RouterTuner, "training_step", training_step)
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "goes_on_from", "kept"),
+    [
+        ("in step", 2, 0, []),
+        ("in step", 5, 4, [4]),
+        ("in step", 10, 8, [8, 4]),
+        ("in checkpoint", 12, 8, [8, 4]),
+        ("after training", 16, 16, [16, 12]),
+    ],
+    ids=["before the first checkpoint", "early", "between two checkpoints", "while one is written", "after training"],
+)
+def test_a_run_killed_in_mid_training_goes_on(
+    whole: Path, tmp_path: Path, steps: list[int], moment: str, step: int, goes_on_from: int, kept: list[int]
+) -> None:
+    """Would catch: no checkpoint before the end, one that is half written, draws or batches that a resume repeats."""
+    folder = tmp_path / "killed"
+    kill(moment, step, ["train", "digits-vlm", *SHORT, f"output={folder}"])
+    assert [int(path.stem) for path in checkpoints(folder)] == kept
+    train(load(folder / "recipe.resolved.yaml"), resume=True)
+    assert steps == list(range(goes_on_from, STEPS))
+    expected, resumed = (load_file(run / "router" / "router.safetensors") for run in (whole, folder))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert numbers(folder) == numbers(whole)
+    assert (folder / "conditions.jsonl").read_text() == (whole / "conditions.jsonl").read_text()
+
+
+def test_a_run_keeps_its_two_newest_checkpoints(whole: Path) -> None:
+    """Would catch: a disk that fills, or one checkpoint that is overwritten in place."""
+    assert [int(path.stem) for path in checkpoints(whole)] == [STEPS, STEPS - EVERY]
+    assert not list(whole.rglob("*.part"))
+    assert not (whole / ".lock").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Would catch: a resume that ends in a traceback because the disk was full when the last checkpoint was written."""
+    folder = tmp_path / "run"
+    for path in checkpoints(whole):
+        copy = folder / "checkpoints" / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[: None if path.stem == "00000012" else 5000])
+    assert newest_checkpoint(folder) == (folder / "checkpoints" / "00000012.ckpt", 12)
+    assert "00000016.ckpt: damaged" in caplog.text
