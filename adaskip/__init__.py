@@ -6,7 +6,7 @@
     base = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
     adaskip.profile(base, batches).to_dict()                             # redundancy per layer; no training
     model = adaskip.attach(base, adaskip.RouterConfig(group="vision"))   # one router per decoder layer
-    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.6))      # a LightningModule
+    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.6), calibration=held_out)  # a LightningModule
     lightning.Trainer(callbacks=[adaskip.ConditionCheck(every=50)]).fit(tuner, train, validation)
     model.save_pretrained("out/router")                                  # the routers only
     model = adaskip.RoutedModel.from_pretrained("out/router")            # finds and checks its backbone

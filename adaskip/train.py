@@ -114,7 +114,7 @@ def _train(
         learning_rate=recipe.trainer.learning_rate,
         steps=recipe.trainer.steps,
         temperature=recipe.trainer.temperature,
-        kinds=tuple(sorted({r["kind"] for r in splits["validation"] if r.get("kind")})),
+        kinds=sorted({str(r["kind"]) for r in splits["validation"] if r.get("kind") not in (None, "")}),
         seed=recipe.seed,
     )
     conditions = ConditionCheck(

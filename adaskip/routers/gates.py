@@ -23,8 +23,10 @@ def straight_through(
     tensor([1., 0.])
     """
     if generator is not None:
-        # drawn on the generator's device, so that a run is the same wherever the router lives
-        uniform = torch.rand(logits.shape, generator=generator, device=generator.device).clamp(1e-6, 1 - 1e-6)
+        # drawn on the generator's device, so that a run is the same wherever the router lives; and in float32 whatever
+        # torch's default is: in bfloat16 the upper end would round to 1, and the noise be infinite
+        uniform = torch.rand(logits.shape, generator=generator, device=generator.device, dtype=torch.float32)
+        uniform = uniform.clamp(1e-6, 1 - 1e-6)
         logits = logits + uniform.logit().to(logits.device)
     soft = torch.sigmoid((logits - threshold) / temperature)
     return hard(logits, threshold).to(soft.dtype) + (soft - soft.detach())

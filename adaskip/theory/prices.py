@@ -11,17 +11,26 @@ from torch import Tensor
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.firstorder import label_law
 from adaskip.theory.flips import survey_flips
-from adaskip.theory.profile import IGNORED, Prices, calibrate_prices, measure
+from adaskip.theory.profile import IGNORED, Prices, calibrate_prices, inputs_needed, measure
 
 Kind = Literal["calibrated", "gates", "fisher"]
 DRAWS = 2
 """Labels drawn of an input; constants hold only for slopes of as many draws as they were calibrated on."""
 
+MASS_EVERY = 4
+"""One input in so many is set apart for the mean attention mass, where constants need one and none is at hand."""
+
+
+def needed(model: RoutedModel, alpha: float) -> int:
+    """The fewest inputs that `price` can calibrate this model's constants on without another source of the mass."""
+    scored = inputs_needed(alpha)
+    return -(-scored * MASS_EVERY // (MASS_EVERY - 1)) if model.runtime.hides_vision else scored
+
 
 def price(
     model: RoutedModel,
     batches: list[dict[str, Any]],
-    mass: Tensor,
+    mass: Tensor | None,
     alpha: float,
     kind: Kind = "calibrated",
     seed: int = 0,
@@ -33,14 +42,20 @@ def price(
     Args:
         model: attached, with routers.
         batches: prompts with answers, on the model's device.
-        mass: (l) attention mass per layer from other inputs; zeros for group ``all``.
+        mass: (l) attention mass per layer from other inputs; zeros for group ``all``. None: where the routing needs
+            it, every fourth input is set apart for it and for nothing else.
         alpha: miscoverage per layer.
         kind: ``calibrated``, ``gates`` or ``fisher``.
         seed: of the label draws.
     """
-    measured = measure(model, batches)
+    reads = mass is None and model.runtime.hides_vision
+    measured = measure(model, batches, attention=reads)
     correlation = mean_correlation(model, batches) if kind == "gates" else None
     slopes = first_order_of(model, batches, seed=seed) if kind == "fisher" else None
+    if mass is None:
+        apart = torch.arange(len(measured)) % MASS_EVERY == 0 if reads else torch.zeros(len(measured)).bool()
+        mass = measured.rows(apart).mass.mean(0) if reads else torch.zeros(len(measured.layers))
+        measured, slopes = measured.rows(~apart), None if slopes is None else slopes[~apart]
     return calibrate_prices(measured, mass, alpha, correlation=correlation, slopes=slopes)
 
 
@@ -89,7 +104,7 @@ def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: to
     p, q = label_law(log_p)
     total = torch.zeros(len(where), len(gates), dtype=torch.float64, device=log_p.device)
     for left in reversed(range(draws)):
-        cut = torch.rand(len(q), 1, generator=noise, device=noise.device).to(q)
+        cut = torch.rand(len(q), 1, generator=noise, device=noise.device, dtype=torch.float32).to(q)
         label = (q.cumsum(-1) < cut).sum(-1, keepdim=True).clamp(max=q.shape[-1] - 1)
         sign = torch.randint(2, label.shape, generator=noise, device=noise.device).to(q) * 2 - 1
         weight = (p.gather(1, label) / q.gather(1, label).clamp_min(1e-300)).sqrt() * sign

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.errors import DataError
+from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds, measures
 from adaskip.theory.conformal import conformal_quantile, conformal_rank, safe_ratio
@@ -35,10 +35,14 @@ class LayerMeasures:
     def __len__(self) -> int:
         return len(self.kl)
 
+    def rows(self, rows: Tensor) -> LayerMeasures:
+        """The given inputs (bool (n))."""
+        return LayerMeasures(self.layers, **{f.name: getattr(self, f.name)[rows] for f in fields(self)[1:]})
+
     def select(self, rows: Tensor, layer: int) -> LayerMeasures:
         """One layer's column, of the given inputs (bool (n))."""
         column = self.layers.index(layer)
-        values = {f.name: getattr(self, f.name)[rows, column : column + 1] for f in fields(self) if f.name != "layers"}
+        values = {f.name: getattr(self, f.name)[rows, column : column + 1] for f in fields(self)[1:]}
         return LayerMeasures((layer,), **values)
 
 
@@ -62,10 +66,24 @@ class Prices:
         return scale * self.shift.to(rho.device), scale * self.peak.to(rho.device)
 
     def first_order_costs(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from `prices.first_order`, (b l)."""
-        assert self.slope is not None
+        """The same from `prices.first_order`, (b l).
+
+        Raises:
+            ConfigError: the constants of that price were not calibrated.
+        """
+        if self.slope is None:
+            raise ConfigError("prices: no constants of price fisher; calibrate them with kind='fisher'")
         shift, peak = self.slope.to(slopes.device)
         return slopes.double() * shift, slopes.double() * peak
+
+
+def inputs_needed(alpha: float) -> int:
+    """The fewest inputs that give a finite constant at this alpha.
+
+    >>> inputs_needed(0.1), inputs_needed(0.3)
+    (9, 3)
+    """
+    return next(n for n in range(math.ceil(1 / alpha) + 1) if conformal_rank(n, alpha) <= n)
 
 
 def calibrate_prices(
@@ -92,7 +110,7 @@ def calibrate_prices(
     """
     if conformal_rank(len(measured), alpha) > len(measured):
         raise DataError(
-            f"calibration: expected at least {math.ceil(1 / alpha) - 1} inputs for alpha={alpha}, got {len(measured)}; "
+            f"calibration: expected at least {inputs_needed(alpha)} inputs for alpha={alpha}, got {len(measured)}; "
             "give the calibration split more, or raise conditions.examples"
         )
 

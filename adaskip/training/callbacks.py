@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning
 import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError, did_you_mean
-from adaskip.routers.gates import hard
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.bounds import redundancy_bound
-from adaskip.theory.conditions import Findings, Joint, SkipFinding, judge, judge_joint, judge_skips
-from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, compare_predicted, measure, predicted
+from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
+from adaskip.theory.profile import LayerMeasures, Prices, measure
 from adaskip.training.data import Batch
+from adaskip.training.inputs import count, from_rank_zero, take, to_device
+from adaskip.training.looks import DenseLogits, Look, describe_skip, joint_cost
+from adaskip.training.module import RouterTuner
+from adaskip.training.pricing import check_prices, evaluating
+from adaskip.training.schedule import planned_steps
+from adaskip.training.split import Split, split_inputs
 from adaskip.training.tracking import CONDITIONS, Board
 
 OnViolation = Literal["warn", "hold", "stop"]
@@ -27,100 +33,8 @@ OnViolation = Literal["warn", "hold", "stop"]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What one check of the conditions found."""
-
-    step: int
-    group: str
-    tolerance: float
-    findings: Findings
-    joint: Joint
-    skips: dict[int, SkipFinding]  # of each layer that the routers leave out, on the inputs for which they do
-    held: tuple[int, ...] = ()  # layers that were forced to keep when looking
-
-    @property
-    def violations(self) -> dict[int, SkipFinding]:
-        """The layers whose skips clearly cost more than they may; one that is held makes none."""
-        costly = {layer: found for layer, found in self.skips.items() if found.verdict == "inadmissible"}
-        return {layer: found for layer, found in costly.items() if layer not in self.held}
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a line of ``conditions.jsonl``."""
-        return {
-            "step": self.step,
-            "group": self.group,
-            "tolerance": self.tolerance,
-            "findings": [row.to_dict() for row in self.findings.rows],
-            "layers": {str(layer): verdict for layer, verdict in self.findings.layers.items()},
-            "rank_correlation": self.findings.rank_correlation,
-            "joint": self.joint.to_dict(),
-            "skips": [found.to_dict() for found in self.skips.values()],
-            "held": list(self.held),
-        }
-
-
-class DenseLogits:
-    """The dense logits at the predicted tokens of batches that are looked at again and again.
-
-    The backbone is frozen, so each batch's are computed once and kept on its device, as long as they fit in ``limit``
-    bytes; what does not fit is computed at every look.
-
-    Args:
-        limit: bytes to keep at most; 2**28 hold 128 answers of 7 tokens at a vocabulary of 150,000 in bfloat16.
-    """
-
-    def __init__(self, limit: int = 2**28) -> None:
-        self.limit = limit
-        self._kept: dict[int, Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, model: RoutedModel, index: int, batch: Batch) -> Tensor:
-        """(k v) of the batch with this index; see `predicted`."""
-        if index in self._kept:
-            return self._kept[index]
-        with model.dense():
-            logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        found = predicted(logits, batch["labels"])
-        if found.nbytes + sum(x.nbytes for x in self._kept.values()) <= self.limit:
-            self._kept[index] = found
-        return found
-
-
-@torch.no_grad()
-def joint_cost(
-    model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices: Prices, dense: DenseLogits | None = None
-) -> dict[str, Tensor]:
-    """What the routers' real decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), and ``keep`` (l n).
-
-    ``wanted`` (l n) is what the routers would do if no layer were held. Under scope token an input keeps a layer if
-    most of its tokens do (a heuristic), and its bound takes the share of them that skip.
-
-    Args:
-        model: with frozen or current routers.
-        batches: prompts with answers.
-        rho: (n l) relative change of every layer in the dense pass, for the same inputs in the same order.
-        prices: calibrated constants.
-        dense: the memory of the same batches; None: they are looked at once.
-    """
-    dense = dense or DenseLogits(limit=0)
-    kl, keep, wanted = [], [], []
-    for index, batch in enumerate(batches):
-        before, labels = dense(model, index, batch), batch["labels"]
-        routed = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        kl.append(compare_predicted(before, predicted(routed, labels), labels)["kl"].cpu())
-        routing = model.routing
-        keep.append(routing.share.cpu())
-        decided = routing.keep if routing.logits is None else hard(routing.logits, model.config.threshold)
-        wanted.append(routing.per_row(decided).cpu() > 0.5)
-    s, u = prices.costs(rho)
-    kept = torch.cat(keep, 1)
-    bound = redundancy_bound(kept.T, s, u, prices.correlation)
-    return {"kl": torch.cat(kl), "bound": bound, "keep": kept > 0.5, "wanted": torch.cat(wanted, 1)}
-
-
 class ConditionCheck(lightning.Callback):
-    """Check the theory's conditions every few steps.
+    """Check the theory's conditions every few steps; training is the same with it and without (but for hold and stop).
 
     The backbone is frozen, so what a single layer is worth to an input does not change while routers train: it is
     measured once, before the first step. Every look then judges what does change, the routers' own decisions: their
@@ -128,20 +42,28 @@ class ConditionCheck(lightning.Callback):
     those inputs for which the routers leave it out. A layer whose skips clearly cost more than they may violates the
     conditions; the intervals are corrected for all layers, notions and looks of the run.
 
+    What is judged was never fitted on: of the inputs, those that the tuner's prices were calibrated on are left out.
+    Where the tuner has no prices (``Objective(bound_weight=0)`` and no ``calibration``), every second input calibrates
+    prices for the looks alone, and only the others are judged. With several processes all look at the inputs of rank 0
+    and act on what rank 0 finds.
+
     Args:
-        every: steps between looks; 0: only at the end.
+        every: optimiser steps between looks; 0: only at the end.
         examples: validation inputs to look at.
         tolerance: nats per predicted token that one skipped layer may cost.
         level: that all intervals hold at once.
         on_violation: ``warn`` says so in the log; ``hold`` makes the layer run for every input until the skips its
             router asks for are admissible (held layers are saved with the routers, and resume); ``stop`` ends training,
             with the reason in ``stopped``.
-        batches: what to look at; default: the trainer's validation data.
+        batches: what to look at, all of a list or the first ``examples`` of a loader; default: the trainer's validation
+            data.
         measured: quantities of the same batches, if they are at hand already.
         folder: where ``conditions.jsonl`` goes; None: only logged.
 
     Raises:
-        ConfigError: another ``on_violation``.
+        ConfigError: a value outside its range. When a fit starts: another module than `RouterTuner`, or looks of which
+            nothing says how many there will be.
+        DataError: when a fit starts: too few inputs to judge; nothing has run yet.
     """
 
     def __init__(
@@ -152,7 +74,7 @@ class ConditionCheck(lightning.Callback):
         tolerance: float = 0.05,
         level: float = 0.95,
         on_violation: OnViolation = "warn",
-        batches: list[Batch] | None = None,
+        batches: Iterable[Batch] | None = None,
         measured: LayerMeasures | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -161,72 +83,126 @@ class ConditionCheck(lightning.Callback):
                 f"ConditionCheck: on_violation: expected {' | '.join(get_args(OnViolation))}, got {on_violation!r}; "
                 + did_you_mean(str(on_violation), get_args(OnViolation))
             )
+        ranges = {
+            "every": (every >= 0, every, "a number of steps >= 0"),
+            "examples": (examples >= 1, examples, "an integer >= 1"),
+            "tolerance": (tolerance > 0, tolerance, "nats > 0"),
+            "level": (0 < level < 1, level, "a share in (0, 1)"),
+        }
+        faults = [f"{name}: expected {what}, got {value!r}" for name, (ok, value, what) in ranges.items() if not ok]
+        if faults:
+            raise ConfigError("ConditionCheck: " + "; ".join(faults))
         self.every, self.examples, self.tolerance, self.level = every, examples, tolerance, level
-        self.batches, self.measured, self.folder = batches, measured, folder
+        self.batches = batches if batches is None or isinstance(batches, list) else take(batches, examples, "batches")
+        self.measured, self.folder = measured, None if folder is None else Path(folder)
         self.on_violation: OnViolation = on_violation
         self.looks = 1
         self.stopped: str | None = None
         self.look: Look | None = None
+        self.findings: Findings | None = None
+        self._from_trainer = batches is None  # then every fit reads the inputs anew
+        self._split = Split()
+        self._model: RoutedModel | None = None  # what ``measured`` speaks of
+        self._prices: Prices | None = None
+        self._step = 0  # the global step when this micro-batch began
         self._warned: set[int] = set()
         self._held: frozenset[int] = frozenset()  # by this callback, beside those of the routers' configuration
         self._fixed: frozenset[int] = frozenset()
         self._dense = DenseLogits()
-        self.findings: Findings | None = None
+
+    # -- when a fit starts -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Hold again what a resumed run held; also where its last step is done, so that training does not start."""
-        tuner: Any = pl_module
+        """Hold again what a resumed run held, also where its last step is done; count the inputs before any work."""
+        tuner = _tuner(pl_module)
         self._fixed = frozenset(tuner.model.config.held) - self._held
         if self._held:
             tuner.model.hold(self._fixed | self._held)
+        self.look, self.stopped, self._warned = None, None, set()
+        self.looks = self._count_looks(trainer)
+        alone = tuner.prices is None and tuner.calibration is None
+        if alone:
+            check_prices(None, tuner.objective, len(tuner.model.described.layers))
+        self.batches = self._inputs(trainer)
+        self._split = split_inputs(tuner, self.batches, alone)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure the layers and judge each on its own."""
-        tuner: Any = pl_module
-        if self.batches is None:
-            self.batches = self._validation(trainer)
-        self.batches = [to_device(batch, tuner.device) for batch in self.batches]
-        model: RoutedModel = tuner.model
-        vision = model.runtime.hides_vision
-        if self.measured is None:
-            self.measured = measure(model, self.batches, attention=vision)
-        if tuner.prices is None:
-            tuner.prices = calibrate_prices(self.measured, self.measured.mass.mean(0), alpha=0.1)
-        self.findings = self._judge_layers(model, tuner.prices)
-        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-        if self.every and steps == float("inf"):
+        tuner = _tuner(pl_module)
+        convert = trainer.precision_plugin.convert_input
+        assert self.batches is not None  # on_fit_start read them
+        self.batches = [to_device(convert(batch), tuner.device) for batch in self.batches]
+        self.findings = None
+        if self._from_trainer or self._model not in (None, tuner.model):
+            self.measured, self._dense = None, DenseLogits()
+        self._model = tuner.model
+        with evaluating(tuner.model):
+            self._prepare(tuner.model)
+        own = self._split.prices(tuner, self.measured) if tuner.prices is None else None
+        self._prices = trainer.strategy.broadcast(own) if own is not None else tuner.prices
+
+    def _count_looks(self, trainer: lightning.Trainer) -> int:
+        """How many looks there will be, which the intervals allow for."""
+        if not self.every:
+            return 1
+        steps = planned_steps(trainer)
+        if not math.isfinite(steps):
             raise ConfigError(
-                "ConditionCheck: repeated looks need to know their number; give the trainer max_steps or max_epochs"
+                "ConditionCheck: repeated looks need to know their number; give the trainer max_steps or max_epochs, "
+                "or look at the end only: every=0"
             )
-        self.looks = int(steps) // self.every + 1 if self.every else 1
+        return int(steps) // self.every + 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """The layers that are held and the looks that intervals allow for, for a run that resumes."""
-        return {"held": sorted(self._held), "looks": self.looks}
+    def _inputs(self, trainer: lightning.Trainer) -> list[Batch]:
+        """The inputs of rank 0, on every rank."""
+        if not self._from_trainer:
+            given = list(self.batches or [])
+            if trainer.world_size == 1:
+                return given
+            return from_rank_zero(trainer, lambda: [to_device(batch, torch.device("cpu")) for batch in given])
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()  # else it is set up when training begins, when it would be late to say that data lacks
+        loaders = trainer.val_dataloaders
+        if loaders is None:
+            raise DataError(
+                "ConditionCheck: the trainer has no validation data; pass val_dataloaders to fit, or batches="
+            )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the held layers until the model is at hand; a run that had its last step does not start again."""
-        self._held, self.looks = frozenset(state_dict["held"]), state_dict["looks"]
+        def read() -> list[Batch]:
+            every = CombinedLoader(loaders, "sequential")
+            with isolate_rng():  # a loader draws its order from the generator that training draws from
+                return take((batch for batch, _, _ in every), self.examples, "ConditionCheck")
+
+        return from_rank_zero(trainer, read)
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the step: several micro-batches may make one."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look every ``every`` steps."""
-        if self.every and trainer.global_step % self.every == 0:
-            self._look(trainer, pl_module)
+        """Look every ``every`` optimiser steps."""
+        stepped = trainer.global_step != self._step
+        if self.every and stepped and trainer.global_step % self.every == 0:
+            self._look(trainer, _tuner(pl_module))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Look once more unless the last step was one."""
         if self.look is None or self.look.step != trainer.global_step:
-            self._look(trainer, pl_module)
+            self._look(trainer, _tuner(pl_module))
 
-    def _look(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        tuner: Any = pl_module
-        training = tuner.training
-        tuner.eval()
-        self.look = self.inspect(tuner.model, tuner.prices, trainer.global_step)
-        tuner.train(training)
-        self._act(trainer, tuner.model)
+    def _look(self, trainer: lightning.Trainer, tuner: RouterTuner) -> None:
+        assert self._prices is not None  # on_train_start made sure
+        with evaluating(tuner.model):
+            look = self.inspect(tuner.model, self._prices, trainer.global_step)
+        # processors of different make round differently; every rank has to act alike
+        self.look = trainer.strategy.broadcast(look) if trainer.world_size > 1 else look
+        self._act(trainer, tuner.model, self.look)
         joint = self.look.joint
         numbers = {
             "theory/joint_kl": joint.kl,
@@ -240,83 +216,91 @@ class ConditionCheck(lightning.Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
+        if not trainer.is_global_zero:
+            return
         record = self.look.to_dict()
         Board(trainer.loggers).conditions(record)
-        if self.folder is not None and trainer.is_global_zero:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / CONDITIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def _act(self, trainer: lightning.Trainer, model: RoutedModel) -> None:
+    def inspect(self, model: RoutedModel, prices: Prices, step: int) -> Look:
+        """One look at a model's current decisions.
+
+        Raises:
+            ConfigError: there are no inputs to look at.
+        """
+        measured = self._split.judged(self._prepare(model))
+        if self.findings is None:
+            self.findings = judge(measured, prices, model.runtime.group, self.tolerance, self.level)
+        found = self._joint(model, prices)
+        joint = judge_joint(found["kl"], found["bound"], found["keep"], self.findings.layers, prices.alpha)
+        skips = judge_skips(
+            measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
+        )
+        return Look(step, model.runtime.group, self.tolerance, self.findings, joint, skips, model.config.held)
+
+    def _prepare(self, model: RoutedModel) -> LayerMeasures:
+        """What each layer is worth to each input; measured once."""
+        if not self.batches:
+            raise ConfigError("ConditionCheck: no inputs to look at; pass batches=, or train with validation data")
+        if self.measured is None:
+            self.measured = measure(model, self.batches, attention=model.runtime.hides_vision)
+        if len(self.measured) != count(self.batches):
+            raise ConfigError(
+                f"ConditionCheck: measured: expected one row for each of {count(self.batches)} inputs in batches, "
+                f"got {len(self.measured)}; leave measured out to have it measured"
+            )
+        return self.measured
+
+    def _joint(self, model: RoutedModel, prices: Prices) -> dict[str, Tensor]:
+        assert self.batches is not None
+        assert self.measured is not None
+        found = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
+        return {name: self._split.judged_columns(values) for name, values in found.items()}
+
+    # -- acting ------------------------------------------------------------------------------------------------------
+
+    def _act(self, trainer: lightning.Trainer, model: RoutedModel, look: Look) -> None:
         """Warn of, hold or stop at the layers whose skips clearly cost more than they may."""
-        look = self.look
-        assert look is not None
-        violations = look.violations
+        violations, said = look.violations, []
         if self.on_violation == "hold":
             passed = {layer for layer, found in look.skips.items() if found.verdict == "admissible"}
             held = (self._held | set(violations)) - passed
-            held = trainer.strategy.broadcast(held)  # ranks may have looked at other inputs
             for layer in sorted(held ^ self._held):
                 word = "held from now on" if layer in held else "free again"
-                _log.warning("step %d: layer %d is %s; %s", look.step, layer, word, _say(look, layer))
+                said.append(f"step {look.step}: layer {layer} is {word}; {describe_skip(look, layer)}")
             if held != self._held:
                 model.hold(self._fixed | held)
             self._held = held
         elif violations and self.on_violation == "stop":
             self.stopped = (
-                f"conditions violated at step {look.step}: {'; '.join(_say(look, layer) for layer in violations)}. "
+                f"conditions violated at step {look.step}: "
+                f"{'; '.join(describe_skip(look, layer) for layer in violations)}. "
                 "Raise conditions.tolerance or objective.keep, or train with conditions.on_violation=hold"
             )
-            _log.warning("%s", self.stopped)
+            said.append(self.stopped)
             trainer.should_stop = True
         else:
-            for layer in set(violations) - self._warned:
-                _log.warning("step %d: %s", look.step, _say(look, layer))
+            new = sorted(set(violations) - self._warned)
+            said += [f"step {look.step}: {describe_skip(look, layer)}" for layer in new]
             self._warned = set(violations)
+        for text in said if trainer.is_global_zero else ():
+            _log.warning("%s", text)
 
-    def _judge_layers(self, model: RoutedModel, prices: Prices) -> Findings:
-        assert self.measured is not None
-        return judge(self.measured, prices, model.runtime.group, self.tolerance, self.level)
+    # -- resuming ----------------------------------------------------------------------------------------------------
 
-    def inspect(self, model: RoutedModel, prices: Prices, step: int) -> Look:
-        """One look at a model's current decisions."""
-        assert self.measured is not None
-        assert self.batches is not None
-        if self.findings is None:
-            self.findings = self._judge_layers(model, prices)
-        found = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
-        joint = judge_joint(found["kl"], found["bound"], found["keep"], self.findings.layers, prices.alpha)
-        skips = judge_skips(
-            self.measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
-        )
-        return Look(step, model.runtime.group, self.tolerance, self.findings, joint, skips, model.config.held)
+    def state_dict(self) -> dict[str, Any]:
+        """The layers that are held and the looks that intervals allow for, for a run that resumes."""
+        return {"held": sorted(self._held), "looks": self.looks}
 
-    def _validation(self, trainer: lightning.Trainer) -> list[Batch]:
-        loaders = trainer.val_dataloaders
-        if loaders is None:
-            raise DataError(
-                "ConditionCheck: the trainer has no validation data; pass val_dataloaders to fit, or batches="
-            )
-        batches: list[Batch] = []
-        for batch in loaders:
-            batches.append(batch)
-            if sum(len(b["labels"]) for b in batches) >= self.examples:
-                break
-        return batches
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the held layers until the model is at hand; a run that had its last step does not start again."""
+        self._held, self.looks = frozenset(state_dict["held"]), state_dict["looks"]
 
 
-def _say(look: Look, layer: int) -> str:
-    """One sentence on what the routers' skips of a layer cost."""
-    found = look.skips.get(layer)
-    if found is None:
-        return f"the routers no longer ask to skip layer {layer}"
-    cost = next(row for row in found.rows if row.notion == "functional")
-    return (
-        f"layer {layer} is skipped for {found.n} of {look.joint.n} inputs at {cost.estimate:.3g} nats "
-        f"[{cost.low:.3g}, {cost.high:.3g}] a token, {look.tolerance:.3g} tolerated"
-    )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch with every tensor on a device."""
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return moved | {"inputs": {k: v.to(device) for k, v in batch["inputs"].items()}}
+def _tuner(module: lightning.LightningModule) -> RouterTuner:
+    if not isinstance(module, RouterTuner):
+        raise ConfigError(f"ConditionCheck: expected to watch a RouterTuner, got {type(module).__name__}")
+    return module

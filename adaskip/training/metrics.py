@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+OTHER = "other"
+"""What inputs of a kind that was not announced count as."""
 
 
 class KeepByKind(Metric):
@@ -14,25 +18,26 @@ class KeepByKind(Metric):
 
     Args:
         n_layers: l.
-        kinds: the labels inputs may carry; inputs of another label are not counted.
+        kinds: the labels inputs may carry, text or numbers; inputs of another label, or of none, count as ``other``.
+            Ranks add up their counts by place, so that the labels must be known beforehand.
     """
 
     full_state_update = False
     kept: Tensor
     seen: Tensor
 
-    def __init__(self, n_layers: int, kinds: Sequence[str]) -> None:
+    def __init__(self, n_layers: int, kinds: Sequence[Any]) -> None:
         super().__init__()
-        self.kinds = tuple(kinds)
+        self.kinds = tuple(dict.fromkeys([*map(str, kinds), OTHER]))
         self.add_state("kept", torch.zeros(len(self.kinds), n_layers, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros(len(self.kinds), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, keep: Tensor, kinds: Sequence[str]) -> None:
+    def update(self, keep: Tensor, kinds: Sequence[Any]) -> None:
         """Count a batch: keeps, or shares of tokens that keep, (l b), and the b labels."""
         for row, kind in zip(keep.T.to(self.kept), kinds, strict=True):
-            if kind in self.kinds:
-                self.kept[self.kinds.index(kind)] += row
-                self.seen[self.kinds.index(kind)] += 1
+            place = self.kinds.index(str(kind) if str(kind) in self.kinds else OTHER)
+            self.kept[place] += row
+            self.seen[place] += 1
 
     def compute(self) -> dict[str, Tensor]:
         """float64 (l) per kind that occurred: the share of its inputs that ran each layer."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import lightning
@@ -9,15 +11,24 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
 from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import DRAWS, first_order
-from adaskip.theory.profile import Prices, compare, exact_match
+from adaskip.theory.profile import IGNORED, Prices, compare, exact_match
 from adaskip.training.data import Batch, answer_positions
+from adaskip.training.inputs import check_batch, fingerprints, from_rank_zero
 from adaskip.training.metrics import KeepByKind
 from adaskip.training.objective import Objective
+from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
+from adaskip.training.schedule import OneCycle, length
+
+OVERSHOOT = 10.0
+"""Nats that a unit of keep above the target costs in ``val/objective``: more than any layer's skip saves in KL."""
+
+_log = logging.getLogger(__name__)
 
 
 class RouterTuner(lightning.LightningModule):
@@ -25,18 +36,33 @@ class RouterTuner(lightning.LightningModule):
 
         loss = E KL(p_dense || p_routed) + task_weight * CE + bound_weight * E[B] + budget
 
-    The budget is an augmented Lagrangian on the expected keep rate; its multiplier is a buffer, so it resumes. Random
-    draws are a pure function of (seed, step): a resumed run repeats an uninterrupted one.
+    The budget is an augmented Lagrangian on the expected keep rate; its multiplier is a buffer, so it resumes, and it
+    takes one step an optimiser step. Random draws are a pure function of (seed, step, micro-batch, rank): a resumed run
+    repeats an uninterrupted one. Routers and multiplier keep their precision whatever the trainer's is.
+
+    The prices of B come from inputs that nothing else is fitted on or judged by. With ``calibration`` they are
+    calibrated when a fit starts, for the objective's ``price`` and ``alpha``, on rank 0's inputs and equal on every
+    rank; checkpoints hold them, and a resumed run goes on with those of its checkpoint.
+
+    Validation logs ``val/kl``, ``val/accuracy``, ``val/keep`` and ``val/objective``, which is ``val/kl`` plus ten nats
+    for every unit of keep above the target. Monitor the last one: while the target still falls nearly everything runs,
+    so that ``val/kl`` alone is best at the start.
 
     Args:
         model: what `attach` returned.
         objective: weights and the target.
-        prices: calibrated constants of the redundancy bound, of the objective's price; None leaves B out.
+        prices: calibrated constants of the redundancy bound, of the objective's price.
+        calibration: batches or a loader to calibrate them on instead; at most 256 inputs are read.
         learning_rate: peak of a one-cycle schedule.
-        steps: length of the schedule.
+        steps: length of the schedule in optimiser steps; None: as many as the trainer will run.
         temperature: of the gates' slope.
-        kinds: labels that keep rates are reported by, for instance kinds of question.
-        seed: of the gates' exploration noise.
+        kinds: labels that keep rates are reported by, for instance kinds of question; all others count as ``other``.
+        seed: of the gates' exploration noise and of what calibration draws.
+
+    Raises:
+        ConfigError: no routers to train, or a value outside its range. When a fit starts: the bound has a weight and
+            nothing prices it, or nothing says how long training is.
+        DataError: when a fit starts: too few calibration inputs.
     """
 
     multiplier: Tensor
@@ -47,30 +73,91 @@ class RouterTuner(lightning.LightningModule):
         objective: Objective,
         prices: Prices | None = None,
         *,
+        calibration: Iterable[Batch] | None = None,
         learning_rate: float = 1e-3,
-        steps: int = 1000,
+        steps: int | None = None,
         temperature: float = 1.0,
-        kinds: tuple[str, ...] = (),
+        kinds: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_arguments(model, prices, calibration, learning_rate, steps, temperature)
         self.strict_loading = False  # checkpoints hold no frozen weights
-        self.model, self.objective, self.prices = model, objective, prices
+        self.model, self.objective, self.prices, self.calibration = model, objective, prices, calibration
         self.learning_rate, self.steps, self.temperature, self.seed = learning_rate, steps, temperature, seed
+        self.calibrated_on: frozenset[str] = frozenset()  # fingerprints of the inputs that the prices were fitted on
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
         self.val_kl, self.val_keep, self.val_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
-        self.keep_by_kind = KeepByKind(len(model.described.layers), kinds)
+        self.test_kl, self.test_keep, self.test_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
+        self.keep_by_kind = KeepByKind(len(model.described.layers), [*kinds])
+        self._length = steps or 1
+        self._micro = 0  # micro-batches of this optimiser step before the present one
+        self._gaps: list[Tensor] = []  # of the micro-batches since the last optimiser step
+        self._inputs: list[Batch] | None = None  # to calibrate on, between setup and the start of a fit
+
+    # -- prices ------------------------------------------------------------------------------------------------------
+
+    def calibrate(self, batches: Iterable[Batch], limit: int = LIMIT) -> Prices:
+        """Calibrate the prices of the objective now, on inputs that nothing else is fitted on or judged by.
+
+        Args:
+            batches: prompts with answers.
+            limit: inputs to read at most.
+
+        Raises:
+            DataError: too few inputs for a finite constant at the objective's alpha.
+        """
+        found = read_calibration(self.model, batches, self.objective.alpha, limit)
+        self.prices = price_objective(self.model, found, self.objective, self.seed)
+        self.calibrated_on = frozenset(fingerprints(found))
+        return self.prices
+
+    def setup(self, stage: str) -> None:
+        """Read and count the calibration inputs before anything runs; every rank gets those of rank 0."""
+        if stage != "fit" or self.calibration is None or self.prices is not None:
+            return
+        source, model, alpha = self.calibration, self.model, self.objective.alpha
+        self._inputs = from_rank_zero(self.trainer, lambda: read_calibration(model, source, alpha))
+        self.calibrated_on = frozenset(fingerprints(self._inputs))
+
+    def on_fit_start(self) -> None:
+        """Price what a skip costs, unless prices are at hand, and check that the objective has what it needs."""
+        inputs, self._inputs = self._inputs, None
+        self._gaps.clear()  # a fit before this one may have been interrupted between two steps
+        if self.prices is None and inputs is not None:
+            convert = self.trainer.precision_plugin.convert_input
+            # every rank prices the same inputs: a sharded model needs all of them, and none waits for long
+            self.prices = price_objective(self.model, map(convert, inputs), self.objective, self.seed)
+        if self.trainer.world_size > 1:
+            self.prices = self.trainer.strategy.broadcast(self.prices)
+        check_prices(self.prices, self.objective, len(self.model.described.layers))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the prices and which inputs they were fitted on."""
+        if self.prices is not None:
+            checkpoint["adaskip"] = {"prices": to_state(self.prices), "calibrated_on": sorted(self.calibrated_on)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the prices of the checkpoint."""
+        if (state := checkpoint.get("adaskip")) is None:
+            return
+        stored = from_state(state["prices"])
+        if self.prices is not None and not same(self.prices, stored):
+            _log.warning("the checkpoint's prices replace those that RouterTuner was given")
+        self.prices, self.calibrated_on = stored, frozenset(state["calibrated_on"])
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch of prompts with answers."""
+        check_batch(batch, "training")
+        self._micro = batch_idx % self.trainer.accumulate_grad_batches
         dense, costs = self._dense(batch)
         with self.model.explore(self._noise(), self.temperature):
             out = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"])
         routing, share = self._soft_keep()
         where = answer_positions(batch["labels"])
-        weight = (where / where.sum(1, keepdim=True) / len(where))[where]  # every input counts the same
+        weight = _weights(where)[where]
         log_p, log_q = (x[:, :-1][where].float().log_softmax(-1) for x in (dense, out.logits))
         kl = weight @ (log_p.exp() * (log_p - log_q)).sum(-1)
         task = weight @ torch.nn.functional.nll_loss(log_q, batch["labels"][:, 1:][where], reduction="none")
@@ -79,24 +166,32 @@ class RouterTuner(lightning.LightningModule):
         gap = share - self.target()
         budget = self.multiplier.float() * gap + goal.budget_weight * gap.clamp(min=0) ** 2
         loss = kl + goal.task_weight * task + goal.bound_weight * bound + budget
-        self._raise_multiplier(gap.detach())
+        self._gaps.append(gap.detach().clone())  # the graph shares the memory, and a reduction writes into it
         parts = {"loss": loss, "kl": kl, "task": task, "bound": bound, "budget": budget}
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()})
-        self.log_dict(
-            {"router/keep_soft": share.detach(), "router/target": self.target(), "router/multiplier": self.multiplier}
-        )
+        self.log_dict({"router/keep_soft": share.detach(), "router/target": self.target()})
         self.log_dict({f"router/keep/layer_{i:02d}": row.float().mean() for i, row in enumerate(routing.share)})
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise the budget's multiplier by the mean gap of this step's micro-batches, of all ranks."""
+        gap = torch.stack(self._gaps).mean()
+        self._gaps.clear()
+        if self.trainer.world_size > 1:
+            gap = self.trainer.strategy.reduce(gap, reduce_op="mean")
+        self.multiplier.add_(self.objective.budget_rate * gap.double()).clamp_(min=0)
+        self.log("router/multiplier", self.multiplier)
+
     def target(self) -> float:
         """The keep rate asked for at this step: it falls from 1 to the objective's over the warm-up."""
-        ramp = min(1.0, self.global_step / max(1.0, self.objective.warmup * self.steps))
+        ramp = min(1.0, self.global_step / max(1.0, self.objective.warmup * self._length))
         return 1.0 + ramp * (self.objective.keep - 1.0)
 
     def _noise(self, stream: int = 0) -> torch.Generator:
-        """A source of draws that is a pure function of (seed, step, rank, stream)."""
+        """A source of draws that is a pure function of (seed, step, micro-batch, rank, stream)."""
         step = (self.seed * 1_000_003 + self.global_step) * 4096
-        return torch.Generator().manual_seed(step + self.global_rank + 2048 * stream)
+        mixed = step + self.global_rank + 2048 * stream + self._micro * 0x9E3779B97F4A7C15
+        return torch.Generator().manual_seed(mixed if self._micro == 0 else mixed % 2**64)
 
     @torch.no_grad()
     def _dense(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -129,44 +224,114 @@ class RouterTuner(lightning.LightningModule):
             return routing.gates.new_zeros(())
         s, u = costs
         peaks = u if self.objective.bound == "two-point" else None
-        return bounds.redundancy_bound(routing.gates.T, s, peaks, self.prices.correlation).mean()
+        together = self.prices.correlation if self.objective.price == "gates" else None
+        return bounds.redundancy_bound(routing.gates.T, s, peaks, together).mean()
 
-    def _raise_multiplier(self, gap: Tensor) -> None:
-        gap = self.trainer.strategy.reduce(gap, reduce_op="mean") if self.trainer.world_size > 1 else gap
-        self.multiplier.add_(self.objective.budget_rate * gap.double()).clamp_(min=0)
+    # -- validation, test, prediction ----------------------------------------------------------------------------------
 
-    # -- validation --------------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Real skipping on validation data: KL to the dense model, exact-match accuracy, keep rate."""
-        with self.model.dense():
-            dense = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        routed = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        self.val_kl.update(compare(dense, routed, batch["labels"])["kl"])
-        self.val_accuracy.update(exact_match(routed, batch["labels"]).float())
-        routing = self.model.routing
-        self.val_keep.update(routing.keep_rate)
-        self.keep_by_kind.update(routing.share, batch["kind"])
+        routing = self._judge(batch, "validation", self.val_kl, self.val_accuracy, self.val_keep)
+        self.keep_by_kind.update(routing.share, batch.get("kind", [""] * len(batch["labels"])))
+        # several loaders are read as one: the metrics would count what came before once more under each name
         self.log_dict(
-            {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep}, prog_bar=True
+            {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep},
+            prog_bar=True,
+            add_dataloader_idx=False,
         )
 
     def on_validation_epoch_start(self) -> None:
         """Keep rates are those of the coming pass alone."""
         self.keep_by_kind.reset()
 
+    def on_validation_epoch_end(self) -> None:
+        """Log what a checkpoint should be chosen by: the KL, and a price on keep above the target."""
+        if self.val_keep.update_called:
+            excess = (self.val_keep.compute() - self.objective.keep).clamp(min=0)
+            self.log("val/objective", self.val_kl.compute() + OVERSHOOT * excess, sync_dist=self.trainer.world_size > 1)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same figures as in validation, under ``test/``."""
+        self._judge(batch, "test", self.test_kl, self.test_accuracy, self.test_keep)
+        self.log_dict(
+            {"test/kl": self.test_kl, "test/accuracy": self.test_accuracy, "test/keep": self.test_keep},
+            add_dataloader_idx=False,
+        )
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Route a batch, with or without answers: ``keep`` bool (l b ...), ``keep_rate`` (b), ``logits`` (b t v)."""
+        check_batch(batch, "predict", ("inputs", "prompt_mask"))
+        logits = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        routing = self.model.routing
+        return {"keep": routing.keep, "keep_rate": routing.keep_rate, "logits": logits}
+
+    def _judge(self, batch: Batch, where: str, kl: MeanMetric, accuracy: MeanMetric, keep: MeanMetric) -> Routing:
+        """Run a batch densely and routed, and count what comes of it."""
+        check_batch(batch, where)
+        with self.model.dense():
+            dense = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        routed = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        routing = self.model.routing
+        kl.update(compare(dense, routed, batch["labels"])["kl"])
+        accuracy.update(exact_match(routed, batch["labels"]).float())
+        keep.update(routing.keep_rate)
+        return routing
+
     # -- Lightning's bookkeeping -------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         """AdamW on the routers, one-cycle."""
         assert self.model.routers is not None
+        self._length = length(self.trainer, self.steps, self.objective.warmup)
         optimizer = torch.optim.AdamW(self.model.routers.parameters(), lr=self.learning_rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.learning_rate, total_steps=self.steps, pct_start=0.1, anneal_strategy="cos"
-        )
+        schedule = OneCycle(optimizer, self.learning_rate, self._length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RouterTuner:
+        """Follow to another device and precision, but for the multiplier: its steps are too small for bfloat16."""
+        exact = self.multiplier
+        super()._apply(fn, recurse)
+        self.multiplier = exact.to(self.multiplier.device)
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Routers and multiplier only; the frozen backbone is not the checkpoint's business."""
         full = super().state_dict(*args, **kwargs)
         return {name: value for name, value in full.items() if not name.startswith("model.backbone.")}
+
+
+def _weights(where: Tensor) -> Tensor:
+    """float32 (b t): weights of the predicted tokens under which every input counts the same; they sum to 1.
+
+    Raises:
+        DataError: an input without an answer.
+    """
+    tokens = where.sum(1, keepdim=True)
+    if empty := (tokens == 0).nonzero()[:, 0].tolist():
+        raise DataError(
+            f"training: rows {empty} of a batch have no answer to learn from: their labels are all {IGNORED}; "
+            "leave such inputs out, or give them answers"
+        )
+    return where.float() / tokens / len(where)  # float32 whatever torch's default is
+
+
+def _check_arguments(
+    model: Any, prices: Any, calibration: Any, learning_rate: float, steps: int | None, temperature: float
+) -> None:
+    if not isinstance(model, RoutedModel):
+        raise ConfigError(f"RouterTuner: expected a RoutedModel, got {type(model).__name__}; call adaskip.attach first")
+    if model.routers is None:
+        raise ConfigError(
+            "RouterTuner: the model follows a plan and has no routers to train; attach with a RouterConfig and no plan"
+        )
+    if prices is not None and calibration is not None:
+        raise ConfigError("RouterTuner: expected prices or calibration, got both; calibration would replace the prices")
+    ranges = {
+        "prices": (prices is None or isinstance(prices, Prices), prices, "Prices; batches go into calibration="),
+        "learning_rate": (learning_rate > 0, learning_rate, "a number > 0"),
+        "steps": (steps is None or steps >= 1, steps, "an integer >= 1, or None for as many as the trainer will run"),
+        "temperature": (temperature > 0, temperature, "a number > 0"),
+    }
+    faults = [f"{name}: expected {what}, got {value!r}"[:200] for name, (ok, value, what) in ranges.items() if not ok]
+    if faults:
+        raise ConfigError("RouterTuner: " + "; ".join(faults))

@@ -40,7 +40,8 @@ def fit(
     resume: str | None = None,
     held: tuple[int, ...] = (),
 ) -> tuple[adaskip.ConditionCheck, lightning.Trainer]:
-    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.5), steps=8, learning_rate=1e-6)
+    goal = adaskip.Objective(keep=0.5)
+    tuner = adaskip.RouterTuner(model, goal, calibration=batches(14)[12:], steps=8, learning_rate=1e-6)
     check = adaskip.ConditionCheck(every=2, examples=32, tolerance=0.01, on_violation=on_violation)
     check.load_state_dict({"held": held, "looks": 1})
     trainer = lightning.Trainer(

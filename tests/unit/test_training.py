@@ -97,6 +97,8 @@ def test_keep_by_kind_merges_like_one_metric() -> None:
     assert all(torch.equal(value, getattr(whole, name)) for name, value in merged.items())
     chosen = torch.tensor([k == "a" for k in kinds])
     assert torch.allclose(whole.compute()["a"], keep[:, chosen].double().mean(1))
+    unknown = torch.tensor([k == "c" for k in kinds])
+    assert torch.allclose(whole.compute()["other"], keep[:, unknown].double().mean(1))
 
 
 def test_objective_lists_its_faults() -> None:
@@ -109,7 +111,11 @@ def test_the_lightning_objects_by_themselves(tmp_path: Path) -> None:
     """No recipe: attach, tune, check, save, load; the budget is met and the loss stays finite."""
     model = adaskip.attach(toys.make("llama").model)
     tuner = adaskip.RouterTuner(
-        model, adaskip.Objective(keep=0.5, warmup=0.0), steps=40, learning_rate=0.05, kinds=("even", "odd")
+        model,
+        adaskip.Objective(keep=0.5, warmup=0.0),
+        calibration=batches(15)[13:],
+        learning_rate=0.05,
+        kinds=("even", "odd"),
     )
     check = adaskip.ConditionCheck(every=20, examples=16, folder=tmp_path)
     trainer = lightning.Trainer(
@@ -124,7 +130,7 @@ def test_the_lightning_objects_by_themselves(tmp_path: Path) -> None:
     )
     frozen = {name: weight.clone() for name, weight in model.backbone.state_dict().items()}
     whole = {"batch_size": None}  # the items are batches already
-    trainer.fit(tuner, DataLoader(batches(10), **whole), DataLoader(batches(3), **whole))
+    trainer.fit(tuner, DataLoader(batches(10), **whole), DataLoader(batches(13)[10:], **whole))
     assert all(torch.equal(frozen[name], weight) for name, weight in model.backbone.state_dict().items())
     assert float(trainer.callback_metrics["router/keep_soft"]) < 0.6
     assert check.look is not None

@@ -1,0 +1,109 @@
+"""Where the redundancy bound's prices come from: given, calibrated at fit start, or read from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import ConfigError, DataError
+from adaskip.runtime.attach import RoutedModel
+from adaskip.theory.prices import needed, price
+from adaskip.theory.profile import Prices
+from adaskip.training.data import Batch
+from adaskip.training.inputs import count, take, to_device
+from adaskip.training.objective import Objective
+
+LIMIT = 256
+"""Inputs that prices are calibrated on at most; each costs about half a dense pass per layer."""
+
+
+def read_calibration(model: RoutedModel, source: Iterable[Batch], alpha: float, limit: int = LIMIT) -> list[Batch]:
+    """The batches to calibrate on, enough of them; nothing has run yet.
+
+    Raises:
+        DataError: too few inputs for a finite constant at this alpha.
+    """
+    found = take(source, limit, "calibration")
+    least = needed(model, alpha)
+    if count(found) < least:
+        why = ", a fourth of which gives the mean attention mass" if model.runtime.hides_vision else ""
+        raise DataError(
+            f"calibration: expected at least {least} inputs for alpha={alpha}{why}, got {count(found)}; "
+            "pass a loader with more of them, or a larger Objective(alpha=...)"
+        )
+    return found
+
+
+def price_objective(model: RoutedModel, batches: Iterable[Batch], objective: Objective, seed: int) -> Prices:
+    """`price` of the objective's kind and alpha, on the model's device; leaves modes and random numbers as they are."""
+    held = [to_device(batch, model.described.device) for batch in batches]
+    with torch.random.fork_rng(devices=[]), evaluating(model):
+        return price(model, held, None, objective.alpha, objective.price, seed)
+
+
+@contextmanager
+def evaluating(model: RoutedModel) -> Iterator[None]:
+    """Inside: the model really skips; its mode comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def check_prices(prices: Prices | None, objective: Objective, n_layers: int) -> None:
+    """Refuse an objective with a bound that nothing, or something else, prices.
+
+    Raises:
+        ConfigError: says what to type.
+    """
+    cure = "pass RouterTuner(..., calibration=batches), inputs that nothing else is fitted on or judged by"
+    if prices is None:
+        if objective.bound_weight:
+            raise ConfigError(
+                f"RouterTuner: bound_weight={objective.bound_weight} weighs the redundancy bound, but nothing says "
+                f"what a skip costs; {cure}, or prices=, or leave the bound out: Objective(bound_weight=0)"
+            )
+        return
+    if len(prices.shift) != n_layers:
+        raise ConfigError(f"prices: expected constants of {n_layers} layers, got {len(prices.shift)}; {cure}")
+    lacking = {"gates": prices.correlation is None, "fisher": prices.slope is None}
+    if objective.bound_weight and lacking.get(objective.price):
+        raise ConfigError(
+            f"prices: expected constants of Objective(price={objective.price!r}), got others; {cure}, "
+            f"or calibrate with adaskip.theory.prices.price(..., kind={objective.price!r})"
+        )
+    used = prices.slope if objective.price == "fisher" else torch.stack([prices.shift, prices.peak])
+    if objective.bound_weight and used is not None and not used.isfinite().all():
+        layers = (~used.isfinite()).any(0).nonzero().squeeze(1).tolist()
+        raise ConfigError(
+            f"prices: the constants of layers {layers} are not finite: these layers hardly move the states and still "
+            "change the logits; take another Objective(price=...), or leave the bound out: Objective(bound_weight=0)"
+        )
+
+
+def to_state(prices: Prices) -> dict[str, Any]:
+    """Tensors and numbers that a checkpoint holds and ``weights_only=True`` reads."""
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in asdict(prices).items()}
+
+
+def from_state(state: dict[str, Any]) -> Prices:
+    """The prices that `to_state` wrote."""
+    return Prices(**state)
+
+
+def same(a: Prices, b: Prices) -> bool:
+    """Whether two prices are equal to the bit."""
+    left, right = to_state(a), to_state(b)
+    return all(
+        torch.equal(value, right[name])
+        if isinstance(value, Tensor) and isinstance(right[name], Tensor)
+        else value is right[name] or value == right[name]
+        for name, value in left.items()
+    )
