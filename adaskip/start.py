@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
 
 from adaskip.errors import CheckpointError, ConfigError
+from adaskip.ranks import is_first_process
 from adaskip.recipe import RESOLVED, Recipe, dump, load
 from adaskip.training.checkpoints import CHECKPOINTS, checkpoints, newest_checkpoint
 from adaskip.training.fit_run import ROUTERS
@@ -23,11 +23,6 @@ _STARTED = (RESOLVED, "env.json", METRICS, CONDITIONS, LOCK, CHECKPOINTS, "wandb
 """What a start leaves in a folder before its first step."""
 _FREE_TO_CHANGE = {"name", "output", "tracking", "trainer.progress", "trainer.workers"}
 """Keys that a resumed run may have otherwise: they change nothing that it computes."""
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one of its run that makes folders, writes files and prints."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:

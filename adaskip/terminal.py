@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from adaskip.errors import AdaSkipError, CheckpointError, did_you_mean
+from adaskip.ranks import is_first_process
 
 
 def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
@@ -29,6 +30,8 @@ def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None
         else:
             print(f"adaskip: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    if not is_first_process():
+        raise typer.Exit(0 if found.get("ok", True) else 1)
     if as_json:
         emit(found)
     else:

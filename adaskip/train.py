@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 
 from adaskip import report
 from adaskip.errors import CheckpointError
+from adaskip.ranks import is_first_process, is_lost_process
 from adaskip.recipe import RESOLVED, Recipe
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
-from adaskip.start import check_start, is_first_process, opened
+from adaskip.start import check_start, opened
 from adaskip.theory.prices import price
 from adaskip.theory.profile import LayerMeasures, Prices, exact_match, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
@@ -90,7 +91,15 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     with opened(recipe, folder, resume) as (checkpoint, step):
         if resume and is_first_process():
             print(f"adaskip: {folder}: going on from step {step}", file=sys.stderr)
-        return _train(recipe, folder, model, collate, splits, checkpoint, step, laps)
+        try:
+            return _train(recipe, folder, model, collate, splits, checkpoint, step, laps)
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            raise CheckpointError(
+                f"{folder}: another process of this run has ended, see what it says above; "
+                f"go on with: adaskip train {folder / RESOLVED} --resume"
+            ) from error
 
 
 def _train(

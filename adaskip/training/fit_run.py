@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adaskip.errors import CheckpointError
+from adaskip.ranks import is_first_process
 from adaskip.runtime.attach import RoutedModel
 from adaskip.training.callbacks import to_device
 from adaskip.training.data import Batch, Collator, Record, RoundSampler
@@ -51,6 +52,8 @@ def fit_in_folder(
 
     def after(done: FitState, figures: dict[str, float]) -> None:
         rounds.append({"round": done.round, **figures})
+        if not is_first_process():  # every process fits the same routers; one writes them
+            return
         write_text(folder / ROUNDS, "".join(json.dumps(line) + "\n" for line in rounds))
         _save(model, done, folder / ROUTERS)
         if say is not None:

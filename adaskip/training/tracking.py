@@ -17,6 +17,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
+from adaskip.ranks import is_first_process
+
 PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetrics", "numpy")
 METRICS, CONDITIONS, KEEP_RATES = "metrics.csv", "conditions.jsonl", "keep_rates.json"
 
@@ -32,7 +34,8 @@ class MetricsFile(Logger):
     def __init__(self, folder: Path, after: int = 0) -> None:
         super().__init__()
         self.path = folder / METRICS
-        truncate_table(self.path, after)
+        if is_first_process():
+            truncate_table(self.path, after)
 
     @property
     def name(self) -> str:

@@ -25,43 +25,7 @@ SHORT = [
     "tracking.wandb=disabled",
 ]
 
-KILLER = """
-import io, os, signal, sys
-import torch
-import lightning
-from adaskip.cli import main
-from adaskip.training.module import RouterTuner
-
-moment, step, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-sys.argv = ["adaskip", *arguments]
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-train_one, save, validate = RouterTuner.training_step, torch.save, lightning.Trainer.validate
-
-def training_step(self, *args):
-    if moment == "in step" and self.global_step == step:
-        die()
-    return train_one(self, *args)
-
-def half_a_file(content, place, *args, **options):
-    if moment != "in checkpoint" or content.get("global_step") != step:
-        return save(content, place, *args, **options)
-    whole = io.BytesIO()
-    save(content, whole)
-    place.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-    place.flush()
-    die()
-
-def validate_or_die(self, *args, **options):
-    if moment == "after training":
-        die()
-    return validate(self, *args, **options)
-
-RouterTuner.training_step, torch.save, lightning.Trainer.validate = training_step, half_a_file, validate_or_die
-main(arguments)
-"""
+KILLER = Path(__file__).with_name("killer.py")
 
 
 def environment() -> dict[str, str]:
@@ -74,8 +38,8 @@ def environment() -> dict[str, str]:
 def kill(moment: str, step: int, arguments: list[str]) -> None:
     """Run ``adaskip ARGUMENTS`` and kill it -9 from within: ``in step``, ``in checkpoint`` or ``after training``."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, moment, str(step), *arguments],
-        env=environment(), capture_output=True, text=True, timeout=240,
+        [sys.executable, str(KILLER), *arguments],
+        env=environment() | {"MOMENT": moment, "STEP": str(step)}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == -9, done.stderr
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adaskip"
 ORDER = [
     "errors",
+    "ranks",
     "demo",
     "plan",
     "probe",

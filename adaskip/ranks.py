@@ -1,0 +1,18 @@
+"""Which of a run's processes this is; read from the environment, as launchers set it before anything is imported."""
+
+from __future__ import annotations
+
+import os
+
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning's own launcher, srun
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that makes folders, writes files and prints results."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer"))

@@ -1,0 +1,65 @@
+"""``adaskip`` with a death built in: ``MOMENT`` at ``STEP`` of process ``VICTIM``; every process tells its routers.
+
+A program of its own, so that Lightning and torchrun can start it as they start ``adaskip``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import sys
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from adaskip.cli import main
+from adaskip.training.module import RouterTuner
+
+MOMENT, STEP, VICTIM = os.environ.get("MOMENT"), int(os.environ.get("STEP", 0)), int(os.environ.get("VICTIM", 0))
+train_one, save, validate = RouterTuner.training_step, torch.save, lightning.Trainer.validate
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies(moment: str) -> bool:
+    return moment == MOMENT and rank_zero_only.rank == VICTIM
+
+
+def training_step(self: RouterTuner, batch: Any, batch_idx: int) -> torch.Tensor:
+    if dies("in step") and self.global_step == STEP:
+        die()
+    return train_one(self, batch, batch_idx)
+
+
+def half_a_file(content: Any, place: Any, *args: Any, **options: Any) -> None:
+    if not dies("in checkpoint") or content.get("global_step") != STEP:
+        return save(content, place, *args, **options)
+    whole = io.BytesIO()
+    save(content, whole)
+    place.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    place.flush()
+    return die()
+
+
+def validate_or_die(self: lightning.Trainer, *args: Any, **options: Any) -> Any:
+    if dies("after training"):
+        die()
+    return validate(self, *args, **options)
+
+
+def tell(self: RouterTuner) -> None:
+    weights = b"".join(w.detach().numpy().tobytes() for w in self.model.routers.parameters())
+    line = f"ROUTERS {self.global_rank} {hashlib.sha256(weights).hexdigest()} {float(self.multiplier)!r}\n"
+    os.write(2, line.encode())
+
+
+RouterTuner.training_step, RouterTuner.on_train_end = training_step, tell
+torch.save, lightning.Trainer.validate = half_a_file, validate_or_die
+if __name__ == "__main__":
+    main(sys.argv[1:])

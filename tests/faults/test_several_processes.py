@@ -1,0 +1,89 @@
+"""Two processes train one set of routers, by the command line and by torchrun; where one dies, the other says so."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adaskip.training.checkpoints import checkpoints
+from tests.faults.runs import KILLER, SHORT, STEPS, environment, numbers
+
+TWO = [*SHORT, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.batch_size=4"]
+COMMAND = [sys.executable, str(KILLER), "train"]
+LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
+TORCHRUN = [sys.executable, *LAUNCHER, str(KILLER), "train"]
+
+
+def run(command: list[str], **death: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment() | death, capture_output=True, text=True, timeout=300)
+
+
+def routers(done: subprocess.CompletedProcess[str]) -> list[tuple[str, ...]]:
+    """Of each rank: the digest of its routers and its multiplier."""
+    return sorted(re.findall(r"ROUTERS (\d) (\w+) (\S+)", done.stderr))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """An uninterrupted run by the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = run([*COMMAND, "digits-vlm", *TWO, "--json", f"output={folder}"])
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_two_processes_end_with_the_same_routers_and_one_set_of_files(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    """Would catch: a second process that finds the folder taken, an in-place reduction, files or results twice."""
+    folder, done = whole
+    first, second = routers(done)
+    assert first[1:] == second[1:]
+    assert float(first[2]) > 0
+    assert json.loads(done.stdout)["steps"] == STEPS  # one JSON object, not one a process
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"recipe.resolved.yaml", "metrics.csv", "conditions.jsonl", "summary.json", "router", "report.md"}
+    assert not [name for name in names if name.endswith(".part")]
+    looks = [json.loads(line)["step"] for line in (folder / "conditions.jsonl").read_text().splitlines()]
+    assert looks == [6, 12, 16, 16]
+    assert all(len({step for step, _ in rows}) == len(rows) or name.startswith("val/")
+               for name, rows in numbers(folder).items())  # fmt: skip
+
+
+def test_a_process_that_dies_is_said_by_the_other_and_the_run_goes_on(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Would catch: a process that waits for a dead one, and a resume of two processes that is not the same run."""
+    folder = tmp_path / "run"
+    started = time.monotonic()
+    done = run([*TORCHRUN, "digits-vlm", *TWO, f"output={folder}"], MOMENT="in step", STEP="10", VICTIM="1")
+    assert done.returncode != 0
+    assert time.monotonic() - started < 150
+    assert "another process of this run has ended" in done.stderr
+    assert [int(path.stem) for path in checkpoints(folder)] == [8, 4]
+    resumed = run([*TORCHRUN, str(folder / "recipe.resolved.yaml"), "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step 8" in resumed.stderr
+    assert routers(resumed) == routers(whole[1])
+    expected, found = (load_file(path / "router" / "router.safetensors") for path in (whole[0], folder))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert numbers(folder) == numbers(whole[0])
+
+
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_either_process_of_the_command_line_may_die(tmp_path: Path, victim: str) -> None:
+    """Would catch: a process left behind that waits for ever, or that ends without a word on what to do."""
+    folder = tmp_path / "run"
+    done = run([*COMMAND, "digits-vlm", *TWO, f"output={folder}"], MOMENT="in step", STEP="5", VICTIM=victim)
+    assert done.returncode != 0
+    assert "another process of this run has ended" in done.stderr
+    assert f"adaskip train {folder / 'recipe.resolved.yaml'} --resume" in done.stderr
+    assert "Traceback" not in done.stderr
