@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := runs/demo
+# one thread a process, as many processes as there are cores
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+SPREAD := -n auto --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-oldest check lint slow bench clean
@@ -27,15 +30,15 @@ demo: $(READY) ## train routers for the embedded vision-language model, compare 
 	@echo "The whole story with pictures: $(DEMO)/report.md"
 
 test: $(READY) ## all tests that need no GPU and no patience (15 minutes at most)
-	$(BIN)/python -m pytest
+	$(PYTEST) $(BIN)/python -m pytest $(SPREAD)
 
-test-oldest: ## the architecture contracts on the oldest transformers that pyproject.toml admits
+test-oldest: ## architecture contracts and training on the oldest transformers and lightning that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
-	$(VENV)-oldest/bin/python -m pytest tests/contracts tests/unit/test_backbone.py
+	$(PYTEST) $(VENV)-oldest/bin/python -m pytest $(SPREAD) tests/contracts tests/unit tests/faults
 
 check: lint ## ruff, mypy, fast tests
-	$(BIN)/python -m pytest tests/unit tests/properties
+	$(PYTEST) $(BIN)/python -m pytest $(SPREAD) tests/unit tests/properties
 
 lint: $(READY)
 	$(BIN)/ruff check .
