@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +16,16 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from adaskip import report
+from adaskip.amounts import enough_to_train
+from adaskip.budget import hold_budget, lightest
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import Recipe, dump, load
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
+from adaskip.stages import SILENT, Stages
 from adaskip.theory.prices import price
-from adaskip.theory.profile import LayerMeasures, Prices, exact_match, measure
+from adaskip.theory.profile import LayerMeasures, Prices, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
 from adaskip.training.fit_run import fit_in_folder
@@ -65,15 +67,17 @@ def records(recipe: Recipe, split: str) -> list[Record]:
     return load_records(section.source, split, getattr(section.examples, split), recipe.seed, columns)
 
 
-def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict[str, Any]:
     """Train the routers of a recipe and leave a complete run folder.
 
     Args:
         recipe: what `adaskip.recipe.load` returned.
         resume: go on from the run folder's last checkpoint; the result equals that of an uninterrupted run.
+        stages: hears what is under way.
 
     Returns:
-        The summary that also stands in ``summary.json``.
+        The summary that also stands in ``summary.json``. ``ok`` is False where the compute budget was missed, or where
+        training stopped at violated conditions.
 
     Raises:
         AdaSkipError: the recipe, the data, the backbone or the run folder does not fit; nothing is overwritten.
@@ -84,11 +88,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     lightning.seed_everything(recipe.seed, verbose=False)
     collate = Collator(load_processor(recipe))
     splits = {split: records(recipe, split) for split in ("train", "validation", "calibration")}
-    model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
+    enough_to_train(recipe, len(splits["validation"]), len(splits["calibration"]))
+    with stages(f"loading {recipe.backbone.path}"):
+        model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
 
     size, looked_at = recipe.trainer.batch_size, recipe.conditions.examples
     check = [*loader(splits["validation"][:looked_at], collate, size)]
-    measured, prices = _price(model, check, [*loader(splits["calibration"][: 2 * looked_at], collate, size)], recipe)
+    calibration = [*loader(splits["calibration"][: 2 * looked_at], collate, size)]
+    measured, prices = _price(model, check, calibration, recipe, stages)
     tuner = RouterTuner(
         model,
         recipe.objective,
@@ -122,15 +129,16 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     validation = loader(splits["validation"], collate, size)
     laps.lap("price")
     if recipe.method == "from-bounds" and checkpoint is None:
-        say = (lambda text: print(text, file=sys.stderr)) if recipe.trainer.progress else None
-        inputs = splits["train"]
-        state, rounds = fit_in_folder(model, recipe.objective, recipe.fit, inputs, collate, folder, recipe.seed, say)
+        inputs, goal = splits["train"], recipe.objective
+        with stages(f"fitting the routers from bounds, {recipe.fit.rounds} rounds"):
+            state, rounds = fit_in_folder(model, goal, recipe.fit, inputs, collate, folder, recipe.seed, stages.note)
         tuner.multiplier.fill_(state.multiplier)
         for logger in trainer.loggers:
             logger.log_metrics({f"fit/{name}": value for name, value in rounds[-1].items()}, step=0)
         laps.lap("fit")
     if recipe.trainer.steps:
-        trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        with stages(f"training for {recipe.trainer.steps} steps"):
+            _fit(trainer, tuner, batches, validation, checkpoint)
         laps.lap("train")
     if conditions.stopped:
         return {"ok": False, "folder": str(folder), "steps": trainer.global_step, "stopped": conditions.stopped}
@@ -139,7 +147,27 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
             f"{folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
             f"go on with: adaskip train {folder / RECIPE} --resume"
         )
-    return _finish(recipe, folder, trainer, tuner, conditions, validation, laps)
+    return _finish(recipe, folder, trainer, tuner, conditions, validation, laps, stages)
+
+
+def _fit(
+    trainer: lightning.Trainer, tuner: RouterTuner, batches: Any, validation: Any, checkpoint: Path | None
+) -> None:
+    """Train; Ctrl-C stays one, where Lightning would make an ordinary exit of it.
+
+    Raises:
+        KeyboardInterrupt: with what to type to go on.
+    """
+    try:
+        trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except SystemExit as stop:
+        if not trainer.interrupted:
+            raise
+        resolved = Path(trainer.default_root_dir) / RECIPE
+        raise KeyboardInterrupt(
+            f"interrupted at step {trainer.global_step} of {trainer.max_steps}; go on with: adaskip train {resolved} "
+            "--resume"
+        ) from stop
 
 
 def _prepare(recipe: Recipe, folder: Path, resume: bool) -> Path | None:
@@ -170,22 +198,28 @@ def _prepare(recipe: Recipe, folder: Path, resume: bool) -> Path | None:
 
 
 def _price(
-    model: RoutedModel, check: list[Batch], calibration: list[Batch], recipe: Recipe
+    model: RoutedModel, check: list[Batch], calibration: list[Batch], recipe: Recipe, stages: Stages
 ) -> tuple[LayerMeasures, Prices]:
     """Measure what each layer is worth on validation inputs; calibrate the bound's constants on others."""
     if torch.cuda.is_available() and not recipe.backbone.device_map:
         model.cuda()
     device = model.described.device
-    vision = model.runtime.hides_vision
-    measured = measure(model, [to_device(b, device) for b in check], attention=vision)
-    return measured, price(
-        model,
-        [to_device(b, device) for b in calibration],
-        measured.mass.mean(0),
-        recipe.objective.alpha,
-        recipe.objective.price,
-        recipe.seed,
-    )
+    vision, layers = model.runtime.hides_vision, len(model.described.layers)
+    check = [to_device(b, device) for b in check]
+    if not (least := lightest(model, check, recipe.objective.keep)).met:
+        stages.note(f"{least.sentence}; training goes on all the same")
+    count = sum(len(b["labels"]) for b in check)
+    with stages(f"measuring {layers} layers on {count} validation inputs", count) as advance:
+        measured = measure(model, check, attention=vision, progress=advance)
+    with stages(f"pricing {layers} layers on {sum(len(b['labels']) for b in calibration)} calibration inputs"):
+        return measured, price(
+            model,
+            [to_device(b, device) for b in calibration],
+            measured.mass.mean(0),
+            recipe.objective.alpha,
+            recipe.objective.price,
+            recipe.seed,
+        )
 
 
 def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck) -> lightning.Trainer:
@@ -224,35 +258,6 @@ def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck
     )
 
 
-@torch.no_grad()
-def quality(model: RoutedModel, batches: list[Batch]) -> tuple[float, float]:
-    """Mean keep rate and teacher-forced exact-match accuracy of the routed model."""
-    keep, right = [], []
-    for batch in batches:
-        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        keep.append(model.routing.keep_rate)
-        right.append(exact_match(logits, batch["labels"]))
-    return float(torch.cat(keep).mean()), float(torch.cat(right).float().mean())
-
-
-def hold_budget(model: RoutedModel, batches: list[Batch], keep: float, steps: int = 10) -> float:
-    """Set the routers' threshold so that their mean keep rate on these inputs is just below ``keep``.
-
-    Training leaves the hard decisions near the target, not on it; one number, found on validation data by bisection of
-    the logits' range, closes the gap. Returns the threshold.
-    """
-    low, high = model.config.threshold - 16.0, model.config.threshold + 16.0
-    for _ in range(steps):
-        middle = (low + high) / 2
-        model.set_threshold(middle)
-        if quality(model, batches)[0] <= keep:
-            high = middle
-        else:
-            low = middle
-    model.set_threshold(high)
-    return high
-
-
 def _finish(
     recipe: Recipe,
     folder: Path,
@@ -261,15 +266,19 @@ def _finish(
     conditions: ConditionCheck,
     validation: DataLoader[Any],
     laps: Laps,
+    stages: Stages,
 ) -> dict[str, Any]:
     model = tuner.model.eval()
     device = model.described.device
     held = [to_device(batch, device) for batch in validation]
-    threshold = hold_budget(model, held, recipe.objective.keep)
+    with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
+        budget = hold_budget(model, held, recipe.objective.keep, advance)
+    stages.note(budget.sentence)
     laps.lap("threshold")
-    found = trainer.validate(tuner, validation, verbose=False)[0]
-    assert tuner.prices is not None
-    look: Look = conditions.inspect(model, tuner.prices, trainer.global_step)
+    with stages("validating, and checking the conditions"):
+        found = trainer.validate(tuner, validation, verbose=False)[0]
+        assert tuner.prices is not None
+        look: Look = conditions.inspect(model, tuner.prices, trainer.global_step)
     rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
     joint = look.joint.to_dict()
     laps.lap("check")
@@ -282,11 +291,13 @@ def _finish(
         "bound_coverage": joint["coverage"],
     }
     summary = {
+        "ok": budget.met,
         "folder": str(folder),
         "steps": trainer.global_step,
         "seconds": round(sum(part["seconds"] for part in laps.parts.values()), 1),
         "parts": laps.parts,
-        "threshold": threshold,
+        "threshold": budget.threshold,
+        **budget.to_dict(),
         "val": {name: found[f"val/{name}"] for name in ("accuracy", "kl", "keep")},
         "conditions": {
             "layers": look.to_dict()["layers"],

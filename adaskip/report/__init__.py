@@ -55,8 +55,9 @@ def write(run: str | Path) -> Path:
         markdown.training(curves, draw(training_plot, curves, "training.png") if curves else None),
         markdown.conditions(looks, recipe, draw(conditions_plot, looks[-1], "conditions.png") if looks else None),
     ]
-    report = run / "report.md"
-    report.write_text("\n\n".join(chain.from_iterable(sections)) + "\n", encoding="utf-8")
+    report, part = run / "report.md", run / "report.md.part"
+    part.write_text("\n\n".join(chain.from_iterable(sections)) + "\n", encoding="utf-8")
+    part.replace(report)  # the whole file or nothing of it
     return report
 
 
@@ -136,6 +137,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     kinds = evaluation.get("kinds", [])
     if not isinstance(kinds, list) or not all(isinstance(row, dict) for row in kinds):
         raise DataError(f"{path}: `kinds`: expected a list of objects, got {_short(kinds)}")
+    mean = evaluation.get("mean") or {}
+    for row in [*kinds, *([mean] if isinstance(mean, dict) else [])]:
+        for key, value in row.items():
+            if key != "kind" and not isinstance(value, int | float | None):
+                raise DataError(f"{path}: `{key}` of kind {row.get('kind')!r}: expected a number, got {_short(value)}")
     return evaluation
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from torch import Tensor
 from adaskip.errors import DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds, measures
-from adaskip.theory.conformal import conformal_quantile, conformal_rank, safe_ratio
+from adaskip.theory.conformal import conformal_quantile, safe_ratio, smallest_sample
 from adaskip.theory.crossmodal import read_attention
 
 IGNORED = -100
@@ -90,9 +89,9 @@ def calibrate_prices(
     Raises:
         DataError: too few inputs for a finite constant at this alpha.
     """
-    if conformal_rank(len(measured), alpha) > len(measured):
+    if len(measured) < (least := smallest_sample(alpha)):
         raise DataError(
-            f"calibration: expected at least {math.ceil(1 / alpha) - 1} inputs for alpha={alpha}, got {len(measured)}; "
+            f"calibration: expected at least {least} inputs for alpha={alpha}, got {len(measured)}; "
             "give the calibration split more, or raise conditions.examples"
         )
 

@@ -284,7 +284,10 @@ class ConditionCheck(lightning.Callback):
         if self.findings is None:
             self.findings = self._judge_layers(model, prices)
         found = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
-        joint = judge_joint(found["kl"], found["bound"], found["keep"], self.findings.layers, prices.alpha)
+        layers = self.findings.layers
+        joint = judge_joint(
+            found["kl"], found["bound"], found["keep"], layers, prices.alpha, self.tolerance, self.level
+        )
         skips = judge_skips(
             self.measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
         )

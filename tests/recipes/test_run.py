@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 import adaskip
+from adaskip.answering import answer
+from adaskip.checking import check
 from adaskip.errors import BackboneError, CheckpointError, ConfigError, DataError
-from adaskip.evaluate import answer, check, evaluate
+from adaskip.evaluate import evaluate
 from adaskip.export import export
 from adaskip.recipe import load
 from adaskip.runtime.persist import load_backbone

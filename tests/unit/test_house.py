@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adaskip"
 ORDER = [
     "errors",
+    "stages",
     "demo",
     "plan",
     "probe",
@@ -26,9 +27,15 @@ ORDER = [
     "policies",
     "training",
     "recipe",
+    "amounts",
+    "budget",
     "export",
     "report",
     "train",
+    "lengths",
+    "opened",
+    "checking",
+    "answering",
     "evaluate",
     "bench",
     "calibrate",
