@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def _store(run: Run, found: dict[str, Any]) -> None:
     from adaskip import report
 
     path = run.folder / "evaluation.json"
-    if path.is_file():
+    if path.is_file() and os.access(run.folder, os.W_OK):
         write_text(path, json.dumps(report.read_evaluation(path) | {"example": found}, indent=2) + "\n")
         report.write(run.folder)
 

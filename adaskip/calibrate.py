@@ -42,9 +42,9 @@ def calibrate(
 
     Afterwards ``P(share of inputs whose routed greedy answer is not the dense one <= risk) >= 1 - delta``, over the
     draw of the calibration inputs, for answers of up to ``max_new_tokens`` tokens (calibrated; default: the longest
-    answer of the validation split with its end token), generated under the backbone's own generation config: its
-    logits processors are applied to both answers, and named in the certificate; options that a caller adds to
-    ``generate`` are not covered. The thresholds to try are quantiles of the routers' logits on validation inputs. The
+    answer of the training and validation splits with its end token), generated under the backbone's own generation
+    config: its logits processors are applied to both answers, and named in the certificate; options that a caller adds
+    to ``generate`` are not covered. The thresholds to try are quantiles of the logits on validation inputs. The
     calibration inputs are those of the calibration split that the bound's constants were not fitted on: nothing has
     seen them. One question a split: trying several risks on the same inputs and keeping the best answer voids the
     guarantee.
@@ -71,7 +71,7 @@ def calibrate(
     loaded = open_run(run, stages)
     model, collate = loaded.model, Collator(loaded.processor, answers=False)
     size, device, validation = recipe.trainer.batch_size, model.described.device, records(recipe, "validation")
-    limit = max_new_tokens or longest_answer(validation, loaded.processor)
+    limit = max_new_tokens or longest_answer([*records(recipe, "train"), *validation], loaded.processor)
     with stages(f"reading the routers' logits on {len(validation)} validation inputs"):
         path = threshold_path(model, validation, collate, size)
     batches: list[Batch] = []
@@ -149,8 +149,9 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
     for batch in loader(validation, collate, size):
         model(**to_device(batch, model.described.device)["inputs"], use_cache=False)
         logits.append(model.runtime.routing.decided.cpu())  # type: ignore[union-attr]
-    shares = torch.linspace(0, 1, STEPS + 1)[:-1]
-    path = torch.cat(logits).double().quantile(shares.double(), interpolation="lower").unique().tolist()
+    ordered = torch.cat(logits).double().sort().values  # `quantile` refuses more than 16 million values
+    places = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)[:-1] * (len(ordered) - 1)
+    path = ordered[places.long()].unique().tolist()
     if len(path) < 2:
         raise ConfigError("calibrate: the routers give every layer and input one logit; train them before calibrating")
     return path

@@ -65,7 +65,7 @@ def evaluate(
     recipe = read_recipe(folder)
     check_split(split)
     check_writable(folder, EVALUATION)
-    previous = report.read_evaluation(folder / EVALUATION)  # a damaged one is said before the work
+    previous = report.read(folder).evaluation  # a damaged file is said before the work
     groups = _by_kind(_enough(recipe, split, per_kind), per_kind)
     loaded = open_run(folder, stages)
     chosen = [record for members in groups.values() for record in members]

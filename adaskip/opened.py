@@ -65,7 +65,9 @@ def open_run(folder: Path, stages: Stages = SILENT) -> Run:
 def check_split(split: str) -> None:
     """Raise ConfigError unless there can be a split of that name."""
     if split not in SPLITS:
-        raise ConfigError(f"--split: expected one of {', '.join(SPLITS)}, got {split!r}; {did_you_mean(split, SPLITS)}")
+        hint = did_you_mean(split, SPLITS)
+        near = f"; {hint}" if hint.startswith("did") else ""
+        raise ConfigError(f"--split: expected one of {', '.join(SPLITS)}, got {split!r}{near}")
 
 
 def check_writable(folder: Path, what: str) -> None:

@@ -73,8 +73,6 @@ def profile_model(
         raise ConfigError(
             f"profile: {folder} is a file; expected a folder for the picture and the figures: --output DIR"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder, "the profile")
     source = data or EMBEDDED
     records = load_records(source, split, examples, seed)
     if len(records) < needed:
@@ -82,6 +80,8 @@ def profile_model(
             f"profile: expected at least {needed} inputs, got {len(records)}, which is all that split {split} of "
             f"{source} holds; {_WHY}"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "the profile")
     with stages(f"loading {model}"):
         processor, base = load_processor(model), load_backbone(model)
         if torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from adaskip.training.callbacks import ConditionCheck, Look, to_device
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
+from adaskip.training.steps import StepCount
 from adaskip.training.tracking import (
     CONDITIONS,
     KEEP_RATES,
@@ -137,7 +139,9 @@ def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict
             logger.log_metrics({f"fit/{name}": value for name, value in rounds[-1].items()}, step=0)
         laps.lap("fit")
     if recipe.trainer.steps:
-        with stages(f"training for {recipe.trainer.steps} steps"):
+        with stages(f"training for {recipe.trainer.steps} steps", recipe.trainer.steps) as advance:
+            if not any(isinstance(callback, RichProgressBar) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                trainer.callbacks.append(StepCount(advance))  # type: ignore[attr-defined]
             _fit(trainer, tuner, batches, validation, checkpoint)
         laps.lap("train")
     if conditions.stopped:
@@ -233,7 +237,9 @@ def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck
         folder / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1, save_on_train_epoch_end=True
     )
     callbacks: list[Callback] = [conditions, saver]
-    callbacks += [RichProgressBar(leave=True)] if section.progress else []
+    # a bar that is not drawn would be silence: where there is no terminal, lines say how far training is
+    bar = section.progress and sys.stdout.isatty()
+    callbacks += [RichProgressBar(leave=True)] if bar else []
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for noise in (".*many workers.*", ".*LeafSpec.*", ".*eval mode at the start of training.*"):
         warnings.filterwarnings("ignore", noise)
@@ -251,7 +257,7 @@ def _trainer(recipe: Recipe, folder: Path, step: int, conditions: ConditionCheck
         log_every_n_steps=10,
         logger=loggers,
         callbacks=callbacks,
-        enable_progress_bar=section.progress,
+        enable_progress_bar=bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
@@ -315,7 +321,8 @@ def _finish(
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         board = Board(trainer.loggers)
         board.conditions(look.to_dict())
-        board.keep_rates(rates, report.keep_heat_map(rates))
+        if rates:  # the data may name no kinds
+            board.keep_rates(rates, report.keep_heat_map(rates))
         board.router(folder / "router", model.facts)
         board.finish()
         report.write(folder)

@@ -116,7 +116,8 @@ def joint_cost(
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
     bound = redundancy_bound(kept.T, s, u, prices.correlation)
-    return {"kl": torch.cat(kl), "bound": bound, "keep": kept > 0.5, "wanted": torch.cat(wanted, 1)}
+    decisions = {"keep": kept > 0.5, "share": kept, "wanted": torch.cat(wanted, 1)}
+    return {"kl": torch.cat(kl), "bound": bound, **decisions}
 
 
 class ConditionCheck(lightning.Callback):
@@ -284,9 +285,15 @@ class ConditionCheck(lightning.Callback):
         if self.findings is None:
             self.findings = self._judge_layers(model, prices)
         found = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
-        layers = self.findings.layers
         joint = judge_joint(
-            found["kl"], found["bound"], found["keep"], layers, prices.alpha, self.tolerance, self.level
+            found["kl"],
+            found["bound"],
+            found["keep"],
+            self.findings.layers,
+            prices.alpha,
+            tolerance=self.tolerance,
+            level=self.level,
+            share=found["share"],
         )
         skips = judge_skips(
             self.measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
