@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaskip.amounts import fitted
+from adaskip.budget import quality
 from adaskip.errors import ConfigError, DataError
-from adaskip.evaluate import open_run
+from adaskip.lengths import cut, end_tokens, longest_answer, warn_of_cuts
+from adaskip.opened import check_writable, open_run, read_recipe
 from adaskip.plan import KEEP_ALL
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.greedy import greedy_options, greedy_processors, process
+from adaskip.stages import SILENT, Stages
 from adaskip.theory.profile import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
-from adaskip.train import quality, records
+from adaskip.train import records
 from adaskip.training.callbacks import to_device
 from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image
 from adaskip.training.tracking import write_text
 
 STEPS = 40  # thresholds on the path
-
-Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -34,18 +35,19 @@ def calibrate(
     run: Path,
     risk: float = 0.02,
     delta: float = 0.1,
-    max_new_tokens: int = 16,
-    progress: Progress | None = None,
+    max_new_tokens: int | None = None,
+    stages: Stages = SILENT,
 ) -> dict[str, Any]:
     """Certify a finished run's router threshold by Learn-then-Test; store it with its certificate in ``RUN/router``.
 
     Afterwards ``P(share of inputs whose routed greedy answer is not the dense one <= risk) >= 1 - delta``, over the
-    draw of the calibration inputs, for answers of up to ``max_new_tokens`` tokens (calibrated), generated under the
-    backbone's own generation config: its logits processors are applied to both answers, and named in the certificate;
-    options that a caller adds to ``generate`` are not covered. The thresholds to try are quantiles of the routers'
-    logits on validation inputs. The calibration inputs are those of the calibration split that the bound's constants
-    were not fitted on: nothing has seen them. One question a split: trying several risks on the same inputs and keeping
-    the best answer voids the guarantee.
+    draw of the calibration inputs, for answers of up to ``max_new_tokens`` tokens (calibrated; default: the longest
+    answer of the training and validation splits with its end token), generated under the backbone's own generation
+    config: its logits processors are applied to both answers, and named in the certificate; options that a caller adds
+    to ``generate`` are not covered. The thresholds to try are quantiles of the logits on validation inputs. The
+    calibration inputs are those of the calibration split that the bound's constants were not fitted on: nothing has
+    seen them. One question a split: trying several risks on the same inputs and keeping the best answer voids the
+    guarantee.
 
     The guarantee speaks of inputs exchangeable with the calibration inputs. Where validation and calibration inputs
     share a source (the demo composes both from one pool of scans), it holds given that source: for new pictures of
@@ -54,40 +56,52 @@ def calibrate(
     Returns:
         The certificate, with the mean ``keep`` at every step of the path, ``generate_checked`` (inputs whose routed
         answer was generated as well) and ``generate_differs`` (those of them where that told another loss). ``ok`` is
-        whether a threshold was certified and none of them differs. Also in ``calibration.json`` of the run folder.
+        whether a threshold was certified and none of them differs; ``answers_cut`` counts dense answers that
+        ``max_new_tokens`` cut, of which the certificate covers the beginning only. Also in ``calibration.json`` of the
+        run folder.
 
     Raises:
         ConfigError: risk or delta outside (0, 1), or a generation config that is not greedy.
         DataError: too few inputs are left for this risk and delta, or the dense model gives no finite logits.
     """
     needed = smallest_sample(risk, delta)
-    loaded = open_run(run)
-    model, recipe = loaded.model, loaded.recipe
+    recipe = read_recipe(Path(run))
+    check_writable(Path(run), "the certificate")
     chosen = fresh_records(recipe, needed, f"a risk of {risk} at delta {delta}")
-    size, device = recipe.trainer.batch_size, model.described.device
-    collate, validation = Collator(loaded.processor, answers=False), records(recipe, "validation")
-    path = threshold_path(model, validation, collate, size)
+    loaded = open_run(run, stages)
+    model, collate = loaded.model, Collator(loaded.processor, answers=False)
+    size, device, validation = recipe.trainer.batch_size, model.described.device, records(recipe, "validation")
+    limit = max_new_tokens or longest_answer([*records(recipe, "train"), *validation], loaded.processor)
+    with stages(f"reading the routers' logits on {len(validation)} validation inputs"):
+        path = threshold_path(model, validation, collate, size)
     batches: list[Batch] = []
-    for batch in loader(chosen, collate, size):
-        batches.append(answered(model, to_device(batch, device), max_new_tokens, collate.tokenizer.pad_token_id))
-        if progress is not None:
-            progress("dense answers", len(batches) * size, len(chosen))
+    with stages(f"dense answers to {len(chosen)} calibration inputs", len(chosen)) as advance:
+        for batch in loader(chosen, collate, size):
+            batches.append(answered(model, to_device(batch, device), limit, collate.tokenizer.pad_token_id))
+            advance(min(len(chosen), len(batches) * size))
+    unfinished = sum(
+        int(cut(model, batch["inputs"]["input_ids"][:, _width(batch) :], limit).sum()) for batch in batches
+    )
+    for text in warn_of_cuts({"dense": unfinished}, len(chosen), limit):
+        stages.note(f"{text}; the certificate speaks of that many tokens only")
     keep: list[float] = []
 
-    def losses_at(threshold: float) -> Tensor:
-        model.set_threshold(threshold)
-        losses, rates = zip(*(disagreement(model, batch) for batch in batches), strict=True)
-        keep.append(float(torch.cat(rates).mean()))
-        if progress is not None:
-            progress("thresholds", len(keep), len(path))
-        return torch.cat(losses).double().cpu()
+    with stages(f"testing up to {len(path)} thresholds", len(path)) as advance:
 
-    certificate = learn_then_test(path, losses_at, risk, delta, binary=True)
+        def losses_at(threshold: float) -> Tensor:
+            model.set_threshold(threshold)
+            losses, rates = zip(*(disagreement(model, batch) for batch in batches), strict=True)
+            keep.append(float(torch.cat(rates).mean()))
+            advance(len(keep))
+            return torch.cat(losses).double().cpu()
+
+        certificate = learn_then_test(path, losses_at, risk, delta, binary=True)
     model.set_threshold(KEEP_ALL if certificate.threshold is None else certificate.threshold)
-    checked, differs = check_generate(model, batches[0], max_new_tokens)
+    checked, differs = check_generate(model, batches[0], limit)
     found = certificate.to_dict() | {
         "loss": "the routed greedy answer is not the dense one (0 or 1)",
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": limit,
+        "answers_cut": unfinished,
         "logits_processors": [type(processor).__name__ for processor in batches[0]["processors"]],
         "keep": 1.0 if certificate.threshold is None else keep[path.index(certificate.threshold)],
         "data": {"source": recipe.data.source, "split": "calibration", "digest": digest(chosen)},
@@ -111,7 +125,7 @@ def fresh_records(recipe: Recipe, needed: int, wanted: str) -> list[Record]:
     Raises:
         DataError: fewer than ``needed`` are left; says what to do.
     """
-    used = 2 * recipe.conditions.examples
+    used = fitted(recipe)
     fresh = records(recipe, "calibration")[used:]
     if len(fresh) < needed:
         raise DataError(
@@ -135,8 +149,9 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
     for batch in loader(validation, collate, size):
         model(**to_device(batch, model.described.device)["inputs"], use_cache=False)
         logits.append(model.runtime.routing.decided.cpu())  # type: ignore[union-attr]
-    shares = torch.linspace(0, 1, STEPS + 1)[:-1]
-    path = torch.cat(logits).double().quantile(shares.double(), interpolation="lower").unique().tolist()
+    ordered = torch.cat(logits).double().sort().values  # `quantile` refuses more than 16 million values
+    places = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)[:-1] * (len(ordered) - 1)
+    path = ordered[places.long()].unique().tolist()
     if len(path) < 2:
         raise ConfigError("calibrate: the routers give every layer and input one logit; train them before calibrating")
     return path
@@ -156,7 +171,7 @@ def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) ->
     with model.dense():
         out = model.generate(**batch["inputs"], **greedy_options(max_new_tokens))
         told = out[:, width:]
-        ended = torch.isin(told, _end_tokens(model, told)).long()
+        ended = torch.isin(told, end_tokens(model, told)).long()
         real = ended.cumsum(1) - ended == 0  # up to and with the first end token
         batch = {**batch, "inputs": dict(batch["inputs"]), "processors": processors}
         append_answers(batch, [row[keep] for row, keep in zip(told, real, strict=True)], pad)
@@ -207,8 +222,3 @@ def digest(chosen: list[Record]) -> str:
 def _width(batch: Batch) -> int:
     """The column at which the answers begin."""
     return int(batch["prompt_mask"].any(0).nonzero().max()) + 1
-
-
-def _end_tokens(model: RoutedModel, like: Tensor) -> Tensor:
-    ends = model.backbone.generation_config.eos_token_id
-    return torch.as_tensor([] if ends is None else ends, device=like.device, dtype=like.dtype).reshape(-1)

@@ -1,64 +1,31 @@
-"""What a trained run is worth: accuracy, keep rate and seconds beside the dense model; its conditions; its answers."""
+"""`adaskip eval`: what a trained run is worth beside the dense model: accuracy, agreement, keep rate, seconds."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaskip.answering import texts
 from adaskip.demo.backbone import EMBEDDED
-from adaskip.errors import AdaSkipError, CheckpointError, DataError
-from adaskip.export import router_folder
-from adaskip.recipe import Recipe, load
-from adaskip.runtime import persist
+from adaskip.lengths import cut, longest_answer, warn_of_cuts
+from adaskip.opened import Run, check_split, check_writable, open_run, read_recipe, split_of
+from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
-from adaskip.runtime.persist import load_backbone
-from adaskip.theory.profile import Prices
-from adaskip.train import RECIPE, backbone_options, load_processor, records
-from adaskip.training.callbacks import ConditionCheck, to_device
-from adaskip.training.data import Collator, Record, load_records, loader
+from adaskip.stages import SILENT, Advance, Stages
+from adaskip.theory.profile import compare_predicted, per_input, predicted
+from adaskip.training.callbacks import to_device
+from adaskip.training.data import Batch, Collator, Record, answer_positions, load_records, loader
 from adaskip.training.tracking import write_text
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, loaded: its recipe, routed model and processor."""
-
-    folder: Path
-    recipe: Recipe
-    model: RoutedModel
-    processor: Any
-
-
-def open_run(folder: Path) -> Run:
-    """Load a finished run.
-
-    Raises:
-        CheckpointError: the folder is no finished run.
-    """
-    folder = Path(folder)
-    routers = router_folder(folder)
-    if not (folder / RECIPE).is_file():
-        raise CheckpointError(f"{folder}: holds routers but no {RECIPE}; expected the folder of a run, not an export")
-    recipe = load(folder / RECIPE)
-    model = RoutedModel.from_pretrained(routers, load_backbone(recipe.backbone.path, **backbone_options(recipe)))
-    if torch.cuda.is_available() and not recipe.backbone.device_map:
-        model.cuda()
-    return Run(folder, recipe, model, load_processor(recipe))
-
-
-def texts(processor: Any, ids: Tensor) -> list[str]:
-    """Generated ids as text, one per row."""
-    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+EVALUATION = "evaluation.json"
 
 
 @torch.no_grad()
@@ -67,88 +34,154 @@ def evaluate(
     split: str = "test",
     per_kind: int | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 16,
-    progress: Progress | None = None,
+    max_new_tokens: int | None = None,
+    stages: Stages = SILENT,
 ) -> dict[str, Any]:
     """Answer a split with the dense and the routed model, kind by kind, interleaved in one process.
 
     Every batch holds one kind of question, so that seconds can be told apart by kind. Dense and routed runs of the same
-    batch follow one another, in alternating order. Accuracy is the exact match of the whole generated answer.
+    batch follow one another, in alternating order. Accuracy is the exact match of the whole generated answer, agreement
+    that of the routed with the dense one. Apart from generation, the answers of the data are read by teacher forcing:
+    what the routed model's predictions differ from the dense ones, and how likely each finds them.
+
+    Args:
+        run: the run's folder.
+        split: of its data.
+        per_kind: at most so many inputs of each kind.
+        batch_size: inputs at once.
+        max_new_tokens: longest answer; default: the longest of the inputs' own, with its end token.
+        stages: hears what is under way, and of answers that were cut.
 
     Returns:
-        ``kinds``: rows with ``kind, n, dense_accuracy, routed_accuracy, keep, flops_saved, dense_s, routed_s,
-        prefill_dense_s, prefill_routed_s`` (seconds are sums over the kind's batches); ``mean``: over kinds.
-        Also written to ``evaluation.json`` in the run folder, and the report is made anew.
+        ``kinds``: rows with ``kind, n``; of generation ``dense_accuracy, routed_accuracy, agreement, dense_cut,
+        routed_cut, keep, flops_saved`` and the seconds ``dense_s, routed_s, prefill_dense_s, prefill_routed_s`` (sums
+        over the kind's batches); teacher-forced ``kl`` and ``dense_log_likelihood, routed_log_likelihood`` (nats per
+        predicted token); ``mean``: over kinds; ``warnings``. Also written to ``evaluation.json`` in the run folder, and
+        the report is made anew.
     """
     from adaskip import report
 
-    loaded = open_run(run)
-    model, device = loaded.model, loaded.model.described.device
-    groups: dict[str, list[Record]] = {}
-    wanted = _enough(loaded.recipe, split, per_kind)
-    for record in wanted:
-        groups.setdefault(record.get("kind", "all"), []).append(record)
-    collate = Collator(loaded.processor, answers=False)
+    folder = Path(run)
+    recipe = read_recipe(folder)
+    check_split(split)
+    check_writable(folder, EVALUATION)
+    previous = report.read(folder).evaluation  # a damaged file is said before the work
+    groups = _by_kind(_enough(recipe, split, per_kind), per_kind)
+    loaded = open_run(folder, stages)
+    chosen = [record for members in groups.values() for record in members]
+    limit = max_new_tokens or longest_answer(chosen, loaded.processor)
     rows, done = [], 0
-    for kind, members in groups.items():
-        members = members[:per_kind]
-        sums: dict[str, list[float]] = {}
-        flip = False
-        for batch in loader(members, collate, batch_size):
-            inputs = to_device(batch, device)["inputs"]
-            width = inputs["input_ids"].shape[1]
-            options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-
-            def dense(inputs: Any = inputs, options: Any = options) -> Any:
-                with model.dense():
-                    return model.generate(**inputs, **options)
-
-            def routed(inputs: Any = inputs, options: Any = options) -> Any:
-                return model.generate(**inputs, **options)
-
-            def prefill(inputs: Any = inputs) -> Any:
-                return model(**inputs, use_cache=True)
-
-            def prefill_dense(inputs: Any = inputs) -> Any:
-                with model.dense():
-                    return model(**inputs, use_cache=True)
-
-            if not sums:  # the first call of a shape pays for allocation; it is not timed
-                dense(), routed()
-            calls = [
-                ("dense", dense),
-                ("routed", routed),
-                ("prefill_dense", prefill_dense),
-                ("prefill_routed", prefill),
-            ]
-            took, outs = {}, {}
-            for name, call in reversed(calls) if flip else calls:
-                outs[name], took[name] = timed(call)
-                if name == "routed":
-                    keep = model.routing.keep_rate
-            flip = not flip
-            answers = {n: texts(loaded.processor, outs[n][:, width:]) for n in ("dense", "routed")}
-            for name, given in answers.items():
-                hits = [a == b.strip() for a, b in zip(given, batch["answer"], strict=True)]
-                sums.setdefault(f"{name}_accuracy", []).extend(map(float, hits))
-            sums.setdefault("keep", []).extend(keep.tolist())
-            for name, seconds in took.items():
-                sums.setdefault(f"{name}_s", []).append(seconds)
-            done += len(batch["answer"])
-            if progress is not None:
-                progress(done, len(wanted))
-        row: dict[str, Any] = {"kind": kind, "n": len(members)}
-        row |= {k: statistics.fmean(v) for k, v in sums.items() if not k.endswith("_s")}
-        row |= {k: sum(v) for k, v in sums.items() if k.endswith("_s")}
-        row["flops_saved"] = 1 - row["keep"]
-        rows.append(row)
+    with stages(f"answering {len(chosen)} inputs, dense and routed", len(chosen)) as advance:
+        for kind, members in groups.items():
+            rows.append(_evaluate_kind(loaded, kind, members, batch_size, limit, partial(_ahead, advance, done)))
+            done += len(members)
     mean = {k: statistics.fmean(r[k] for r in rows) for k in rows[0] if k not in ("kind", "n")}
+    counts = {side: sum(row[f"{side}_cut"] for row in rows) for side in ("dense", "routed")}
+    warnings = warn_of_cuts(counts, len(chosen), limit)
+    for text in warnings:
+        stages.note(text)
     found = {"split": split, "kinds": rows, "mean": mean, "batch_size": batch_size}
-    if (previous := loaded.folder / "evaluation.json").is_file():
-        found |= {"example": e} if (e := json.loads(previous.read_text(encoding="utf-8")).get("example")) else {}
-    write_text(loaded.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
-    report.write(loaded.folder)
+    found |= {"max_new_tokens": limit, "warnings": warnings}
+    found |= {"example": previous["example"]} if previous.get("example") else {}
+    write_text(folder / EVALUATION, json.dumps(found, indent=2) + "\n")
+    report.write(folder)
     return found
+
+
+def _ahead(advance: Advance, before: int, done: int) -> None:
+    advance(before + done)
+
+
+def _evaluate_kind(
+    run: Run, kind: str, members: list[Record], batch_size: int, limit: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """The row of one kind of question."""
+    model, device = run.model, run.model.described.device
+    each: dict[str, list[float]] = {}  # one number an input, and one a batch for seconds
+    done = 0
+    for place, batch in enumerate(loader(members, Collator(run.processor, answers=False), batch_size)):
+        figures = _generate(run, to_device(batch, device), limit, place)
+        for name, values in figures.items():
+            each.setdefault(name, []).extend(values)
+        advance(done := done + len(batch["answer"]))
+    for batch in loader(members, Collator(run.processor), batch_size):
+        for name, column in _teacher_forced(model, to_device(batch, device)).items():
+            each.setdefault(name, []).extend(column.tolist())
+    row: dict[str, Any] = {"kind": kind, "n": len(members)}
+    for name, values in each.items():
+        row[name] = sum(values) if name.endswith(("_s", "_cut")) else statistics.fmean(values)
+    return row | {"flops_saved": 1 - row["keep"]}
+
+
+def _generate(run: Run, batch: Batch, limit: int, place: int) -> dict[str, list[float]]:
+    """Generated answers of one batch, dense and routed in alternating order, with their seconds."""
+    model, inputs = run.model, batch["inputs"]
+    options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
+
+    def dense() -> Any:
+        with model.dense():
+            return model.generate(**inputs, **options)
+
+    def routed() -> Any:
+        return model.generate(**inputs, **options)
+
+    def prefill() -> Any:
+        return model(**inputs, use_cache=True)
+
+    def prefill_dense() -> Any:
+        with model.dense():
+            return model(**inputs, use_cache=True)
+
+    if place == 0:  # the first call of a shape pays for allocation; it is not timed
+        dense(), routed()
+    calls = [("dense", dense), ("routed", routed), ("prefill_dense", prefill_dense), ("prefill_routed", prefill)]
+    found: dict[str, list[float]] = {}
+    told: dict[str, Tensor] = {}
+    for name, call in reversed(calls) if place % 2 else calls:
+        out, seconds = timed(call)
+        found[f"{name}_s"] = [seconds]
+        if not name.startswith("prefill"):
+            told[name] = out[:, inputs["input_ids"].shape[1] :]
+        if name == "routed":
+            found["keep"] = model.routing.keep_rate.tolist()
+    answers = {name: texts(run.processor, ids) for name, ids in told.items()}
+    for name, given in answers.items():
+        right = [a == b.strip() for a, b in zip(given, batch["answer"], strict=True)]
+        found[f"{name}_accuracy"] = [float(hit) for hit in right]
+        found[f"{name}_cut"] = [int(cut(model, told[name], limit).sum())]
+    found["agreement"] = [float(a == b) for a, b in zip(answers["dense"], answers["routed"], strict=True)]
+    order = ("dense_accuracy", "routed_accuracy", "agreement", "dense_cut", "routed_cut", "keep")
+    return {name: found[name] for name in (*order, *(f"{name}_s" for name, _ in calls))}
+
+
+def _teacher_forced(model: RoutedModel, batch: Batch) -> dict[str, Tensor]:
+    """KL and log-likelihood (b) of the data's own answers, nats per predicted token."""
+    labels, where = batch["labels"], answer_positions(batch["labels"])
+    wanted = labels[:, 1:][where]
+
+    def read() -> Tensor:
+        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        return predicted(logits, labels)
+
+    def likelihood(logits: Tensor) -> Tensor:
+        log_p = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        return per_input(log_p, where, "mean").double()
+
+    with model.dense():
+        before = read()
+    after = read()
+    return {
+        "kl": compare_predicted(before, after, labels)["kl"].double(),
+        "dense_log_likelihood": likelihood(before),
+        "routed_log_likelihood": likelihood(after),
+    }
+
+
+def _by_kind(records: list[Record], per_kind: int | None) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.get("kind") or "all", []).append(record)
+    return {kind: members[:per_kind] for kind, members in groups.items()}
 
 
 def _enough(recipe: Recipe, split: str, per_kind: int | None) -> list[Record]:
@@ -156,212 +189,4 @@ def _enough(recipe: Recipe, split: str, per_kind: int | None) -> list[Record]:
         from adaskip.demo.digits import KINDS
 
         return load_records(EMBEDDED, split, per_kind * len(KINDS), recipe.seed)
-    return records(recipe, split)
-
-
-def check(run: Path, bands: bool = False) -> dict[str, Any]:
-    """Judge a finished run's conditions anew, on held-out inputs that nothing was fitted on.
-
-    ``ok`` is whether the calibrated bound covers as it should: its coverage is not rejected at 1 %.
-
-    Args:
-        run: the run's folder.
-        bands: also judge every late entry and early exit, against the same tolerance.
-
-    Returns:
-        ``ok``, ``rows`` (findings with their verdicts), ``summary`` (the joint figures), and ``bands`` if asked for.
-    """
-    from adaskip.theory.profile import measure
-
-    loaded = open_run(run)
-    model, recipe = loaded.model, loaded.recipe
-    path = loaded.folder / "prices.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        tensors = {k: torch.tensor(stored[k], dtype=torch.float64) for k in ("shift", "peak", "mass")}
-        pairs = stored.get("correlation")
-        correlation = None if pairs is None else torch.tensor(pairs, dtype=torch.float64)
-        prices = Prices(**tensors, alpha=stored["alpha"], c=stored["c"], correlation=correlation)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path}: missing or damaged ({error}); train the run again") from error
-    chosen, held_out = _unfitted(recipe)
-    device = model.described.device
-    batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
-    measured = measure(model, batches, attention=model.runtime.hides_vision)
-    watcher = ConditionCheck(
-        0, tolerance=recipe.conditions.nats, level=recipe.conditions.level, batches=batches, measured=measured
-    )
-    look = watcher.inspect(model, prices, recipe.trainer.steps)
-    joint = look.joint
-    rows = [row.to_dict() for row in look.findings.rows]
-    judged = {"bands": _bands(loaded, batches)} if bands else {}
-    return {
-        "ok": joint.coverage_p >= 0.01,
-        "rows": rows,
-        "summary": joint.to_dict() | {"layers": look.to_dict()["layers"], "split": held_out},
-        **judged,
-    }
-
-
-def _bands(run: Run, batches: list[Any]) -> list[dict[str, Any]]:
-    """Late entries and early exits, judged on these batches with constants of the calibration split."""
-    from adaskip.theory.bands import early_exits, judge_bands, late_entries, measure_bands
-    from adaskip.theory.profile import calibrate_prices
-
-    model, recipe = run.model, run.recipe
-    layers, attention = len(model.described.layers), model.runtime.hides_vision
-    spans = [*late_entries(layers), *early_exits(layers)]
-    fitted = records(recipe, "calibration")[: 2 * recipe.conditions.examples]
-    device, size = model.described.device, recipe.trainer.batch_size
-    calibration = [to_device(b, device) for b in loader(fitted, Collator(run.processor), size)]
-    fresh = measure_bands(model, calibration, spans, attention)
-    measured = measure_bands(model, batches, spans, attention)
-    prices = calibrate_prices(fresh, measured.mass.mean(0), recipe.objective.alpha)
-    section = recipe.conditions
-    judged = judge_bands(measured, spans, prices, recipe.router.group, section.nats, section.level)
-    return [found.to_dict(layers) for found in judged]
-
-
-@torch.no_grad()
-def answer(
-    run: Path,
-    image: Path | None = None,
-    prompt: str | None = None,
-    example: int | None = None,
-    max_new_tokens: int = 16,
-) -> dict[str, Any]:
-    """Answer one prompt, dense and routed, with the route it took.
-
-    Args:
-        run: a run, or an exported folder of routers (then without ``example``).
-        image: a picture file.
-        prompt: the text; for models with a picture placeholder it may leave the placeholder out.
-        example: number of a held-out example of the run's own data, instead of image and prompt.
-
-    Raises:
-        DataError: neither a prompt nor an example, or one the data does not have.
-    """
-    model, processor, loaded = _open(Path(run))
-    record = _record(loaded, image, prompt, example, processor, model)
-    batch = to_device(Collator(processor, answers=False)([record]), model.described.device)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    width = batch["inputs"]["input_ids"].shape[1]
-    with model.dense():
-        dense = model.generate(**batch["inputs"], **options)
-    routed = model.generate(**batch["inputs"], **options)
-    routing = model.routing
-    found = {
-        "prompt": record["prompt"],
-        "answer": texts(processor, routed[:, width:])[0],
-        "dense_answer": texts(processor, dense[:, width:])[0],
-        "expected": record.get("answer") or None,
-        "keep": float(routing.keep_rate[0]),
-        "route": (routing.share[:, 0] > 0.5).tolist(),
-        "layers": len(routing.keep),
-    }
-    if example is not None and loaded is not None and (path := loaded.folder / "evaluation.json").is_file():
-        from adaskip import report
-
-        stored = json.loads(path.read_text(encoding="utf-8")) | {"example": found}
-        write_text(path, json.dumps(stored, indent=2) + "\n")
-        report.write(loaded.folder)
-    return found
-
-
-@torch.no_grad()
-def answer_many(run: Path, file: Path, max_new_tokens: int = 16, paths: int | None = None) -> dict[str, Any]:
-    """Answer every prompt of a file of JSON lines, those that take the same path together.
-
-    Args:
-        run: a run, or an exported folder of routers.
-        file: one object a line with ``prompt`` and maybe ``image``, a path relative to the file.
-        max_new_tokens: longest answer.
-        paths: at most so many paths, see `adaskip.runtime.paths.generate_many`.
-
-    Raises:
-        DataError: a line is no such object; says which.
-    """
-    questions = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            asked = json.loads(line)
-        except json.JSONDecodeError:
-            asked = None
-        if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
-            raise DataError(f'{file}, line {number}: expected an object such as {{"prompt": "..."}}, got {line[:60]!r}')
-        questions.append(asked)
-    model, processor, _ = _open(Path(run))
-    collate, device = Collator(processor, answers=False), model.described.device
-    items = []
-    for asked in questions:
-        image = Path(file).parent / asked["image"] if asked.get("image") else None
-        record = _record(None, image, asked["prompt"], None, processor, model)
-        items.append(to_device(collate([record]), device)["inputs"])
-    many = model.generate_many(
-        items, paths=paths, measure=paths is not None, max_new_tokens=max_new_tokens, do_sample=False
-    )
-    rows = [
-        {"prompt": asked["prompt"], "answer": texts(processor, got.tokens[None])[0], "keep": got.keep_rate}
-        | {"route": list(got.path)}
-        for asked, got in zip(questions, many.answers, strict=True)
-    ]
-    told = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
-    return {"answers": rows, **told, "prefill_s": many.prefill_s, "decode_s": many.decode_s}
-
-
-def _open(folder: Path) -> tuple[RoutedModel, Any, Run | None]:
-    if (folder / RECIPE).is_file():
-        loaded = open_run(folder)
-        return loaded.model, loaded.processor, loaded
-    model = RoutedModel.from_pretrained(router_folder(folder))
-    return model, persist.load_processor(model.backbone.config._name_or_path), None
-
-
-def _record(
-    run: Run | None, image: Path | None, prompt: str | None, example: int | None, processor: Any, model: RoutedModel
-) -> Record:
-    if example is not None:
-        if run is None:
-            raise DataError(
-                "--example needs a run folder with its recipe; for an exported folder pass --image and --prompt"
-            )
-        held_out = _held_out(run.recipe)
-        if not 0 <= example < len(held_out):
-            raise DataError(
-                f"--example {example}: expected 0 to {len(held_out) - 1}, so many held-out examples there are"
-            )
-        return held_out[example]
-    if prompt is None:
-        raise DataError("nothing to answer: pass --prompt TEXT (with --image PATH for a picture) or --example N")
-    token = getattr(processor, "image_token", None)
-    if image is not None and token and token not in prompt:
-        prompt = f"{token} {prompt}"
-    if image is None and model.runtime.group == "vision":
-        raise DataError("these routers route vision tokens; pass a picture with --image PATH")
-    return {"prompt": prompt, "answer": "", **({"image": Path(image)} if image is not None else {})}
-
-
-def _unfitted(recipe: Recipe) -> tuple[list[Record], str]:
-    """Records that neither routers, threshold nor prices have seen, and their split.
-
-    Raises:
-        DataError: there is no test split, and training has used up the calibration split.
-    """
-    used = 2 * recipe.conditions.examples  # so many calibration records the prices were fitted on
-    try:
-        return records(recipe, "test")[-used:], "test"
-    except AdaSkipError:
-        left = records(recipe, "calibration")[used:]
-    if len(left) < 4:
-        raise DataError(
-            f"check: no test split, and training used {used} calibration records and left {len(left)}; "
-            "add a test.jsonl to the data folder"
-        )
-    return left, "calibration"
-
-
-def _held_out(recipe: Recipe) -> list[Record]:
-    try:
-        return records(recipe, "test")
-    except AdaSkipError:
-        return records(recipe, "calibration")
+    return split_of(recipe, split)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 
 from adaskip.demo.backbone import EMBEDDED
-from adaskip.errors import ConfigError
+from adaskip.errors import ConfigError, DataError
+from adaskip.opened import check_split, check_writable
 from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
 from adaskip.runtime.persist import load_backbone, load_processor
-from adaskip.theory.redundancy import profile
+from adaskip.stages import SILENT, Stages
+from adaskip.theory.redundancy import profile, smallest_profile
 from adaskip.training.callbacks import to_device
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import write_text
+
+_WHY = "a quarter of them calibrates the constants, the rest judges and tests"
 
 
 def profile_model(
@@ -31,7 +35,7 @@ def profile_model(
     batch_size: int = 32,
     seed: int = 0,
     output: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    stages: Stages = SILENT,
 ) -> dict[str, Any]:
     """Profile a model on a data source and leave ``profile.json`` and ``profile.png`` in a folder.
 
@@ -45,7 +49,7 @@ def profile_model(
         batch_size: inputs at once.
         seed: of the draws.
         output: the folder; default ``runs/profile-NAME``.
-        progress: called with the group, the inputs done and their number.
+        stages: hears what is under way.
 
     Returns:
         `Profile.to_dict`, and ``picture``, the PNG's path.
@@ -60,18 +64,32 @@ def profile_model(
             f"profile: {model} needs prompts with answers; expected --data SOURCE (a folder with {split}.jsonl, or a "
             f"Hugging Face dataset id): adaskip profile {model} --data my-data"
         )
-    records = load_records(data or EMBEDDED, split, examples, seed)
-    processor = load_processor(model)
-    base = load_backbone(model)
-    if torch.cuda.is_available():
-        torch.nn.Module.cuda(base)
-    batches = [to_device(batch, base.device) for batch in loader(records, Collator(processor), batch_size)]
-    tick = None if progress is None else (lambda name, done: progress(name, done, len(records)))
-    groups = None if group is None else (cast(Group, group),)
-    found = profile(base, batches, groups, tolerance=tolerance, seed=seed, progress=tick).to_dict()
-    found["model"] = model
-    folder = output or Path("runs") / f"profile-{Path(model).name}"
+    check_split(split)
+    needed = smallest_profile()
+    if examples < needed:
+        raise DataError(f"profile: expected --examples of at least {needed}, got {examples}; {_WHY}")
+    folder = output or Path("runs") / f"profile-{Path(model).resolve().name}"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            f"profile: {folder} is a file; expected a folder for the picture and the figures: --output DIR"
+        )
+    source = data or EMBEDDED
+    records = load_records(source, split, examples, seed)
+    if len(records) < needed:
+        raise DataError(
+            f"profile: expected at least {needed} inputs, got {len(records)}, which is all that split {split} of "
+            f"{source} holds; {_WHY}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "the profile")
+    with stages(f"loading {model}"):
+        processor, base = load_processor(model), load_backbone(model)
+        if torch.cuda.is_available():
+            torch.nn.Module.cuda(base)
+        batches = [to_device(batch, base.device) for batch in loader(records, Collator(processor), batch_size)]
+    groups = None if group is None else (cast(Group, group),)
+    found = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages).to_dict()
+    found["model"] = model
     write_text(folder / "profile.json", json.dumps(found, indent=1) + "\n")
     profile_plot(found, folder / "profile.png")
     return found | {"picture": str(folder / "profile.png")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -13,10 +14,15 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Column, Table
 
 from adaskip.errors import AdaSkipError, CheckpointError, did_you_mean
 from adaskip.ranks import is_first_process
+from adaskip.stages import SILENT, Advance, LineStages, Stages
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
@@ -25,11 +31,11 @@ def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None
         with _stdout_to_stderr() if as_json else nullcontext():
             found = work()
     except (AdaSkipError, OSError) as error:
-        if as_json:
-            emit_error(str(error))
-        else:
-            print(f"adaskip: {error}", file=sys.stderr)
+        _tell(str(error), as_json)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt as error:
+        _tell(str(error) or "interrupted", as_json)
+        raise typer.Exit(INTERRUPTED) from None
     if not is_first_process():
         raise typer.Exit(0 if found.get("ok", True) else 1)
     if as_json:
@@ -38,6 +44,37 @@ def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None
         show(found)
     if not found.get("ok", True):
         raise typer.Exit(1)
+
+
+def _tell(text: str, as_json: bool) -> None:
+    if as_json:
+        emit_error(text)
+    else:
+        print(f"adaskip: {text}", file=sys.stderr)
+
+
+class BarStages(Stages):
+    """A bar while a stage lasts, and a line with its seconds when it has ended; for terminals."""
+
+    @contextmanager
+    def __call__(self, text: str, total: int | None = None) -> Iterator[Advance]:
+        """Show the bar on standard error; where a stage contains another, the outer one's bar pauses."""
+        console, started = Console(stderr=True), time.monotonic()
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(text, total=total)
+            yield lambda done: bar.update(task, completed=done)
+        self.note(f"{text}: {time.monotonic() - started:.1f} s")
+
+    def note(self, text: str) -> None:
+        """Print ``adaskip: TEXT``."""
+        print(f"adaskip: {text}", file=sys.stderr, flush=True)
+
+
+def terminal_stages(bars: bool = True) -> Stages:
+    """Stages on standard error: bars where that is a terminal, plain lines elsewhere; of one process of a run only."""
+    if not is_first_process():
+        return SILENT
+    return BarStages() if bars and sys.stderr.isatty() else LineStages()
 
 
 @contextmanager
@@ -72,6 +109,8 @@ def existing(run: Path) -> Path:
     """
     if run.is_dir():
         return run
+    if run.exists():
+        raise CheckpointError(f"{run}: is a file; expected a run folder, which `adaskip train` makes")
     siblings = [path.name for path in run.parent.iterdir() if path.is_dir()] if run.parent.is_dir() else []
     hint = did_you_mean(run.name, siblings)
     near = f"; {hint}" if hint.startswith("did") else "."
@@ -82,9 +121,11 @@ def say(text: str) -> None:
     Console(markup=False, highlight=False, soft_wrap=True).print(text)
 
 
-def table(rows: list[dict[str, Any]], hidden: Sequence[str] = ()) -> None:
-    """Rows as a table that fits 80 columns; the first row names the columns."""
-    names = [name for name in (rows[0] if rows else ()) if name not in hidden]
+def table(rows: list[dict[str, Any]], hidden: Sequence[str] = (), shown: Sequence[str] | None = None) -> None:
+    """Rows as a table that fits 80 columns; the first row names the columns, ``shown`` some of them."""
+    names = [name for name in (rows[0] if rows else ()) if name not in hidden and (shown is None or name in shown)]
+    if len(names) < 2 and shown is not None:
+        return
     columns = [Column(name.replace("_", "\n"), no_wrap=name != "sentence", vertical="top") for name in names]
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for row in rows:

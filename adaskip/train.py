@@ -18,20 +18,24 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from adaskip import report
+from adaskip.amounts import enough_to_train
+from adaskip.budget import hold_budget, lightest
 from adaskip.errors import CheckpointError
 from adaskip.ranks import is_first_process, is_lost_process
 from adaskip.recipe import RESOLVED, Recipe
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
+from adaskip.stages import SILENT, Stages
 from adaskip.start import check_start, opened
 from adaskip.theory.prices import price
-from adaskip.theory.profile import LayerMeasures, Prices, exact_match, measure
+from adaskip.theory.profile import LayerMeasures, Prices, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
 from adaskip.training.checkpoints import RoundsBySteps, WholeFiles, checkpoint_callback
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
+from adaskip.training.steps import StepCount
 from adaskip.training.tracking import (
     CONDITIONS,
     KEEP_RATES,
@@ -68,15 +72,17 @@ def records(recipe: Recipe, split: str) -> list[Record]:
     return load_records(section.source, split, getattr(section.examples, split), recipe.seed, columns)
 
 
-def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict[str, Any]:
     """Train the routers of a recipe and leave a complete run folder.
 
     Args:
         recipe: what `adaskip.recipe.load` returned.
         resume: go on from the run folder's last checkpoint; the result equals that of an uninterrupted run.
+        stages: hears what is under way.
 
     Returns:
-        The summary that also stands in ``summary.json``.
+        The summary that also stands in ``summary.json``. ``ok`` is False where the compute budget was missed, or where
+        training stopped at violated conditions.
 
     Raises:
         AdaSkipError: the recipe, the data, the backbone or the run folder does not fit; nothing is overwritten.
@@ -87,12 +93,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     lightning.seed_everything(recipe.seed, verbose=False)
     collate = Collator(load_processor(recipe))
     splits = {split: records(recipe, split) for split in ("train", "validation", "calibration")}
-    model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
+    enough_to_train(recipe, len(splits["validation"]), len(splits["calibration"]))
+    with stages(f"loading {recipe.backbone.path}"):
+        model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
     with opened(recipe, folder, resume) as (checkpoint, step):
-        if resume and is_first_process():
-            print(f"adaskip: {folder}: going on from step {step}", file=sys.stderr)
+        if resume:
+            stages.note(f"{folder}: going on from step {step}")
         try:
-            return _train(recipe, folder, model, collate, splits, checkpoint, step, laps)
+            return _train(recipe, folder, model, collate, splits, checkpoint, step, laps, stages)
         except RuntimeError as error:
             if not is_lost_process(error):
                 raise
@@ -111,11 +119,13 @@ def _train(
     checkpoint: Path | None,
     step: int,
     laps: Laps,
+    stages: Stages,
 ) -> dict[str, Any]:
     """Price, fit, train and finish in a folder that is this run's alone."""
     size, looked_at = recipe.trainer.batch_size, recipe.conditions.examples
     check = [*loader(splits["validation"][:looked_at], collate, size)]
-    measured, prices = _price(model, check, [*loader(splits["calibration"][: 2 * looked_at], collate, size)], recipe)
+    calibration = [*loader(splits["calibration"][: 2 * looked_at], collate, size)]
+    measured, prices = _price(model, check, calibration, recipe, stages)
     tuner = RouterTuner(
         model,
         recipe.objective,
@@ -150,15 +160,18 @@ def _train(
     validation = loader(splits["validation"], collate, size)
     laps.lap("price")
     if recipe.method == "from-bounds" and checkpoint is None:
-        say = (lambda text: print(text, file=sys.stderr)) if recipe.trainer.progress else None
-        inputs = splits["train"]
-        state, rounds = fit_in_folder(model, recipe.objective, recipe.fit, inputs, collate, folder, recipe.seed, say)
+        inputs, goal = splits["train"], recipe.objective
+        with stages(f"fitting the routers from bounds, {recipe.fit.rounds} rounds"):
+            state, rounds = fit_in_folder(model, goal, recipe.fit, inputs, collate, folder, recipe.seed, stages.note)
         tuner.multiplier.fill_(state.multiplier)
         for logger in trainer.loggers:
             logger.log_metrics({f"fit/{name}": value for name, value in rounds[-1].items()}, step=0)
         laps.lap("fit")
     if recipe.trainer.steps:
-        trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        with stages(f"training for {recipe.trainer.steps} steps", recipe.trainer.steps) as advance:
+            if not any(isinstance(callback, RichProgressBar) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                trainer.callbacks.append(StepCount(advance))  # type: ignore[attr-defined]
+            _fit(trainer, tuner, batches, validation, checkpoint)
         laps.lap("train")
     if conditions.stopped:
         return {"ok": False, "folder": str(folder), "steps": trainer.global_step, "stopped": conditions.stopped}
@@ -167,26 +180,52 @@ def _train(
             f"{folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
             f"go on with: adaskip train {folder / RECIPE} --resume"
         )
-    return _finish(recipe, folder, trainer, tuner, conditions, validation, laps)
+    return _finish(recipe, folder, trainer, tuner, conditions, validation, laps, stages)
+
+
+def _fit(
+    trainer: lightning.Trainer, tuner: RouterTuner, batches: Any, validation: Any, checkpoint: Path | None
+) -> None:
+    """Train; Ctrl-C stays one, where Lightning would make an ordinary exit of it.
+
+    Raises:
+        KeyboardInterrupt: with what to type to go on.
+    """
+    try:
+        trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except SystemExit as stop:
+        if not trainer.interrupted:
+            raise
+        resolved = Path(trainer.default_root_dir) / RECIPE
+        raise KeyboardInterrupt(
+            f"interrupted at step {trainer.global_step} of {trainer.max_steps}; go on with: adaskip train {resolved} "
+            "--resume"
+        ) from stop
 
 
 def _price(
-    model: RoutedModel, check: list[Batch], calibration: list[Batch], recipe: Recipe
+    model: RoutedModel, check: list[Batch], calibration: list[Batch], recipe: Recipe, stages: Stages
 ) -> tuple[LayerMeasures, Prices]:
     """Measure what each layer is worth on validation inputs; calibrate the bound's constants on others."""
     if (own := own_device(recipe)) is not None:
         model.to(own)
     device = model.described.device
-    vision = model.runtime.hides_vision
-    measured = measure(model, [to_device(b, device) for b in check], attention=vision)
-    return measured, price(
-        model,
-        [to_device(b, device) for b in calibration],
-        measured.mass.mean(0),
-        recipe.objective.alpha,
-        recipe.objective.price,
-        recipe.seed,
-    )
+    vision, layers = model.runtime.hides_vision, len(model.described.layers)
+    check = [to_device(b, device) for b in check]
+    if not (least := lightest(model, check, recipe.objective.keep)).met:
+        stages.note(f"{least.sentence}; training goes on all the same")
+    count = sum(len(b["labels"]) for b in check)
+    with stages(f"measuring {layers} layers on {count} validation inputs", count) as advance:
+        measured = measure(model, check, attention=vision, progress=advance)
+    with stages(f"pricing {layers} layers on {sum(len(b['labels']) for b in calibration)} calibration inputs"):
+        return measured, price(
+            model,
+            [to_device(b, device) for b in calibration],
+            measured.mass.mean(0),
+            recipe.objective.alpha,
+            recipe.objective.price,
+            recipe.seed,
+        )
 
 
 def _trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> lightning.Trainer:
@@ -197,7 +236,9 @@ def _trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> li
             wandb_logger(folder, tracking.wandb, tracking.project, tracking.name, tracking.tags, recipe.model_dump())
         )
     callbacks = [*own, checkpoint_callback(folder)]
-    callbacks += [RichProgressBar(leave=True)] if section.progress else []
+    # a bar that is not drawn would be silence: where there is no terminal, lines say how far training is
+    bar = section.progress and sys.stdout.isatty()
+    callbacks += [RichProgressBar(leave=True)] if bar else []
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for noise in (".*many workers.*", ".*LeafSpec.*", ".*eval mode at the start of training.*"):
         warnings.filterwarnings("ignore", noise)
@@ -216,7 +257,7 @@ def _trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> li
         logger=loggers,
         callbacks=callbacks,
         plugins=[WholeFiles()],
-        enable_progress_bar=section.progress,
+        enable_progress_bar=bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
@@ -236,35 +277,6 @@ def own_device(recipe: Recipe) -> torch.device | None:
     return torch.device("cuda", section.devices[local] if isinstance(section.devices, list) else local)
 
 
-@torch.no_grad()
-def quality(model: RoutedModel, batches: list[Batch]) -> tuple[float, float]:
-    """Mean keep rate and teacher-forced exact-match accuracy of the routed model."""
-    keep, right = [], []
-    for batch in batches:
-        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        keep.append(model.routing.keep_rate)
-        right.append(exact_match(logits, batch["labels"]))
-    return float(torch.cat(keep).mean()), float(torch.cat(right).float().mean())
-
-
-def hold_budget(model: RoutedModel, batches: list[Batch], keep: float, steps: int = 10) -> float:
-    """Set the routers' threshold so that their mean keep rate on these inputs is just below ``keep``.
-
-    Training leaves the hard decisions near the target, not on it; one number, found on validation data by bisection of
-    the logits' range, closes the gap. Returns the threshold.
-    """
-    low, high = model.config.threshold - 16.0, model.config.threshold + 16.0
-    for _ in range(steps):
-        middle = (low + high) / 2
-        model.set_threshold(middle)
-        if quality(model, batches)[0] <= keep:
-            high = middle
-        else:
-            low = middle
-    model.set_threshold(high)
-    return high
-
-
 def _finish(
     recipe: Recipe,
     folder: Path,
@@ -273,15 +285,19 @@ def _finish(
     conditions: ConditionCheck,
     validation: DataLoader[Any],
     laps: Laps,
+    stages: Stages,
 ) -> dict[str, Any]:
     model = tuner.model.eval()
     device = model.described.device
     held = [to_device(batch, device) for batch in validation]
-    threshold = hold_budget(model, held, recipe.objective.keep)
+    with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
+        budget = hold_budget(model, held, recipe.objective.keep, advance)
+    stages.note(budget.sentence)
     laps.lap("threshold")
-    found = trainer.validate(tuner, validation, verbose=False)[0]
-    assert tuner.prices is not None
-    look: Look = conditions.inspect(model, tuner.prices, trainer.global_step)
+    with stages("validating, and checking the conditions"):
+        found = trainer.validate(tuner, validation, verbose=False)[0]
+        assert tuner.prices is not None
+        look: Look = conditions.inspect(model, tuner.prices, trainer.global_step)
     rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
     joint = look.joint.to_dict()
     laps.lap("check")
@@ -294,11 +310,13 @@ def _finish(
         "bound_coverage": joint["coverage"],
     }
     summary = {
+        "ok": budget.met,
         "folder": str(folder),
         "steps": trainer.global_step,
         "seconds": round(sum(part["seconds"] for part in laps.parts.values()), 1),
         "parts": laps.parts,
-        "threshold": threshold,
+        "threshold": budget.threshold,
+        **budget.to_dict(),
         "val": {name: found[f"val/{name}"] for name in ("accuracy", "kl", "keep")},
         "conditions": {
             "layers": look.to_dict()["layers"],
@@ -316,7 +334,8 @@ def _finish(
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         board = Board(trainer.loggers)
         board.conditions(look.to_dict())
-        board.keep_rates(rates, report.keep_heat_map(rates))
+        if rates:  # the data may name no kinds
+            board.keep_rates(rates, report.keep_heat_map(rates))
         board.router(folder / "router", model.facts)
         board.finish()
         report.write(folder)

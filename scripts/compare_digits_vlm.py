@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from adaskip.demo.digits import KINDS
-from adaskip.evaluate import open_run
+from adaskip.opened import open_run
 from adaskip.policies.static import Scored, Search, best
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel

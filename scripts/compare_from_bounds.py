@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.evaluate import open_run
+from adaskip.opened import open_run
 from adaskip.recipe import Recipe, load
 from adaskip.theory.intervals import paired_difference
 from adaskip.theory.profile import exact_match

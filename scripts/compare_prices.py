@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from adaskip.evaluate import open_run
+from adaskip.opened import open_run
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone

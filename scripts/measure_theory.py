@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaskip.budget import hold_budget
 from adaskip.demo.backbone import EMBEDDED, load
-from adaskip.evaluate import open_run
+from adaskip.opened import open_run
 from adaskip.plan import RouterConfig
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import RoutedModel, attach
@@ -32,7 +33,7 @@ from adaskip.theory.conditions import rank_correlations
 from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, resplit_coverage, safe_ratio
 from adaskip.theory.measures import spearman
 from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, measure
-from adaskip.train import hold_budget, train
+from adaskip.train import train
 from adaskip.training.callbacks import joint_cost
 from adaskip.training.data import Batch, Collator, answer_positions, load_records, loader
 from adaskip.training.tracking import environment

@@ -46,7 +46,7 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
         routed, trained = attach(twin(described), RouterConfig()), False
         records = load_records(EMBEDDED, "test", 512, seed)
     else:
-        from adaskip.evaluate import open_run
+        from adaskip.opened import open_run
         from adaskip.train import records as split
 
         if not Path(target).is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,8 @@ def write(run: str | Path) -> Path:
     PosixPath('runs/digits-vlm/report.md')
     """
     run = Path(run)
-    if not run.is_dir():
-        raise DataError(f"report: {run} is no folder; expected the folder that `adaskip train` made")
-    curves = read_curves(run / "metrics.csv")
-    recipe = read_object(run / "recipe.resolved.yaml")
-    rates = read_rates(run / "keep_rates.json")
-    looks = read_looks(run / "conditions.jsonl")
-    summary, evaluation = read_object(run / "summary.json"), read_evaluation(run / "evaluation.json")
+    files = read(run)
+    curves, recipe, looks, rates = files.curves, files.recipe, files.looks, files.rates
 
     def draw(plot: Callable[[Any, Path], Figure], data: Any, name: str) -> str:
         (run / "plots").mkdir(exist_ok=True)
@@ -49,15 +45,44 @@ def write(run: str | Path) -> Path:
         return f"plots/{name}"
 
     sections = [
-        markdown.trained(recipe, read_object(run / "env.json"), summary),
-        markdown.result(summary, evaluation),
+        markdown.trained(recipe, files.environment, files.summary),
+        markdown.result(files.summary, files.evaluation),
         markdown.keep_by_kind(rates, draw(keep_heat_map, rates, "keep_by_layer.png") if rates else None),
         markdown.training(curves, draw(training_plot, curves, "training.png") if curves else None),
         markdown.conditions(looks, recipe, draw(conditions_plot, looks[-1], "conditions.png") if looks else None),
     ]
-    report = run / "report.md"
-    report.write_text("\n\n".join(chain.from_iterable(sections)) + "\n", encoding="utf-8")
+    report, part = run / "report.md", run / "report.md.part"
+    part.write_text("\n\n".join(chain.from_iterable(sections)) + "\n", encoding="utf-8")
+    part.replace(report)  # the whole file or nothing of it
     return report
+
+
+@dataclass(frozen=True)
+class Files:
+    """What the files of a run hold; empty where one is missing."""
+
+    curves: Curves
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    rates: dict[str, list[float]]
+    looks: list[dict[str, Any]]
+    summary: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def read(run: Path) -> Files:
+    """Everything a report is made of; asked before long work whose result goes into it. Raises as `write`."""
+    if not run.is_dir():
+        raise DataError(f"report: {run} is no folder; expected the folder that `adaskip train` made")
+    return Files(
+        read_curves(run / "metrics.csv"),
+        read_object(run / "recipe.resolved.yaml"),
+        read_object(run / "env.json"),
+        read_rates(run / "keep_rates.json"),
+        read_looks(run / "conditions.jsonl"),
+        read_object(run / "summary.json"),
+        read_evaluation(run / "evaluation.json"),
+    )
 
 
 def read_curves(path: Path) -> Curves:
@@ -136,6 +161,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     kinds = evaluation.get("kinds", [])
     if not isinstance(kinds, list) or not all(isinstance(row, dict) for row in kinds):
         raise DataError(f"{path}: `kinds`: expected a list of objects, got {_short(kinds)}")
+    mean = evaluation.get("mean") or {}
+    for row in [*kinds, *([mean] if isinstance(mean, dict) else [])]:
+        for key, value in row.items():
+            if key != "kind" and not isinstance(value, int | float | None):
+                raise DataError(f"{path}: `{key}` of kind {row.get('kind')!r}: expected a number, got {_short(value)}")
     return evaluation
 
 

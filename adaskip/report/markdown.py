@@ -13,6 +13,12 @@ from typing import Any
 import numpy as np
 
 UNITS = {"functional": "nats", "geometric": "1 − cos", "proximal": "share moved", "cross-modal": "attention mass"}
+READ = {
+    "agreement": "agreement",
+    "kl": "KL(dense, routed)",
+    "dense_log_likelihood": "dense log-likelihood",
+    "routed_log_likelihood": "routed log-likelihood",
+}
 MARKS = {"admissible": "✓", "inadmissible": "✗", "undecided": "?"}
 
 
@@ -27,7 +33,7 @@ def trained(recipe: dict[str, Any], environment: dict[str, Any], summary: dict[s
         "seed": recipe.get("seed", environment.get("seed")),
         **{key: environment.get(key) for key in ("device", "python", "platform")},
         "packages": ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items()),
-        **{key: value for key, value in summary.items() if isinstance(value, int | float)},
+        **{key: value for key, value in summary.items() if isinstance(value, int | float) and key != "ok"},
     }
     known = [[name, number(value)] for name, value in rows.items() if value not in (None, "")]
     files = {"recipe.resolved.yaml": recipe, "env.json": environment, "summary.json": summary}
@@ -43,7 +49,7 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     if isinstance(validation, dict) and validation:
         names = {"kl": "KL to the dense model (nats)", "accuracy": "accuracy", "keep": "keep rate"}
         rows = [[names.get(key, _cell(key)), number(value)] for key, value in validation.items()]
-        body += ["### Validation", _table(["", "value"], rows), _source("summary.json")]
+        body += ["### Validation", _table(["", "value"], rows), *_budget(summary), _source("summary.json")]
     body.append("### By kind of input")
     kinds, mean = evaluation.get("kinds") or [], evaluation.get("mean")
     if not kinds:
@@ -55,10 +61,27 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     cells.append(("flops_saved", share))
     rows = [[*(show(row.get(key)) for key, show in cells), _pair(row, ""), _pair(row, "prefill_")] for row in kinds]
     body += ["Seconds: dense → routed, and their ratio.", _table(head, rows)]
+    if any(row.get("kl") is not None for row in kinds):
+        head, keys = ["kind", *READ.values()], READ
+        body += [
+            "Agreement: the share of routed answers that are the dense model's. The rest is teacher-forced on the "
+            "data's own answers, in nats per predicted token.",
+            _table(head, [[_cell(row.get("kind")), *(number(row.get(key)) for key in keys)] for row in kinds]),
+        ]
+    body += [_cell(text) for text in evaluation.get("warnings") or []]
     body.append(_source("evaluation.json", part=f"split {evaluation.get('split', 'unknown')}"))
     if isinstance(example := evaluation.get("example"), dict) and example:
         body += ["### One input", _example(example), _source("evaluation.json")]
     return body
+
+
+def _budget(summary: dict[str, Any]) -> list[str]:
+    """Whether the compute budget was held, in bold where it was not."""
+    if "budget" not in summary:
+        return []
+    missed = summary["budget"] != "held"
+    sentence = _cell(summary.get("budget_sentence", ""))
+    return [f"**budget: {_cell(summary['budget'])}**. {sentence}." if missed else f"budget: held. {sentence}."]
 
 
 def keep_by_kind(rates: dict[str, list[float]], picture: str | None) -> list[str]:
@@ -154,6 +177,7 @@ def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
     wanted = "" if alpha is None else f", at least {share(1 - alpha)} asked for"
     rows = [
         ["mean joint KL (nats)", number(joint.get("kl"))],
+        ["tolerated for all skips of an input together (nats)", number(joint.get("tolerated"))],
         ["mean κ·B (nats)", number(joint.get("bound"))],
         ["κ", number(joint.get("kappa"))],
         [f"coverage: inputs with KL ≤ κ·B{wanted}", share(joint.get("coverage"))],

@@ -27,13 +27,19 @@ from torch import Tensor
 
 from adaskip.errors import DataError
 from adaskip.plan import Group
-from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, safe_ratio
+from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, safe_ratio, smallest_sample
 from adaskip.theory.intervals import Interval, bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.measures import spearman
 from adaskip.theory.profile import LayerMeasures, Prices
 
 Notion = Literal["geometric", "proximal", "functional", "cross-modal"]
 Verdict = Literal["admissible", "inadmissible", "undecided"]
+Conclusive = Literal["hold", "do not hold", "undecided"]
+
+LEAST = 4
+"""Inputs that `judge_joint` needs."""
+REJECTED = 0.01
+"""Below this p-value the bound's coverage counts as too small."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,21 @@ class SkipFinding:
             return functional.verdict
         return Findings(self.rows, {}).verdict(self.layer)
 
+    @property
+    def sentence(self) -> str:
+        """What speaks for the verdict: the exact cost, or the notion that fails where that is not clear."""
+        failing = [row for row in self.rows if row.verdict == "inadmissible"]
+        cost = next(row for row in self.rows if row.notion == "functional")
+        text = (
+            f"skips of layer {self.layer} are {self.verdict} on the {self.n} inputs that make them: they cost "
+            f"{cost.estimate:.3g} nats [{cost.low:.3g}, {cost.high:.3g}] a token"
+        )
+        others = [row for row in failing if row is not cost]
+        if self.verdict != "inadmissible" or cost.verdict == "inadmissible" or not others:
+            return text
+        row = others[0]
+        return f"{text}, and {row.notion} {row.estimate:.3g} [{row.low:.3g}, {row.high:.3g}] > {row.threshold:.3g}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {"layer": self.layer, "n": self.n, "verdict": self.verdict, "rows": [row.to_dict() for row in self.rows]}
@@ -204,13 +225,26 @@ class Joint:
     admissible_skips: float  # share of them on admissible layers (precision); NaN without skips
     recall: float  # share of (input, admissible layer) pairs that are skipped; NaN without admissible layers
     n: int
+    skips_per_input: float = math.nan  # mean; under scope token a layer that a third of the tokens skip counts a third
+    tolerated: float = math.nan  # nats: what all skips of an input may cost if each costs the tolerance, mean
+    excess_low: float = -math.inf  # interval of the mean of KL minus what is tolerated, nats
+    excess_high: float = math.inf
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN and infinity as None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
-def judge_joint(kl: Tensor, bound: Tensor, keep: Tensor, verdicts: dict[int, Verdict], alpha: float) -> Joint:
+def judge_joint(
+    kl: Tensor,
+    bound: Tensor,
+    keep: Tensor,
+    verdicts: dict[int, Verdict],
+    alpha: float,
+    tolerance: float = math.nan,
+    level: float = 0.95,
+    share: Tensor | None = None,
+) -> Joint:
     """Calibrate kappa on the first half of the inputs, test its coverage on the second.
 
     Args:
@@ -219,9 +253,15 @@ def judge_joint(kl: Tensor, bound: Tensor, keep: Tensor, verdicts: dict[int, Ver
         keep: bool (l n) the decisions.
         verdicts: of single layers.
         alpha: miscoverage of kappa * B.
+        tolerance: nats per predicted token that one skip may cost; NaN leaves ``tolerated`` and the excess open.
+        level: of the interval of the excess.
+        share: (l n) share of an input's tokens that run a layer; default: what ``keep`` says.
     """
-    if len(kl) < 4:
-        raise DataError(f"judge_joint: expected at least 4 inputs, got {len(kl)}; raise conditions.examples")
+    if len(kl) < LEAST:
+        raise DataError(
+            f"judge_joint: expected at least {LEAST} inputs, half to calibrate kappa and half to test it, got "
+            f"{len(kl)}; raise conditions.examples, or give the split more"
+        )
     half = len(kl) // 2
     ratio = safe_ratio(kl.double(), bound.double())
     kappa = float(conformal_quantile(ratio[:half], alpha))
@@ -229,6 +269,12 @@ def judge_joint(kl: Tensor, bound: Tensor, keep: Tensor, verdicts: dict[int, Ver
     fresh = len(kl) - half
     skipped = ~keep
     allowed = torch.tensor([verdicts.get(layer) == "admissible" for layer in range(len(keep))])
+    left = skipped.double() if share is None else 1 - share.double()
+    tolerated = tolerance * left.sum(0)
+    low, high = -math.inf, math.inf
+    if math.isfinite(tolerance):
+        excess = bootstrap_mean(kl.double() - tolerated, level)
+        low, high = excess.low, excess.high
     return Joint(
         kl=float(kl.mean()),
         bound=float((kappa * bound).mean()) if math.isfinite(kappa) else math.inf,
@@ -236,10 +282,75 @@ def judge_joint(kl: Tensor, bound: Tensor, keep: Tensor, verdicts: dict[int, Ver
         coverage=covered / fresh,
         coverage_p=beta_binomial_pvalue(covered, fresh, half, alpha) if math.isfinite(kappa) else math.nan,
         skips=int(skipped.sum()),
-        admissible_skips=float(skipped[allowed].sum() / skipped.sum()) if skipped.any() else math.nan,
+        admissible_skips=float(left[allowed].sum() / left.sum()) if left.any() else math.nan,
         recall=float(skipped[allowed].float().mean()) if allowed.any() else math.nan,
         n=len(kl),
+        skips_per_input=float(left.sum(0).mean()),
+        tolerated=float(tolerated.mean()),
+        excess_low=low,
+        excess_high=high,
     )
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """Whether the conditions hold for a run's real decisions, and the reasons, a sentence each."""
+
+    verdict: Conclusive
+    reasons: tuple[str, ...]
+
+
+def conclude(joint: Joint, skips: dict[int, SkipFinding], tolerance: float, alpha: float) -> Conclusion:
+    """Say of a frozen router's decisions on fresh inputs whether the theory's conditions hold.
+
+    They do not hold if one of these is clear:
+
+    1. the calibrated bound covers fewer inputs than it promises (rejected at 1 %);
+    2. a layer's skips cost more than the tolerance, on the inputs for which they are made;
+    3. all skips of an input together cost more than the tolerance for each of them.
+
+    They hold if none of these is, and the opposite is shown: the bound was tested; some of the skips lie on layers
+    that were found admissible; and together they cost no more than the tolerance for each. Whatever lies between is
+    undecided: these inputs cannot show that the skips may be made.
+
+    1 is a test of a calibrated statement; 2 and 3 are intervals over inputs (estimators). That 3 adds up what single
+    skips may cost is a choice of what to tolerate [D], no bound: costs neither add up nor bound one another.
+
+    Args:
+        joint: of `judge_joint`, with a tolerance.
+        skips: of `judge_skips`; layers that are held left out.
+        tolerance: nats per predicted token that one skip may cost.
+        alpha: miscoverage that the bound allows itself.
+    """
+    if not joint.skips_per_input:
+        return Conclusion("hold", ("the routers skip nothing on these inputs",))
+    against, open_ = [], []
+    if math.isnan(joint.coverage_p):
+        open_.append(
+            f"the bound's coverage could not be tested: {joint.n} inputs are too few at alpha={alpha:g}, "
+            f"{2 * smallest_sample(alpha)} are needed"
+        )
+    elif joint.coverage_p < REJECTED:
+        against.append(
+            f"the bound covers {joint.coverage:.0%} of fresh inputs, {1 - alpha:.0%} are promised "
+            f"(p = {joint.coverage_p:.2g})"
+        )
+    for found in skips.values():
+        if found.verdict == "inadmissible":
+            against.append(f"{found.sentence}, {tolerance:.3g} nats tolerated")
+    if not joint.admissible_skips:
+        open_.append(f"none of the {joint.skips} skips lies on a layer that was found admissible")
+    together = (
+        f"all skips of an input together cost {joint.kl:.3g} nats a token, {joint.tolerated:.3g} tolerated "
+        f"({joint.skips_per_input:.1f} skips an input at {tolerance:.3g})"
+    )
+    if joint.excess_low > 0:
+        against.append(together)
+    elif not joint.excess_high <= 0:
+        open_.append(f"{together}: too close to tell on {joint.n} inputs")
+    if against:
+        return Conclusion("do not hold", (*against, *open_))
+    return Conclusion("undecided", tuple(open_)) if open_ else Conclusion("hold", (together,))
 
 
 def _check(measured: LayerMeasures) -> None:

@@ -27,6 +27,16 @@ def conformal_rank(n: int, alpha: float) -> int:
     return math.ceil((n + 1) * (1 - Fraction(str(float(alpha)))))
 
 
+def smallest_sample(alpha: float) -> int:
+    """So many scores are needed for a finite quantile: the least n with `conformal_rank` n or less, ceil(1/alpha) - 1.
+
+    >>> smallest_sample(0.1), smallest_sample(0.05), smallest_sample(0.3)
+    (9, 19, 3)
+    """
+    conformal_rank(0, alpha)  # checks alpha
+    return math.ceil(1 / Fraction(str(float(alpha)))) - 1
+
+
 def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
     """The ceil((n+1)(1-alpha))-th smallest score, inf if that is beyond n: calibrated, P(new score <= it) >= 1 - alpha.
 

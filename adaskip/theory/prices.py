@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from adaskip.runtime.attach import RoutedModel
+from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.firstorder import label_law
 from adaskip.theory.flips import survey_flips
-from adaskip.theory.profile import IGNORED, Prices, calibrate_prices, inputs_needed, measure
+from adaskip.theory.profile import IGNORED, Prices, calibrate_prices, measure
 
 Kind = Literal["calibrated", "gates", "fisher"]
 DRAWS = 2
@@ -23,7 +24,7 @@ MASS_EVERY = 4
 
 def needed(model: RoutedModel, alpha: float) -> int:
     """The fewest inputs that `price` can calibrate this model's constants on without another source of the mass."""
-    scored = inputs_needed(alpha)
+    scored = smallest_sample(alpha)
     return -(-scored * MASS_EVERY // (MASS_EVERY - 1)) if model.runtime.hides_vision else scored
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from torch import Tensor
 from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds, measures
-from adaskip.theory.conformal import conformal_quantile, conformal_rank, safe_ratio
+from adaskip.theory.conformal import conformal_quantile, safe_ratio, smallest_sample
 from adaskip.theory.crossmodal import read_attention
 
 IGNORED = -100
@@ -77,15 +76,6 @@ class Prices:
         return slopes.double() * shift, slopes.double() * peak
 
 
-def inputs_needed(alpha: float) -> int:
-    """The fewest inputs that give a finite constant at this alpha.
-
-    >>> inputs_needed(0.1), inputs_needed(0.3)
-    (9, 3)
-    """
-    return next(n for n in range(math.ceil(1 / alpha) + 1) if conformal_rank(n, alpha) <= n)
-
-
 def calibrate_prices(
     measured: LayerMeasures,
     mass: Tensor,
@@ -108,9 +98,9 @@ def calibrate_prices(
     Raises:
         DataError: too few inputs for a finite constant at this alpha.
     """
-    if conformal_rank(len(measured), alpha) > len(measured):
+    if len(measured) < (least := smallest_sample(alpha)):
         raise DataError(
-            f"calibration: expected at least {inputs_needed(alpha)} inputs for alpha={alpha}, got {len(measured)}; "
+            f"calibration: expected at least {least} inputs for alpha={alpha}, got {len(measured)}; "
             "give the calibration split more, or raise conditions.examples"
         )
 

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from adaskip.errors import DataError
 from adaskip.plan import Group, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.stages import SILENT, Advance, Stages
 from adaskip.theory import bounds
 from adaskip.theory.claims import Claim, judge_claims
 from adaskip.theory.conditions import judge
+from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.intervals import bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.notions import PER_LAYER, Notions, plain
 from adaskip.theory.plans import PlanCosts, band_plans, plan_costs
@@ -84,6 +86,20 @@ class Profile:
         }
 
 
+PARTS = 4
+"""A quarter of the inputs calibrates, two judge, one tests."""
+ALPHA = 0.1
+
+
+def smallest_profile(alpha: float = ALPHA) -> int:
+    """So many inputs a profile needs: with fewer, the quarter that calibrates is too small for this alpha.
+
+    >>> smallest_profile(0.1)
+    33
+    """
+    return max(PARTS * (smallest_sample(alpha) - 1) + 1, 2 * PARTS)
+
+
 def profile(
     base: PreTrainedModel,
     batches: Iterable[dict[str, Any]],
@@ -91,10 +107,11 @@ def profile(
     *,
     tolerance: float = 0.05,
     level: float = 0.95,
-    alpha: float = 0.1,
+    alpha: float = ALPHA,
     tangents: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
+    stages: Stages = SILENT,
 ) -> Profile:
     """Measure how redundant each layer of a frozen model is, by every notion; trains nothing, changes nothing.
 
@@ -110,15 +127,21 @@ def profile(
         tangents: inputs that get forward-mode products.
         seed: of folds, codebooks, draws and bootstraps.
         progress: called with the group and the number of inputs done.
+        stages: hears what is under way.
 
     Raises:
-        DataError: too few inputs, inputs that predict nothing or lack the group, activations that are not finite.
+        DataError: too few inputs (said before anything is measured), inputs that predict nothing or lack the group,
+            activations that are not finite.
         BackboneError: the model cannot be routed, or its attention cannot be read.
 
     Example:
         ``adaskip.profile(base, loader(records, adaskip.Collator(processor), 32)).to_dict()["layers"]``
     """
     kept = list(batches)
+    if (count := sum(len(batch["labels"]) for batch in kept)) < (needed := smallest_profile(alpha)):
+        raise DataError(
+            f"profile: expected at least {needed} inputs, of which a quarter calibrates at alpha={alpha:g}, got {count}"
+        )
     found: list[GroupProfile] = []
     accuracy, n = math.nan, 0
     wanted = groups
@@ -128,9 +151,17 @@ def profile(
         try:
             if wanted is None:
                 wanted = ("all", "vision") if model.described.vision_ids else ("all",)
-            tick = None if progress is None else (lambda done, group=group: progress(group, done))
-            measured = survey(model, kept, tangents, seed=seed, progress=tick)
-            found.append(_Profiler(model, kept, measured, tolerance, level, alpha, seed).group())
+            layers = len(model.described.layers)
+            with stages(f"measuring {layers} layers on {count} inputs, group {group}", count) as advance:
+
+                def tick(done: int, group: Group = group, advance: Advance = advance) -> None:
+                    advance(done)
+                    if progress is not None:
+                        progress(group, done)
+
+                measured = survey(model, kept, tangents, seed=seed, progress=tick)
+            with stages(f"judging the notions and running late entries and early exits, group {group}"):
+                found.append(_Profiler(model, kept, measured, tolerance, level, alpha, seed).group())
         finally:
             model.detach()
         accuracy, n = measured.dense_hit.mean().item(), len(measured)
@@ -160,7 +191,7 @@ class _Profiler:
                     "load the model in another dtype"
                 )
         # at random, for the data may repeat with a period
-        place = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed)) % 4
+        place = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed)) % PARTS
         self.calibrating, self.judging, self.testing = place == 0, place >= 2, place == 1
 
     def group(self) -> GroupProfile:

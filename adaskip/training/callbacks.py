@@ -235,7 +235,16 @@ class ConditionCheck(lightning.Callback):
         if self.findings is None:
             self.findings = judge(measured, prices, model.runtime.group, self.tolerance, self.level)
         found = self._joint(model, prices)
-        joint = judge_joint(found["kl"], found["bound"], found["keep"], self.findings.layers, prices.alpha)
+        joint = judge_joint(
+            found["kl"],
+            found["bound"],
+            found["keep"],
+            self.findings.layers,
+            prices.alpha,
+            tolerance=self.tolerance,
+            level=self.level,
+            share=found["share"],
+        )
         skips = judge_skips(
             measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
         )

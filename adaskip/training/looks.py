@@ -106,7 +106,8 @@ def joint_cost(
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
     bound = redundancy_bound(kept.T, s, u, prices.correlation)
-    return {"kl": torch.cat(kl), "bound": bound, "keep": kept > 0.5, "wanted": torch.cat(wanted, 1)}
+    decisions = {"keep": kept > 0.5, "share": kept, "wanted": torch.cat(wanted, 1)}
+    return {"kl": torch.cat(kl), "bound": bound, **decisions}
 
 
 def describe_skip(look: Look, layer: int) -> str:

@@ -10,8 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adaskip.answering import answer
+from adaskip.checking import check
 from adaskip.errors import AdaSkipError, CheckpointError, DataError
-from adaskip.evaluate import answer, check, evaluate
+from adaskip.evaluate import evaluate
 from adaskip.recipe import load
 from adaskip.train import train
 from tests import toys

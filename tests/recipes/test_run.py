@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import adaskip
+from adaskip.answering import answer
+from adaskip.checking import check
 from adaskip.errors import BackboneError, CheckpointError, DataError
-from adaskip.evaluate import answer, check, evaluate
+from adaskip.evaluate import evaluate
 from adaskip.export import export
 from adaskip.recipe import load
 from adaskip.runtime.persist import load_backbone

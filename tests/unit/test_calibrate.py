@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adaskip
-from adaskip import evaluate
+from adaskip import opened
 from adaskip.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records
 from adaskip.errors import ConfigError, DataError
 from adaskip.recipe import dump, load
@@ -65,7 +65,7 @@ def by_generation(model: adaskip.RoutedModel, batch: dict) -> list[bool]:
 
 
 def test_the_losses_are_those_of_generation(run: Path, found: dict) -> None:
-    loaded = evaluate.open_run(run)
+    loaded = opened.open_run(run)
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, ""))
     assert found["n"] == len(batch["answer"]) == 48
     losses = []
@@ -86,7 +86,7 @@ def test_the_losses_are_those_of_generation(run: Path, found: dict) -> None:
 )
 def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, options: dict) -> None:
     """A generation config that changes logits changes both answers; the teacher-forced loss follows it exactly."""
-    loaded = evaluate.open_run(run)
+    loaded = opened.open_run(run)
     model = loaded.model
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, ""))
     if options.get("suppress_tokens"):
@@ -108,7 +108,7 @@ def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, o
 
 
 def test_a_generation_that_is_not_greedy_is_refused(run: Path) -> None:
-    loaded = evaluate.open_run(run)
+    loaded = opened.open_run(run)
     inputs = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:2])["inputs"]
     assert list(greedy_processors(loaded.model, inputs, 4)) == []
     config = loaded.model.backbone.generation_config
@@ -163,7 +163,7 @@ def test_nothing_certified_means_dense(tmp_path: Path) -> None:
     model = adaskip.RoutedModel.from_pretrained(folder / "router")
     assert model.config.threshold == KEEP_ALL
     assert "every layer runs" in (folder / "router" / "README.md").read_text()
-    loaded = evaluate.open_run(folder)
+    loaded = opened.open_run(folder)
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:6])
     assert not any(by_generation(model, batch))
     assert model.routing.keep.all()

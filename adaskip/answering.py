@@ -1,0 +1,217 @@
+"""`adaskip generate`: one answer beside the dense model's, with the route it took; or many, by path."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import AdaSkipError, DataError
+from adaskip.export import router_folder
+from adaskip.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
+from adaskip.opened import Run, held_out, open_run
+from adaskip.runtime import persist
+from adaskip.runtime.attach import RoutedModel
+from adaskip.stages import SILENT, Stages
+from adaskip.train import RECIPE
+from adaskip.training.callbacks import to_device
+from adaskip.training.data import Collator, Record
+from adaskip.training.tracking import write_text
+
+
+@torch.no_grad()
+def answer(
+    run: Path,
+    image: Path | None = None,
+    prompt: str | None = None,
+    example: int | None = None,
+    max_new_tokens: int | None = None,
+    stages: Stages = SILENT,
+) -> dict[str, Any]:
+    """Answer one prompt, dense and routed, with the route it took.
+
+    Args:
+        run: a run, or an exported folder of routers (then without ``example``).
+        image: a picture file.
+        prompt: the text; for models with a picture placeholder it may leave the placeholder out.
+        example: number of a held-out example of the run's own data, instead of image and prompt.
+        max_new_tokens: longest answer; default: the longest of the run's held-out examples with its end token, or 64
+            where there is no run.
+        stages: hears what is under way.
+
+    Raises:
+        DataError: neither a prompt nor an example, or one the data does not have.
+    """
+    model, processor, loaded = _open(Path(run), stages)
+    record = _record(loaded, image, prompt, example, processor, model)
+    limit = max_new_tokens or _limit(loaded, processor)
+    batch = to_device(Collator(processor, answers=False)([record]), model.described.device)
+    options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
+    width = batch["inputs"]["input_ids"].shape[1]
+    with model.dense():
+        dense = model.generate(**batch["inputs"], **options)[:, width:]
+    routed = model.generate(**batch["inputs"], **options)[:, width:]
+    routing = model.routing
+    counts = {"dense": int(cut(model, dense, limit)), "routed": int(cut(model, routed, limit))}
+    warnings = warn_of_cuts(counts, 1, limit)
+    for text in warnings:
+        stages.note(text)
+    found = {
+        "prompt": record["prompt"],
+        "answer": texts(processor, routed)[0],
+        "dense_answer": texts(processor, dense)[0],
+        "expected": record.get("answer") or None,
+        "keep": float(routing.keep_rate[0]),
+        "route": (routing.share[:, 0] > 0.5).tolist(),
+        "layers": len(routing.keep),
+        "max_new_tokens": limit,
+        "warnings": warnings,
+    }
+    if example is not None and loaded is not None:
+        _store(loaded, found)
+    return found
+
+
+@torch.no_grad()
+def answer_many(
+    run: Path, file: Path, max_new_tokens: int | None = None, paths: int | None = None, stages: Stages = SILENT
+) -> dict[str, Any]:
+    """Answer every prompt of a file of JSON lines, those that take the same path together.
+
+    Args:
+        run: a run, or an exported folder of routers.
+        file: one object a line with ``prompt`` and maybe ``image``, a path relative to the file.
+        max_new_tokens: longest answer; default as for `answer`.
+        paths: at most so many paths, see `adaskip.runtime.paths.generate_many`.
+        stages: hears what is under way.
+
+    Raises:
+        DataError: a line is no such object; says which.
+    """
+    file = Path(file)
+    questions = read_questions(file)
+    model, processor, loaded = _open(Path(run), stages)
+    limit = max_new_tokens or _limit(loaded, processor)
+    collate, device = Collator(processor, answers=False), model.described.device
+    items = []
+    for number, question in questions:
+        image = file.parent / question["image"] if question.get("image") else None
+        try:
+            record = _record(None, image, question["prompt"], None, processor, model)
+            items.append(to_device(collate([record]), device)["inputs"])
+        except DataError as error:
+            raise DataError(f"{file}, line {number}: {error}") from error
+    with stages(f"answering {len(items)} prompts"):
+        many = model.generate_many(items, paths=paths, measure=paths is not None, max_new_tokens=limit, do_sample=False)
+    rows = [
+        {"prompt": question["prompt"], "answer": texts(processor, got.tokens[None])[0], "keep": got.keep_rate}
+        | {"route": list(got.path)}
+        for (_, question), got in zip(questions, many.answers, strict=True)
+    ]
+    count = sum(int(cut(model, got.tokens[None], limit)) for got in many.answers)
+    warnings = warn_of_cuts({"routed": count}, len(rows), limit)
+    for text in warnings:
+        stages.note(text)
+    figures = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
+    seconds = {"prefill_s": many.prefill_s, "decode_s": many.decode_s}
+    return {"answers": rows, **figures, **seconds, "max_new_tokens": limit, "warnings": warnings}
+
+
+def read_questions(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The prompts of a file of JSON lines, each with the number of its line; blank lines are left out.
+
+    Raises:
+        DataError: the file is no UTF-8 text, or a line no object with a prompt; says which.
+    """
+    questions = []
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    questions.append((number, _question(line, f"{file}, line {number}")))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: expected UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    if not questions:
+        raise DataError(f'{file}: holds no prompt; expected one object a line such as {{"prompt": "..."}}')
+    return questions
+
+
+def _question(line: str, where: str) -> dict[str, Any]:
+    try:
+        question = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        question = None
+    if not isinstance(question, dict) or not isinstance(question.get("prompt"), str):
+        raise DataError(f'{where}: expected an object such as {{"prompt": "..."}}, got {line.strip()[:60]!r}')
+    if not isinstance(question.get("image"), str | None):
+        raise DataError(f"{where}: image: expected a path relative to the file, got {str(question['image'])[:60]!r}")
+    return question
+
+
+def texts(processor: Any, ids: Tensor) -> list[str]:
+    """Generated ids as text, one per row."""
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _limit(run: Run | None, processor: Any) -> int:
+    """So many tokens the run's own held-out answers take; where they cannot be read, a round number."""
+    if run is None:
+        return UNKNOWN
+    try:
+        return longest_answer(held_out(run.recipe)[0], processor)
+    except AdaSkipError:  # the data has moved since: a prompt of one's own can be answered all the same
+        return UNKNOWN
+
+
+def _store(run: Run, found: dict[str, Any]) -> None:
+    """Put an example into the evaluation, where there is one, and make the report anew."""
+    from adaskip import report
+
+    path = run.folder / "evaluation.json"
+    if path.is_file() and os.access(run.folder, os.W_OK):
+        write_text(path, json.dumps(report.read_evaluation(path) | {"example": found}, indent=2) + "\n")
+        report.write(run.folder)
+
+
+def _open(folder: Path, stages: Stages) -> tuple[RoutedModel, Any, Run | None]:
+    if (folder / RECIPE).is_file():
+        loaded = open_run(folder, stages)
+        return loaded.model, loaded.processor, loaded
+    with stages(f"loading the routers of {folder} and their backbone"):
+        model = RoutedModel.from_pretrained(router_folder(folder))
+        return model, persist.load_processor(model.backbone.config._name_or_path), None
+
+
+def _record(
+    run: Run | None, image: Path | None, prompt: str | None, example: int | None, processor: Any, model: RoutedModel
+) -> Record:
+    if example is not None:
+        if run is None:
+            raise DataError(
+                "--example needs a run folder with its recipe; for an exported folder pass --image and --prompt"
+            )
+        shown, split = held_out(run.recipe)
+        if not 0 <= example < len(shown):
+            raise DataError(
+                f"--example {example}: expected 0 to {len(shown) - 1}, so many held-out examples there are in split "
+                f"{split}"
+            )
+        return shown[example]
+    if prompt is None:
+        raise DataError("nothing to answer: pass --prompt TEXT (with --image PATH for a picture) or --example N")
+    token = getattr(processor, "image_token", None)
+    if image is not None and token and token not in prompt:
+        prompt = f"{token} {prompt}"
+    if image is None and token and token in prompt:
+        raise DataError(f"the prompt holds a picture's placeholder {token}, but there is no picture; give its image")
+    if image is None and model.runtime.group == "vision":
+        raise DataError("these routers route vision tokens; pass a picture with --image PATH")
+    if not prompt.strip():
+        raise DataError("the prompt is empty; expected a question")
+    return {"prompt": prompt, "answer": "", **({"image": Path(image)} if image is not None else {})}

@@ -1,0 +1,5 @@
+"""`python -m adaskip.cli`: the same as `adaskip`."""
+
+from adaskip.cli import main
+
+main()

@@ -1,0 +1,157 @@
+"""`adaskip eval`, `check`, `calibrate`, `generate` and `export`: what is done with a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaskip.cli.shared import Json, Longest, Run, app
+from adaskip.errors import ConfigError
+from adaskip.terminal import do, existing, pairs, say, table, terminal_stages
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    examples: Annotated[int, typer.Option("--examples", min=1, help="At most so many of each kind.")] = 200,
+    split: Annotated[str, typer.Option("--split", help="validation, calibration or test.")] = "test",
+    max_new_tokens: Longest = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy, agreement, keep rate and seconds of the routed model beside the dense one, by kind of example."""
+    seconds = ("dense_s", "routed_s", "prefill_dense_s", "prefill_routed_s")
+    forced = ("kl", "dense_log_likelihood", "routed_log_likelihood")
+
+    def work() -> dict[str, Any]:
+        folder = existing(run)
+        from adaskip.evaluate import evaluate
+
+        return evaluate(folder, split=split, per_kind=examples, max_new_tokens=max_new_tokens, stages=terminal_stages())
+
+    def show(found: dict[str, Any]) -> None:
+        rows = [*found["kinds"], {"kind": "mean", **found["mean"]}]
+        table(rows, hidden=(*forced, *seconds))
+        table(rows, shown=("kind", "keep", *seconds))
+        table(rows, shown=("kind", *forced))
+        say("above: generated answers, and seconds; below: the data's own answers, teacher-forced, nats per token")
+        pairs({name: value for name, value in found.items() if name not in ("kinds", "mean", "warnings")})
+
+    do(work, show, as_json)
+
+
+@app.command()
+def check(
+    run: Run,
+    bands: Annotated[bool, typer.Option("--bands", help="Judge every late entry and early exit as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the theory's conditions of a run on held-out inputs; exits 0 only if they are shown to hold."""
+
+    def work() -> dict[str, Any]:
+        folder = existing(run)
+        from adaskip.checking import check
+
+        return check(folder, bands, terminal_stages())
+
+    def show(found: dict[str, Any]) -> None:
+        table(found["rows"], hidden=("n", "margin"))
+        if bands:
+            table(found["bands"], hidden=("n", "margin", "notions"))
+        pairs({name: value for name, value in found["summary"].items() if name not in ("verdict", "reasons")})
+        say(
+            {
+                "hold": "the conditions hold",
+                "do not hold": "the conditions DO NOT hold",
+                "undecided": "undecided: these inputs do not show that the conditions hold",
+            }[found["verdict"]]
+        )
+        for reason in found["reasons"]:
+            say(f"  {reason}")
+
+    do(work, show, as_json)
+
+
+@app.command()
+def calibrate(
+    run: Run,
+    risk: Annotated[float, typer.Option("--risk", help="Share of inputs whose answer may differ from dense.")] = 0.02,
+    delta: Annotated[float, typer.Option("--delta", help="Chance that the share is larger after all.")] = 0.1,
+    max_new_tokens: Longest = None,
+    as_json: Json = False,
+) -> None:
+    """Certify the routers' threshold on fresh inputs and store it; exits 1 when none holds (every layer then runs)."""
+
+    def work() -> dict[str, Any]:
+        folder = existing(run)
+        from adaskip.calibrate import calibrate
+
+        return calibrate(folder, risk, delta, max_new_tokens, terminal_stages())
+
+    def show(found: dict[str, Any]) -> None:
+        table(found["steps"])
+        pairs({name: value for name, value in found.items() if name != "steps"})
+        if found["threshold"] is None:
+            say("no threshold is certified: the checkpoint now runs every layer")
+        else:
+            say(f"answers differ from dense on at most {risk:g} of the inputs, with probability {1 - delta:g}")
+
+    do(work, show, as_json)
+
+
+@app.command()
+def generate(
+    run: Run,
+    image: Annotated[Path | None, typer.Option("--image", exists=True, dir_okay=False, help="A picture.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The question.")] = None,
+    example: Annotated[int | None, typer.Option("--example", min=0, help="A held-out example of the run.")] = None,
+    many: Annotated[
+        Path | None, typer.Option("--many", exists=True, dir_okay=False, help="Prompts, a JSON object a line.")
+    ] = None,
+    paths: Annotated[int | None, typer.Option("--paths", min=1, help="With --many: at most so many paths.")] = None,
+    max_new_tokens: Longest = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt, dense and routed, or many, those of one path together; show which layers were taken."""
+
+    def work() -> dict[str, Any]:
+        if (many, paths) != (None, None) and (many is None or (image, prompt, example) != (None, None, None)):
+            raise ConfigError("--many FILE takes no other question, and --paths N goes with it")
+        if many is not None:
+            from adaskip.answering import answer_many
+
+            return answer_many(existing(run), many, max_new_tokens, paths, terminal_stages())
+        if (prompt is None) == (example is None) or (image is not None and example is not None):
+            raise ConfigError(
+                "expected --prompt TEXT (with --image PATH for a picture), --example N or --many FILE, one of them"
+            )
+        folder = existing(run)
+        from adaskip.answering import answer
+
+        stages = terminal_stages()
+        return answer(folder, image=image, prompt=prompt, example=example, max_new_tokens=max_new_tokens, stages=stages)
+
+    def show(found: dict[str, Any]) -> None:
+        for row in found.get("answers", ()):
+            say(f"{''.join('#' if ran else '.' for ran in row['route'])}  {row['keep']:.2f}  {row['answer']}")
+        pairs({name: value for name, value in found.items() if name not in ("route", "layers", "answers", "warnings")})
+        if many is not None:
+            return
+        bar = "".join("#" if ran else "." for ran in found["route"])
+        say(f"route   {bar}   {sum(found['route'])} of {found['layers']} layers ran (# ran, . skipped)")
+
+    do(work, show, as_json)
+
+
+@app.command()
+def export(run: Run, destination: Annotated[Path, typer.Argument(metavar="DEST")], as_json: Json = False) -> None:
+    """Copy a run's routers to a folder of their own, ready to ship."""
+
+    def work() -> dict[str, Any]:
+        folder = existing(run)
+        from adaskip.export import export
+
+        return export(folder, destination)
+
+    do(work, pairs, as_json)

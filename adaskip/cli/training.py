@@ -1,0 +1,96 @@
+"""`adaskip ls`, `cp`, `validate` and `train`: recipes, and runs of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaskip.cli.shared import Json, Overrides, RecipeName, app
+from adaskip.errors import ConfigError
+from adaskip.terminal import do, pairs, say, table, terminal_stages
+
+
+@app.command()
+def ls(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+
+    def work() -> dict[str, Any]:
+        from adaskip.recipe import load, recipes, sentence
+
+        rows = []
+        for name, path in recipes().items():
+            recipe = load(path)
+            about = {"name": name, "backbone": recipe.backbone.path, "group": recipe.router.group}
+            rows.append({**about, "sentence": sentence(path)})
+        return {"recipes": rows}
+
+    do(work, lambda found: table(found["recipes"]), as_json)
+
+
+@app.command()
+def cp(
+    name: RecipeName,
+    destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="A file or an existing folder.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the destination.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a recipe, to edit it."""
+
+    def work() -> dict[str, Any]:
+        from adaskip.recipe import find
+
+        source = find(name)
+        target = destination / source.name if destination.is_dir() else destination
+        if target.exists() and not force:
+            raise ConfigError(f"{target} exists; overwrite it with --force, or name another: adaskip cp {name} DEST")
+        shutil.copyfile(source, target)
+        return {"file": str(target)}
+
+    do(work, lambda done: say(f"{done['file']}\nnext: adaskip train {done['file']}"), as_json)
+
+
+@app.command()
+def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe and show it resolved; every fault is listed at once."""
+
+    def work() -> dict[str, Any]:
+        from adaskip.recipe import load
+
+        return {"ok": True, "faults": [], "recipe": load(recipe, overrides or []).model_dump()}
+
+    def show(done: dict[str, Any]) -> None:
+        pairs(done["recipe"])
+        say("no faults")
+
+    do(work, show, as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the routers of a recipe; leaves a complete run folder."""
+
+    def work() -> dict[str, Any]:
+        from adaskip.recipe import load
+
+        read = load(recipe, overrides or [])  # before the heavier imports: a fault shows at once
+        from adaskip.train import train
+
+        # while it trains, Lightning draws a bar of its own; two live bars would overwrite one another
+        return train(read, resume=resume, stages=terminal_stages(bars=False))
+
+    def show(done: dict[str, Any]) -> None:
+        pairs(done)
+        if not done.get("ok", True):
+            say(done.get("stopped") or done.get("budget_sentence", ""))
+            return
+        say(f"next: adaskip eval {done['folder']}, adaskip check {done['folder']}")
+
+    do(work, show, as_json)

@@ -1,0 +1,64 @@
+"""Say which piece of work is under way, and how long it took: one line a stage.
+
+Library code takes a `Stages` and names its pieces; the base class says nothing, so nothing is printed unasked.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+Advance = Callable[[int], None]
+"""Called with how much of a stage is done."""
+
+
+class Stages:
+    """Hear of the stages of a long piece of work, and stay silent about them.
+
+    >>> with Stages()("counting", total=3) as advance:
+    ...     advance(1)
+    """
+
+    @contextmanager
+    def __call__(self, text: str, total: int | None = None) -> Iterator[Advance]:
+        """Inside: the stage is under way. ``total`` is what ``advance`` counts up to, if that is known."""
+        yield lambda done: None
+
+    def note(self, text: str) -> None:
+        """Hear something the user should know that is no stage."""
+
+
+SILENT = Stages()
+
+
+class LineStages(Stages):
+    """Print a line when a stage begins and one when it ends, and in between how far it is, every ``every`` seconds.
+
+    Plain text without control codes, for log files and pipes.
+    """
+
+    def __init__(self, stream: TextIO | None = None, every: float = 30.0) -> None:
+        self._stream, self.every = stream, every
+
+    @contextmanager
+    def __call__(self, text: str, total: int | None = None) -> Iterator[Advance]:
+        """Print ``adaskip: TEXT ...``, then ``adaskip: TEXT: SECONDS s``."""
+        self.note(f"{text} ...")
+        started = last = time.monotonic()
+
+        def advance(done: int) -> None:
+            nonlocal last
+            if (now := time.monotonic()) - last >= self.every:
+                last = now
+                self.note(f"{text}: {done}{'' if total is None else f' of {total}'} after {now - started:.0f} s")
+
+        yield advance
+        self.note(f"{text}: {time.monotonic() - started:.1f} s")
+
+    def note(self, text: str) -> None:
+        """Print ``adaskip: TEXT``."""
+        # looked up at each line: standard error may be another one by then
+        print(f"adaskip: {text}", file=self._stream or sys.stderr, flush=True)
