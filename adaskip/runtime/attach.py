@@ -125,10 +125,11 @@ class RoutedModel(nn.Module):
             raise ConfigError(
                 f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
             )
-        tokens = inputs.get("input_ids", inputs.get("inputs", inputs.get("inputs_embeds")))
+        ids = inputs.get("input_ids", inputs.get("inputs"))
+        tokens = ids if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         length = tokens.shape[1] if tokens is not None else None
         mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
-        with torch.no_grad(), self._set(mode=mode, fixed=self._given(routing), prompt_length=length):
+        with torch.no_grad(), self._set(mode=mode, fixed=self._given(routing), prompt_length=length, prompt_ids=ids):
             return self.backbone.generate(**inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
@@ -225,7 +226,7 @@ class RoutedModel(nn.Module):
 
     def read_tokens(self, inputs: dict[str, Any]) -> Tokens:
         """Which positions of a batch are real, and which are vision."""
-        return read_tokens(self.described, inputs, self.runtime.group == "vision" or self.runtime.pools)
+        return read_tokens(self.described, inputs)
 
     def group_mask(self) -> Tensor:
         """bool (b t): the tokens of the request under way that the routing speaks of; for observers."""

@@ -19,7 +19,7 @@ from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
 from adaskip.runtime.execute import Executor, Keep
-from adaskip.runtime.request import Mode, Request, read_prompt
+from adaskip.runtime.request import Mode, Request, check_unpacked, read_prompt
 
 Observer = Callable[[int, Tensor, Tensor], None]
 
@@ -54,6 +54,7 @@ class Runtime:
         self.fixed: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.prompt_length: int | None = None
+        self.prompt_ids: Tensor | None = None
         self.observer: Observer | None = None
         self.replay: list[Tensor] = []
         self.request: Request | None = None
@@ -61,14 +62,14 @@ class Runtime:
         self.ledger: Ledger | None = None
 
     @property
-    def pools(self) -> bool:
-        """Whether routers look at text and vision apart, once at the prompt."""
-        return self.heads is not None and self.scope == "prompt"
-
-    @property
     def hides_vision(self) -> bool:
         """Whether vision tokens that skip are gone for the text's attention, so that what it had of them counts."""
         return self.group == "vision" and self.kv == "absent" and self.unit != "mlp"
+
+    @property
+    def cuts_keys(self) -> bool:
+        """Whether single tokens of a row leave an attention that others of it run, so that masks have to be cut."""
+        return (self.group == "vision" or self.scope == "token") and self.unit != "mlp" and self.mode != "dense"
 
     def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
         names = {"block": 0, "attention": 1}
@@ -103,18 +104,18 @@ class Runtime:
             return inputs
         cache = None if self.mode == "dense" else self._cache(inputs)
         started = cache is not None and cache.routing is not None
-        tokens = read_tokens(self.backbone, inputs, need_vision=self.group == "vision" or (self.pools and not started))
+        tokens = read_tokens(self.backbone, inputs, None if started else self._embedded_ids(inputs))
         if cache is not None and started and cache.batch != tokens.valid.shape[0]:
             raise DataError(
                 f"past_key_values: expected as many rows as the cache holds, {cache.batch}, got {tokens.valid.shape[0]}"
             )
+        if self.backbone.reads_ahead and self.cuts_keys and not started and inputs.get("token_type_ids") is None:
+            raise DataError(
+                f"token_type_ids: without them {type(self.backbone.model).__name__} reads its whole input both ways, "
+                "so what runs cannot be cut out of it; pass everything that the processor returned"
+            )
         if cache is not None and cache.length == 0:
             cache.batch = tokens.valid.shape[0]
-        if self.group == "vision" and self.mode != "dense" and not started and not tokens.has_vision:
-            raise DataError(
-                "group 'vision': no row of this batch holds a vision token; pass images together with the text, "
-                "or attach with RouterConfig(group='all')"
-            )
         if self.scope == "token":
             self.request = self._by_token(tokens, cache)
         elif started:
@@ -125,6 +126,8 @@ class Runtime:
             self.request = Request(self.mode, tokens, tokens.valid, cache, fixed=decided.keep, flags=flags)
         else:
             fixed, known = self._fixed(tokens.valid.shape[0])
+            if fixed is None and self.mode != "dense":
+                check_unpacked(tokens, inputs)
             prompt = read_prompt(tokens, inputs, self.prompt_mask, self.prompt_length)
             self.request = Request(self.mode, tokens, prompt, cache, fixed=fixed, flags=known)
         if self.kv == "kept" and cache is None and self.mode == "skip":
@@ -201,6 +204,13 @@ class Runtime:
         if given is not None:
             setattr(given, _TAKEN, True)
         return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
+
+    def _embedded_ids(self, inputs: dict[str, Any]) -> Tensor | None:
+        """long (b t): the ids given to ``generate`` beside the ``inputs_embeds`` of its prompt; None without them."""
+        ids, states = self.prompt_ids, inputs.get("inputs_embeds")
+        if ids is None or states is None or ids.shape[1:] != states.shape[1:2] or len(states) % len(ids):
+            return None
+        return ids.repeat_interleave(len(states) // len(ids), 0)  # rows are repeated for beams and samples
 
     def _by_token(self, tokens: Tokens, cache: SkipCache | None) -> Request:
         """A request whose tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""

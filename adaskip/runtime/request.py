@@ -62,3 +62,37 @@ def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, len
         return tokens.valid
     supervised = (labels != -100).cumsum(1) > 0
     return tokens.valid & ~supervised
+
+
+def check_unpacked(tokens: Tokens, inputs: dict[str, Any]) -> None:
+    """Refuse a row that holds several prompts one after the other: the routers would decide once for all of them.
+
+    Raises:
+        DataError: positions start again within a row, or lengths or numbers of several sequences came with it.
+    """
+    rows, length = tokens.valid.shape
+    lengths, numbers = inputs.get("cu_seq_lens_q"), inputs.get("seq_idx")
+    if (
+        (isinstance(lengths, Tensor) and lengths.numel() - 1 > rows)
+        or (isinstance(numbers, Tensor) and bool((numbers[:, 1:] != numbers[:, :-1]).any()))
+        or (length > 1 and _starts_again(tokens.valid, inputs))
+    ):
+        raise DataError(
+            "position_ids: expected one prompt a row, got several packed into one, for which scope 'prompt' would "
+            "decide only once; give every prompt a row of its own, or attach with RouterConfig(scope='token')"
+        )
+
+
+def _starts_again(valid: Tensor, inputs: dict[str, Any]) -> bool:
+    """Whether the positions of some row's real tokens go back; those of padding mean nothing."""
+    places = inputs.get("position_ids")
+    if isinstance(places, Tensor) and places.dim() == 3 and len(places) == 4:  # text's, before three of a rotary kind
+        places = places[0]
+    if not isinstance(places, Tensor) or places.dim() > 2 or places.shape[-1] != valid.shape[1]:
+        return False  # rotary positions of pictures stand still and go back within one prompt
+    places = torch.where(valid, places.to(valid.device), -1)
+    before, after = places.cummax(1).values[:, :-1], places[:, 1:]
+    apart = after <= before
+    if inputs.get("attention_mask") is None and inputs.get("past_key_values") is None:
+        apart |= after > before + 1  # without a mask or a cache transformers takes a gap for another sequence too
+    return bool((apart & (before >= 0) & valid[:, 1:]).any())
