@@ -59,10 +59,12 @@ def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return (), runtime.open(bind_arguments(model, args, kwargs))
 
 
-def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    output = getattr(model, _MARK).complete(output)
     values = output if isinstance(output, tuple) else (getattr(output, "logits", None),)
     logits = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3), None)  # (b t v); a loss has no axes
     getattr(model, _MARK).close(failed=output is None, heads=0 if logits is None else logits.shape[1])
+    return output
 
 
 class RoutedModel(nn.Module):

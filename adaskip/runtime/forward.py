@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
@@ -19,11 +18,10 @@ from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
 from adaskip.runtime.execute import Executor, Keep
-from adaskip.runtime.request import Mode, Request, check_unpacked, read_prompt
+from adaskip.runtime.request import Mode, Request, check_unpacked, read_cache, read_prompt
+from adaskip.runtime.weights import Source, WeightRecord, asks, find_sources
 
 Observer = Callable[[int, Tensor, Tensor], None]
-
-_TAKEN = "_adaskip_taken"
 
 
 class Runtime:
@@ -60,6 +58,8 @@ class Runtime:
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
+        self._sources: dict[str, tuple[Source, ...]] = {}  # of attention weights, by kernel
+        self._watching: list[Any] = []
 
     @property
     def hides_vision(self) -> bool:
@@ -92,6 +92,7 @@ class Runtime:
 
     def open(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Read the call's inputs; returns them as the model should see them."""
+        sources = self._weight_sources(inputs)
         given = inputs.get("past_key_values")
         if self.mode == "dense" and isinstance(given, SkipCache) and given.length:
             raise DataError(
@@ -132,9 +133,57 @@ class Runtime:
             self.request = Request(self.mode, tokens, prompt, cache, fixed=fixed, flags=known)
         if self.kv == "kept" and cache is None and self.mode == "skip":
             self.request.scratch = SkipCache(len(self.backbone.layers), kept=True)
+        if sources:
+            inputs = self._record(sources, inputs)
         if self.mode == "soft":
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
+
+    def _weight_sources(self, inputs: dict[str, Any]) -> tuple[Source, ...]:
+        """Where the layers' attention weights come from, if the caller asks for them and the kernel gives any."""
+        if self.mode == "dense":
+            return ()
+        configs = self.backbone.model.config, self.backbone.config
+        if asks(inputs, "output_router_logits", configs):
+            raise ConfigError(
+                "output_router_logits: of experts, transformers collects one entry a call, which is not one a layer "
+                "where layers are skipped; leave it out, or ask inside model.dense()"
+            )
+        if not asks(inputs, "output_attentions", configs):
+            return ()
+        if self.mode == "soft":
+            raise ConfigError(
+                "output_attentions: in training mode both branches of every layer are computed and mixed, so there is "
+                "no one attention to return; leave it out, or call the model in eval()"
+            )
+        kernel = str(self.backbone.config._attn_implementation)
+        if kernel not in self._sources:
+            before = self.observer, self.replay
+            self.mode, self.observer, self.replay = "dense", None, []
+            try:
+                self._sources[kernel] = find_sources(self.backbone.model, self.backbone.layers)
+            finally:
+                self.mode, (self.observer, self.replay) = "skip", before
+        return self._sources[kernel]
+
+    def _record(self, sources: tuple[Source, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+        """Watch the attentions of the request that begins; its output must have names for a while."""
+        request = self.request
+        assert request is not None
+        named = inputs.get("return_dict")
+        as_tuple = not (self.backbone.model.config.return_dict if named is None else named)
+        request.weights = WeightRecord(sources, *_sizes(request), as_tuple)
+        own = {module for i, layer in enumerate(self.backbone.layers) for module in (layer, *dict(self.sublayers(i)))}
+        self._watching = request.weights.watch(own, lambda: self.request is request)
+        return {**inputs, "return_dict": True}
+
+    def complete(self, output: Any) -> Any:
+        """What the caller gets of the model's output."""
+        for handle in self._watching:
+            handle.remove()
+        self._watching = []
+        weights = None if self.request is None else self.request.weights
+        return output if weights is None or output is None else weights.complete(output)
 
     def close(self, failed: bool = False, heads: int = 0) -> None:
         """Publish the routing of the request that ends here, ``heads`` positions of which have got logits."""
@@ -175,34 +224,13 @@ class Runtime:
         self.routing, self.ledger = routing, ledger
 
     def _cache(self, inputs: dict[str, Any]) -> SkipCache | None:
-        given = inputs.get("past_key_values")
-        if not self.caches:  # a cache that it may be given is nothing to it
-            return None
-        if isinstance(given, SkipCache):
-            if self.mode == "soft" and given.length:
-                raise DataError(
-                    "training mode reads whole sequences; expected no cache, got one that already holds tokens"
-                )
-            return given if self.mode == "skip" else None
-        if given is not None and (type(given) is not DynamicCache or given.offloading):
-            kind = "an offloaded DynamicCache" if type(given) is DynamicCache else f"a {type(given).__name__}"
-            raise DataError(f"past_key_values: {kind} cannot hold skipped layers; leave it out")
-        if given is not None and given.get_seq_length():
-            raise DataError(
-                "past_key_values: expected an adaskip cache or an empty DynamicCache, got a DynamicCache "
-                f"holding {given.get_seq_length()} tokens; start from the prompt without a cache"
-            )
-        if getattr(given, _TAKEN, False) and self.mode == "skip":
-            raise DataError(
-                "past_key_values: this DynamicCache was replaced when it was first given, and holds nothing; go on "
-                "with the cache in the model's output (outputs.past_key_values), or begin with a new one"
-            )
         use = inputs.get("use_cache")
-        wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
-        if not wanted or self.mode != "skip":
+        use = use if use is not None else getattr(self.backbone.config, "use_cache", False)
+        if not self.caches or not read_cache(inputs.get("past_key_values"), self.mode, use):
             return None
-        if given is not None:
-            setattr(given, _TAKEN, True)
+        given = inputs.get("past_key_values")
+        if isinstance(given, SkipCache):
+            return given
         return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
 
     def _embedded_ids(self, inputs: dict[str, Any]) -> Tensor | None:
@@ -258,8 +286,9 @@ class Runtime:
         first = next(iter(named)) if args else "hidden_states"
         states = named.pop(first)
         executor = self.layers[index]
+        call = self._listen(request, index, layer, call)
         if index + 1 < len(self.replay):
-            return executor.wrap(self.replay[index + 1])
+            return executor.wrap(self.replay[index + 1], request)
         if request.mode == "dense":
             out = call(states, **named)
         else:
@@ -283,7 +312,15 @@ class Runtime:
             return call(*args, **kwargs)
         named = bind_arguments(module, args, kwargs)
         states = named.pop("hidden_states" if "hidden_states" in named else next(iter(named)))
+        call = self._listen(request, executor.index, module, call)
         return executor.execute(request, call, states, named, request.decision)
+
+    def _listen(self, request: Request, index: int, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call of a patched module, heard by whoever puts the attention's weights together."""
+        if request.weights is None:
+            return call
+        request.weights.part = None
+        return request.weights.listen(index, module, call)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -331,6 +368,12 @@ class Runtime:
             return keep | ~request.deciding
         _put(request.keep, index, keep)
         return tuple(keep.tolist())
+
+
+def _sizes(request: Request) -> tuple[int, int, int]:
+    """Rows of a request, positions before its chunk, and positions of its chunk."""
+    batch, length = request.tokens.valid.shape
+    return batch, request.offset, length
 
 
 def _put(values: list[Tensor], index: int, value: Tensor) -> None:

@@ -7,13 +7,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from adaskip.backbone import Tokens
 from adaskip.errors import DataError
 from adaskip.plan import Flags
 from adaskip.runtime.cache import SkipCache
+from adaskip.runtime.weights import WeightRecord
 
 Mode = Literal["dense", "soft", "skip"]
+
+_TAKEN = "_adaskip_taken"
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Request:
     logits: list[Tensor] = field(default_factory=list)  # float32, likewise
     gates: list[Tensor] = field(default_factory=list)  # float32 (b) each
     decision: Any = None  # of the layer under way, for its sublayers
+    weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -45,6 +50,36 @@ class Request:
         if "vision" not in self.memo:
             self.memo["vision"] = self.tokens.has_vision
         return self.memo["vision"]
+
+
+def read_cache(given: Any, mode: Mode, use: bool) -> bool:
+    """Whether this call is to leave a cache, ``given`` or (with ``use``) a new one; ``given`` must be one that can.
+
+    Raises:
+        DataError: a cache that cannot hold what a routed request leaves, or already holds something else.
+    """
+    if isinstance(given, SkipCache):
+        if mode == "soft" and given.length:
+            raise DataError("training mode reads whole sequences; expected no cache, got one that already holds tokens")
+        return mode == "skip"
+    if given is not None and (type(given) is not DynamicCache or given.offloading):
+        kind = "an offloaded DynamicCache" if type(given) is DynamicCache else f"a {type(given).__name__}"
+        raise DataError(f"past_key_values: {kind} cannot hold skipped layers; leave it out")
+    if given is not None and given.get_seq_length():
+        raise DataError(
+            "past_key_values: expected an adaskip cache or an empty DynamicCache, got a DynamicCache "
+            f"holding {given.get_seq_length()} tokens; start from the prompt without a cache"
+        )
+    if mode != "skip":
+        return False
+    if getattr(given, _TAKEN, False):
+        raise DataError(
+            "past_key_values: this DynamicCache was replaced when it was first given, and holds nothing; go on "
+            "with the cache in the model's output (outputs.past_key_values), or begin with a new one"
+        )
+    if given is not None:
+        setattr(given, _TAKEN, True)
+    return given is not None or bool(use)
 
 
 def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, length: int | None) -> Tensor:
