@@ -130,6 +130,11 @@ def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") 
     return Backbone(model, path, layers, config.hidden_size, reads_ahead, outputs, sublayers, work, head)
 
 
+def count_head(backbone: Backbone) -> float:
+    """FLOPs of the language-model head per position, counted anew; the model must run as it was."""
+    return measure_work(backbone.model, backbone.layers, _pair_flops(backbone.config))[1]
+
+
 def size_of(config: PreTrainedConfig) -> tuple[int, int]:
     """Layers and width of the language model that a configuration describes."""
     text: Any = config.get_text_config(decoder=True)

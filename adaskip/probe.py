@@ -49,6 +49,11 @@ def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: i
     return watch.outputs, ahead
 
 
+def reads_ahead(model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> bool:
+    """Whether a layer looks ahead where the inputs have no ``token_type_ids``."""
+    return bool(_look(model, layers, False, use_cache=False).ahead)
+
+
 def _look(model: PreTrainedModel, layers: tuple[nn.Module, ...], caches: bool, **more: Any) -> _Watch:
     watch = _Watch(model, layers)
     with watch:

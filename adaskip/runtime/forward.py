@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
 from adaskip.runtime.execute import Executor, Keep
+from adaskip.runtime.facts import Facts
 from adaskip.runtime.request import Mode, Request, check_unpacked, read_cache, read_prompt
-from adaskip.runtime.weights import Source, WeightRecord, asks, find_sources
+from adaskip.runtime.weights import Source, WeightRecord, asks
 
 Observer = Callable[[int, Tensor, Tensor], None]
 
@@ -44,6 +47,7 @@ class Runtime:
         self.scope: Scope = config.scope if plan is None else "prompt"
         self.group, self.unit, self.kv = decides.group, decides.unit, decides.kv
         self.cost = CostModel.of(backbone, self.unit, self.kv)
+        self.facts = Facts(backbone, self._untouched)
         self.layers = [self._executor(i, "block", backbone.outputs) for i in range(len(backbone.layers))]
         self.caches = "past_key_values" in inspect.signature(type(backbone.model).forward).parameters
         self.mode: Mode = "skip"
@@ -58,7 +62,6 @@ class Runtime:
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
-        self._sources: dict[str, tuple[Source, ...]] = {}  # of attention weights, by kernel
         self._watching: list[Any] = []
 
     @property
@@ -103,6 +106,10 @@ class Runtime:
             nothing = torch.ones(0, 0, dtype=torch.bool)
             self.request = Request("dense", Tokens(nothing, None), nothing)
             return inputs
+        if (self.scope == "token" or self.kv == "kept") and self.mode != "dense":
+            self.facts.check_kernel()
+        if self.cost.head != self.facts.head():
+            self.cost = replace(self.cost, head=self.facts.head())
         cache = None if self.mode == "dense" else self._cache(inputs)
         started = cache is not None and cache.routing is not None
         tokens = read_tokens(self.backbone, inputs, None if started else self._embedded_ids(inputs))
@@ -110,7 +117,7 @@ class Runtime:
             raise DataError(
                 f"past_key_values: expected as many rows as the cache holds, {cache.batch}, got {tokens.valid.shape[0]}"
             )
-        if self.backbone.reads_ahead and self.cuts_keys and not started and inputs.get("token_type_ids") is None:
+        if self.cuts_keys and not started and inputs.get("token_type_ids") is None and self.facts.reads_ahead():
             raise DataError(
                 f"token_type_ids: without them {type(self.backbone.model).__name__} reads its whole input both ways, "
                 "so what runs cannot be cut out of it; pass everything that the processor returned"
@@ -156,15 +163,17 @@ class Runtime:
                 "output_attentions: in training mode both branches of every layer are computed and mixed, so there is "
                 "no one attention to return; leave it out, or call the model in eval()"
             )
-        kernel = str(self.backbone.config._attn_implementation)
-        if kernel not in self._sources:
-            before = self.observer, self.replay
-            self.mode, self.observer, self.replay = "dense", None, []
-            try:
-                self._sources[kernel] = find_sources(self.backbone.model, self.backbone.layers)
-            finally:
-                self.mode, (self.observer, self.replay) = "skip", before
-        return self._sources[kernel]
+        return self.facts.weight_sources()
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Inside: the model as it was, and nobody watching."""
+        before = self.mode, self.observer, self.replay
+        self.mode, self.observer, self.replay = "dense", None, []
+        try:
+            yield
+        finally:
+            self.mode, self.observer, self.replay = before
 
     def _record(self, sources: tuple[Source, ...], inputs: dict[str, Any]) -> dict[str, Any]:
         """Watch the attentions of the request that begins; its output must have names for a while."""
