@@ -194,6 +194,8 @@ def read_tokens(backbone: Backbone, inputs: dict[str, Any], ids: Tensor | None =
             f"{name}: expected shape ({axes}), got {tuple(source.shape)}; give every sequence a row of its own"
         )
     shape = source.shape[:2]
+    if 0 in shape:
+        raise DataError(f"{name}: expected at least one row and one token, got {tuple(shape)}; leave empty prompts out")
     valid = _read_mask(inputs.get("attention_mask"), shape, source.device)
     if not backbone.vision_ids:
         return Tokens(valid, None)

@@ -103,13 +103,15 @@ def check_unpacked(tokens: Tokens, inputs: dict[str, Any]) -> None:
     """Refuse a row that holds several prompts one after the other: the routers would decide once for all of them.
 
     Raises:
-        DataError: positions start again within a row, or lengths or numbers of several sequences came with it.
+        DataError: positions start again within a row, or lengths or numbers of several sequences came with it, as some
+            collators give them, in the mask too.
     """
     rows, length = tokens.valid.shape
-    lengths, numbers = inputs.get("cu_seq_lens_q"), inputs.get("seq_idx")
+    lengths, numbers, mask = (inputs.get(name) for name in ("cu_seq_lens_q", "seq_idx", "attention_mask"))
     if (
         (isinstance(lengths, Tensor) and lengths.numel() - 1 > rows)
         or (isinstance(numbers, Tensor) and bool((numbers[:, 1:] != numbers[:, :-1]).any()))
+        or (isinstance(mask, Tensor) and bool((mask > 1).any()))
         or (length > 1 and _starts_again(tokens.valid, inputs))
     ):
         raise DataError(

@@ -47,6 +47,15 @@ def test_several_sequences_a_row_are_refused_plainly(kind: str) -> None:
         model(**{kind: source})
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+@pytest.mark.parametrize("scope", ["prompt", "token"])
+def test_nothing_to_read_is_refused_plainly(shape: Any, scope: Any) -> None:
+    """An empty batch or empty prompts: would catch ZeroDivisionError, or logits made of nothing."""
+    model = attach(toys.make("llama").model, RouterConfig(scope=scope))
+    with pytest.raises(DataError, match=r"input_ids: expected at least one row and one token"):
+        model(input_ids=torch.zeros(shape).long())
+
+
 def test_a_model_with_a_second_head_for_whole_rows_is_refused() -> None:
     """A multiple-choice model, whose inputs have one more axis: would catch that it attaches and fails when called."""
     model = GPT2DoubleHeadsModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)).eval()

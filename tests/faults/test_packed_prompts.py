@@ -31,6 +31,7 @@ def prompts() -> tuple[Tensor, Tensor]:
         {"position_ids": torch.cat([torch.zeros(1), torch.arange(14)]).long()[None]},  # the first one a single token
         {"position_ids": torch.cat([torch.arange(6), 9 + torch.arange(9)])[None], "use_cache": False},  # by a gap
         {"cu_seq_lens_q": torch.tensor([0, 6, 15]), "cu_seq_lens_k": torch.tensor([0, 6, 15])},
+        {"attention_mask": torch.tensor([[1] * 6 + [2] * 9])},
         {"seq_idx": torch.tensor([[0] * 6 + [1] * 9])},
     ],
 )
