@@ -231,12 +231,12 @@ def _read_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
 def _find_placeholders(backbone: Backbone, states: Tensor) -> Tensor:
     """bool (b t): which embedded tokens (b t d) are a placeholder."""
     table: Any = backbone.model.get_input_embeddings()
-    found = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    vision = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
     for number in backbone.vision_ids:
         if number < table.num_embeddings:  # some name an id beyond their vocabulary, which nothing can embed
             own = table(torch.tensor(number, device=table.weight.device)).to(states)
-            found |= (states == own).all(-1)
-    return found
+            vision |= (states == own).all(-1)
+    return vision
 
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

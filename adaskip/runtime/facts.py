@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import torch
+
 from adaskip.backbone import Backbone, count_head
 from adaskip.errors import ConfigError
 from adaskip.probe import reads_ahead
@@ -24,7 +26,7 @@ class Facts:
         self._tried = self._kernel
         self._head = self._vocabulary, backbone.head
         self._ahead = {self._kernel: backbone.reads_ahead}
-        self._sources: dict[str, tuple[Source, ...]] = {}
+        self._sources: dict[tuple[str, torch.dtype], tuple[Source, ...]] = {}
 
     @property
     def _kernel(self) -> str:
@@ -51,10 +53,11 @@ class Facts:
 
     def weight_sources(self) -> tuple[Source, ...]:
         """Where each layer's attention weights come from; empty if the kernel gives none."""
-        if self._kernel not in self._sources:
+        key = self._kernel, self._backbone.model.dtype
+        if key not in self._sources:
             with self._untouched():
-                self._sources[self._kernel] = find_sources(self._backbone.model, self._backbone.layers)
-        return self._sources[self._kernel]
+                self._sources[key] = find_sources(self._backbone.model, self._backbone.layers)
+        return self._sources[key]
 
     def check_kernel(self) -> None:
         """Refuse single tokens in another kernel than the one in which they were tried.

@@ -153,8 +153,8 @@ class Runtime:
         configs = self.backbone.model.config, self.backbone.config
         if asks(inputs, "output_router_logits", configs):
             raise ConfigError(
-                "output_router_logits: of experts, transformers collects one entry a call, which is not one a layer "
-                "where layers are skipped; leave it out, or ask inside model.dense()"
+                "output_router_logits: transformers collects one entry for every call of experts, which is not one a "
+                "layer where layers are skipped; leave it out, or ask inside model.dense()"
             )
         if not asks(inputs, "output_attentions", configs):
             return ()
@@ -233,13 +233,12 @@ class Runtime:
         self.routing, self.ledger = routing, ledger
 
     def _cache(self, inputs: dict[str, Any]) -> SkipCache | None:
-        use = inputs.get("use_cache")
+        cache, use = inputs.get("past_key_values"), inputs.get("use_cache")
         use = use if use is not None else getattr(self.backbone.config, "use_cache", False)
-        if not self.caches or not read_cache(inputs.get("past_key_values"), self.mode, use):
+        if not self.caches or not read_cache(cache, self.mode, use):
             return None
-        given = inputs.get("past_key_values")
-        if isinstance(given, SkipCache):
-            return given
+        if isinstance(cache, SkipCache):
+            return cache
         return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
 
     def _embedded_ids(self, inputs: dict[str, Any]) -> Tensor | None:

@@ -52,34 +52,34 @@ class Request:
         return self.memo["vision"]
 
 
-def read_cache(given: Any, mode: Mode, use: bool) -> bool:
-    """Whether this call is to leave a cache, ``given`` or (with ``use``) a new one; ``given`` must be one that can.
+def read_cache(cache: Any, mode: Mode, use: bool) -> bool:
+    """Whether this call is to leave a cache, ``cache`` or (with ``use``) a new one; ``cache`` must be one that can.
 
     Raises:
         DataError: a cache that cannot hold what a routed request leaves, or already holds something else.
     """
-    if isinstance(given, SkipCache):
-        if mode == "soft" and given.length:
+    if isinstance(cache, SkipCache):
+        if mode == "soft" and cache.length:
             raise DataError("training mode reads whole sequences; expected no cache, got one that already holds tokens")
         return mode == "skip"
-    if given is not None and (type(given) is not DynamicCache or given.offloading):
-        kind = "an offloaded DynamicCache" if type(given) is DynamicCache else f"a {type(given).__name__}"
+    if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
+        kind = "an offloaded DynamicCache" if type(cache) is DynamicCache else f"a {type(cache).__name__}"
         raise DataError(f"past_key_values: {kind} cannot hold skipped layers; leave it out")
-    if given is not None and given.get_seq_length():
+    if cache is not None and cache.get_seq_length():
         raise DataError(
             "past_key_values: expected an adaskip cache or an empty DynamicCache, got a DynamicCache "
-            f"holding {given.get_seq_length()} tokens; start from the prompt without a cache"
+            f"holding {cache.get_seq_length()} tokens; start from the prompt without a cache"
         )
     if mode != "skip":
         return False
-    if getattr(given, _TAKEN, False):
+    if getattr(cache, _TAKEN, False):
         raise DataError(
             "past_key_values: this DynamicCache was replaced when it was first given, and holds nothing; go on "
             "with the cache in the model's output (outputs.past_key_values), or begin with a new one"
         )
-    if given is not None:
-        setattr(given, _TAKEN, True)
-    return given is not None or bool(use)
+    if cache is not None:
+        setattr(cache, _TAKEN, True)
+    return cache is not None or bool(use)
 
 
 def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, length: int | None) -> Tensor:

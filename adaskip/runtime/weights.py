@@ -34,8 +34,8 @@ class Source:
 
 def asks(inputs: dict[str, Any], name: str, configs: Sequence[PreTrainedConfig]) -> bool:
     """Whether a call asks for an output by this name, or leaves that to a configuration which does."""
-    asked = inputs.get(name)
-    return bool(asked) if asked is not None else any(getattr(config, name, False) for config in configs)
+    choice = inputs.get(name)
+    return bool(choice) if choice is not None else any(getattr(config, name, False) for config in configs)
 
 
 def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[Source, ...]:
@@ -44,11 +44,11 @@ def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[S
     Raises:
         ConfigError: the model's entries are not one a layer, of shape (batch, heads, queries, keys).
     """
-    seen: list[tuple[Tensor, nn.Module, int]] = []  # innermost first, as modules return
+    returned: list[tuple[Tensor, nn.Module, int]] = []  # innermost first, as modules return
 
     def watch(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(out, tuple):
-            seen.extend((value, module, place) for place, value in enumerate(out) if isinstance(value, Tensor))
+            returned.extend((value, module, place) for place, value in enumerate(out) if isinstance(value, Tensor))
 
     counts: dict[nn.Module, int] = {}
 
@@ -64,8 +64,8 @@ def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[S
             handle.remove()
     if all(entry is None for entry in entries):
         return ()
-    found = [_source(entry, seen) for entry in entries]
-    if len(found) != len(layers) or None in found:
+    sources = [_source(entry, returned) for entry in entries]
+    if len(sources) != len(layers) or None in sources:
         raise ConfigError(
             f"output_attentions: {type(model).__name__} does not return one entry a layer of shape (batch, heads, "
             "queries, keys), so entries cannot be put together where layers are skipped; leave it out, or ask inside "
@@ -73,17 +73,18 @@ def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[S
         )
     return tuple(
         replace(source, outputs=counts[layer])
-        for source, layer in zip(found, layers, strict=True)
+        for source, layer in zip(sources, layers, strict=True)
         if source is not None
     )
 
 
-def _source(entry: Any, seen: list[tuple[Tensor, nn.Module, int]]) -> Source | None:
+def _source(entry: Any, returned: list[tuple[Tensor, nn.Module, int]]) -> Source | None:
     """Which module returned this very tensor."""
     if not isinstance(entry, Tensor) or entry.dim() != 4 or entry.shape[::2] != (ROWS, TOKENS):
         return None
     return next(
-        (Source(module, place, entry.shape[1], entry.dtype) for value, module, place in seen if value is entry), None
+        (Source(module, place, entry.shape[1], entry.dtype) for value, module, place in returned if value is entry),
+        None,
     )
 
 
@@ -132,31 +133,39 @@ class WeightRecord:
         return listening
 
     def _note(self, index: int, out: Any) -> None:
+        """Put the weights (r h n m) of one call at the rows r, queries n and keys m that it was about."""
         weights, part = out[self.sources[index].place], self.part
-        if part is None:
+        if part is None:  # the whole batch ran at once
             self._entries[index] = weights
             return
-        segment, queries, keys = part
+        segment, queries, keys = part  # places in the whole sequence, -1 where a row has fewer
         rows = torch.arange(self.batch, device=weights.device) if segment.rows is None else segment.rows
-        asked = torch.where(queries < 0, -1, queries - self.past)  # places in this chunk
         if keys is None:
             keys = torch.arange(weights.shape[-1], device=weights.device).expand(len(rows), -1)
-        real = rearrange(asked >= 0, "r q -> r q 1") & rearrange(keys >= 0, "r k -> r 1 k")
+        real = rearrange(queries >= 0, "r n -> r n 1") & rearrange(keys >= 0, "r m -> r 1 m")
         row, query, key = torch.broadcast_tensors(
-            rearrange(rows, "r -> r 1 1"), rearrange(asked, "r q -> r q 1"), rearrange(keys, "r k -> r 1 k")
+            rearrange(rows, "r -> r 1 1"),
+            rearrange(queries - self.past, "r n -> r n 1"),  # an entry's queries are those of this chunk
+            rearrange(keys, "r m -> r 1 m"),
         )
-        into = rearrange(self._entry(index, weights), "b h q k -> b q k h")
-        into[row[real], query[real], key[real]] = rearrange(weights, "r h q k -> r q k h")[real]
-
-    def _entry(self, index: int, like: Tensor) -> Tensor:
         if index not in self._entries:
-            source, keys = self.sources[index], self.past + self.length
-            shape = (self.batch, source.heads, self.length, keys)
-            self._entries[index] = torch.zeros(shape, dtype=source.dtype, device=like.device)
-        return self._entries[index]
+            self._entries[index] = self._nothing(index, weights.dtype, weights.device)
+        into = rearrange(self._entries[index], "b h q k -> b q k h")  # a view
+        into[row[real], query[real], key[real]] = rearrange(weights, "r h n m -> r n m h")[real]
+
+    def _nothing(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        shape = (self.batch, self.sources[index].heads, self.length, self.past + self.length)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def complete(self, output: Any) -> Any:
         """The model's output with one entry a layer, (b h q k)."""
         if output.get("attentions") is not None:
-            output["attentions"] = tuple(self._entry(index, output[0]) for index in range(len(self.sources)))
+            device = output[0].device
+            dtypes = [entry.dtype for entry in self._entries.values()]  # autocast may have changed it
+            output["attentions"] = tuple(
+                self._entries[index]
+                if index in self._entries
+                else self._nothing(index, dtypes[0] if dtypes else source.dtype, device)
+                for index, source in enumerate(self.sources)
+            )
         return output.to_tuple() if self.as_tuple else output

@@ -25,8 +25,8 @@ TOKENWISE: dict[str, dict[str, Any]] = {
     "vision of attention": {"group": "vision", "unit": "attention"},
     "vision, token": {"group": "vision", "scope": "token"},
 }
-ASKED = {"output_attentions": True}
-GREEDY = {"do_sample": False, "suppress_tokens": [*range(2, 16)], "return_dict_in_generate": True, **ASKED}
+WEIGHTS = {"output_attentions": True}
+GREEDY = {"do_sample": False, "suppress_tokens": [*range(2, 16)], "return_dict_in_generate": True, **WEIGHTS}
 
 
 def heads(model: RoutedModel) -> int:
@@ -39,13 +39,13 @@ def test_entries_are_the_dense_ones_where_everything_runs(name: str) -> None:
     """Would catch entries that are not the very ones of the model, in `dense()` or with every layer kept."""
     toy = make(name, "eager")
     batch = toy.batch([5, 9, 3])
-    dense = toy.model(**batch, **ASKED).attentions
+    dense = toy.model(**batch, **WEIGHTS).attentions
     model = attach(toy.model)
     with model.dense():
-        untouched = model.backbone(**batch, **ASKED)
-    for found in (model(**batch, **ASKED), untouched):
-        assert len(found.attentions) == len(dense) == LAYERS
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.attentions, dense, strict=True))
+        untouched = model.backbone(**batch, **WEIGHTS)
+    for entries in (model(**batch, **WEIGHTS), untouched):
+        assert len(entries.attentions) == len(dense) == LAYERS
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(entries.attentions, dense, strict=True))
 
 
 @torch.no_grad()
@@ -55,15 +55,15 @@ def test_entry_i_is_layer_i_and_row_j_is_row_j(name: str) -> None:
     toy = make(name, "eager")
     model = attach(toy.model)
     keep, rows = some_keep(3), toy.rows([5, 9, 3])
-    found = model(**toy.collate(rows), **ASKED, routing=keep).attentions
-    assert len(found) == LAYERS
+    entries = model(**toy.collate(rows), **WEIGHTS, routing=keep).attentions
+    assert len(entries) == LAYERS
     for b, row in enumerate(rows):
         one = toy.collate([row])
-        alone = model(**one, **ASKED, routing=keep[:, b : b + 1]).attentions
+        alone = model(**one, **WEIGHTS, routing=keep[:, b : b + 1]).attentions
         length = one["input_ids"].shape[1]
-        for layer, entry in enumerate(found):
+        for layer, entry in enumerate(entries):
             mine = entry[b, :, -length:, -length:]
-            assert entry.shape == (3, heads(model), found[0].shape[-1], found[0].shape[-1])
+            assert entry.shape == (3, heads(model), entries[0].shape[-1], entries[0].shape[-1])
             assert (mine - alone[layer][0]).abs().max() < 1e-4
             assert bool((mine != 0).any()) == bool(keep[layer, b])
 
@@ -73,7 +73,7 @@ def test_a_layer_that_returns_more_where_weights_are_asked_for() -> None:
     """Its tuple then has one more place: would catch an IndexError in the model where such a layer is left out."""
     toy = make("trocr", "eager")
     model = attach(toy.model, plan=SkipPlan.static([0, 2]))
-    entries = model(**toy.batch([5]), **ASKED).attentions
+    entries = model(**toy.batch([5]), **WEIGHTS).attentions
     assert [bool(entry.any()) for entry in entries] == [False, True, False, True]
     assert model(**toy.batch([5])).attentions is None
 
@@ -84,12 +84,12 @@ def test_what_a_plan_leaves_is_what_the_cut_model_attends_to() -> None:
     toy = make("llama", "eager")
     batch = toy.batch([5, 9])
     model = attach(toy.model, plan=SkipPlan.static([1, 2]))
-    found = model(**batch, **ASKED).attentions
-    plain = cut(model)(**batch, **ASKED).attentions
-    assert not found[1].any()
-    assert not found[2].any()
-    assert torch.equal(found[0], plain[0])
-    assert torch.equal(found[3], plain[1])
+    entries = model(**batch, **WEIGHTS).attentions
+    plain = cut(model)(**batch, **WEIGHTS).attentions
+    assert not entries[1].any()
+    assert not entries[2].any()
+    assert torch.equal(entries[0], plain[0])
+    assert torch.equal(entries[3], plain[1])
 
 
 @torch.no_grad()
@@ -99,13 +99,13 @@ def test_tokens_that_skip_have_no_row_and_are_no_key(case: str) -> None:
     toy = make("llava", "eager")
     model = decide(attach(toy.model, RouterConfig(**TOKENWISE[case])))
     batch = toy.batch([5, 9, 3])
-    found = model(**batch, **ASKED).attentions
+    entries = model(**batch, **WEIGHTS).attentions
     length = batch["input_ids"].shape[1]
     real, vision = batch["attention_mask"].bool(), batch["input_ids"] == IMAGE
     keep = model.routing.keep if model.routing.keep.dim() == 3 else model.routing.keep[..., None].expand(-1, -1, length)
     assert 0 < keep.float().mean() < 1
     kept = TOKENWISE[case].get("kv") == "kept"
-    for layer, entry in enumerate(found):
+    for layer, entry in enumerate(entries):
         assert entry.shape == (3, heads(model), length, length)
         group = vision if TOKENWISE[case].get("group") == "vision" else real
         runs = real & (keep[layer] | ~group) if TOKENWISE[case].get("unit") != "mlp" else real
@@ -130,15 +130,15 @@ def test_each_step_of_generation_is_a_row_of_the_whole(case: str) -> None:
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 4).long()], 1)
     whole = {**batch, "input_ids": out.sequences, "attention_mask": mask}
     prompt = torch.arange(length + 4) < length
-    full = model(**whole, **ASKED, use_cache=False, routing=routing, prompt_mask=mask.bool() & prompt).attentions
+    full = model(**whole, **WEIGHTS, use_cache=False, routing=routing, prompt_mask=mask.bool() & prompt).attentions
     assert [len(step) for step in out.attentions] == [LAYERS] * 4
     for number, step in enumerate(out.attentions):
         end = length + number
-        for entry, wanted in zip(step, full, strict=True):
+        for entry, expected in zip(step, full, strict=True):
             assert entry.shape == (3, heads(model), 1 if number else length, end)
-            wanted = wanted[:, :, end - entry.shape[2] : end, :end]
+            expected = expected[:, :, end - entry.shape[2] : end, :end]
             seen = mask[:, end - entry.shape[2] : end, None].bool().movedim(2, 1)
-            assert ((entry - wanted) * seen[..., None].view(3, 1, -1, 1)).abs().max() < 1e-4
+            assert ((entry - expected) * seen[..., None].view(3, 1, -1, 1)).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -154,9 +154,9 @@ def test_assisted_decoding(name: str, skipped: list[int]) -> None:
     assisted = model.generate(**batch, **GREEDY, max_new_tokens=5, assistant_model=helper)
     assert torch.equal(assisted.sequences, plain.sequences)
     assert len(assisted.attentions) == len(plain.attentions)
-    for step, wanted in zip(assisted.attentions, plain.attentions, strict=True):
+    for step, expected in zip(assisted.attentions, plain.attentions, strict=True):
         assert len(step) == LAYERS
-        for layer, (mine, theirs) in enumerate(zip(step, wanted, strict=True)):
+        for layer, (mine, theirs) in enumerate(zip(step, expected, strict=True)):
             assert (mine - theirs).abs().max() < 1e-4
             assert bool(mine.any()) == (layer not in skipped)
 
@@ -167,11 +167,11 @@ def test_plain_tuples_beams_and_configuration() -> None:
     toy = make("llama", "eager")
     model = attach(toy.model, plan=SkipPlan.static([1]))
     batch = toy.batch([5, 9])
-    wanted = model(**batch, **ASKED, output_hidden_states=True)
-    plain = model(**batch, **ASKED, output_hidden_states=True, return_dict=False)
+    expected = model(**batch, **WEIGHTS, output_hidden_states=True)
+    plain = model(**batch, **WEIGHTS, output_hidden_states=True, return_dict=False)
     assert type(plain) is tuple
-    assert len(plain) == len(wanted.to_tuple())
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(plain[-1], wanted.attentions, strict=True))
+    assert len(plain) == len(expected.to_tuple())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(plain[-1], expected.attentions, strict=True))
     beams = model.generate(**batch, **GREEDY, max_new_tokens=3, num_beams=2).attentions
     assert [[entry.shape[0] for entry in step] for step in beams] == [[4] * LAYERS] * 3
     toy.model.config.output_attentions = True
@@ -186,15 +186,29 @@ def test_a_kernel_without_weights_gives_none() -> None:
     """SDPA computes no weights: would catch zeros that pass for weights."""
     toy = make("llama", "sdpa")
     batch = toy.batch([5, 9])
-    dense = toy.model(**batch, **ASKED).attentions
-    assert attach(toy.model, plan=SkipPlan.static([1]))(**batch, **ASKED).attentions == dense == ()
+    dense = toy.model(**batch, **WEIGHTS).attentions
+    assert attach(toy.model, plan=SkipPlan.static([1]))(**batch, **WEIGHTS).attentions == dense == ()
+
+
+@torch.no_grad()
+def test_another_precision() -> None:
+    """The model is cast after a first call, or run under autocast: would catch entries of the precision before."""
+    toy = make("llama", "eager")
+    model = attach(toy.model)
+    batch, keep = toy.batch([5, 9, 3]), some_keep(3)
+    model(**batch, **WEIGHTS, routing=keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch, **WEIGHTS, routing=keep)
+    toy.model.bfloat16()
+    for decided in (keep, torch.zeros_like(keep)):
+        assert {entry.dtype for entry in model(**batch, **WEIGHTS, routing=decided).attentions} == {torch.bfloat16}
 
 
 def test_nothing_stays_on_the_model() -> None:
     """Would catch hooks that outlive the pass, or the model's own that are lost."""
     toy = make("llama", "eager")
     batch = toy.batch([5, 9])
-    toy.model(**batch, **ASKED)  # transformers leaves its own hooks
+    toy.model(**batch, **WEIGHTS)  # transformers leaves its own hooks
 
     def hooks() -> list[int]:
         return [len(module._forward_hooks) for module in toy.model.modules()]
@@ -202,9 +216,9 @@ def test_nothing_stays_on_the_model() -> None:
     before = hooks()
     model = attach(toy.model, RouterConfig(unit="attention"))
     with torch.no_grad():
-        model(**batch, **ASKED)
+        model(**batch, **WEIGHTS)
         with pytest.raises(RuntimeError):
-            model(input_ids=batch["input_ids"], position_ids=torch.zeros(7, 3).long(), **ASKED)
+            model(input_ids=batch["input_ids"], position_ids=torch.zeros(7, 3).long(), **WEIGHTS)
     model.detach()
     assert hooks() == before
 
@@ -213,7 +227,7 @@ def test_training_refuses_plainly() -> None:
     """In training both branches are computed: would catch entries of one of them passed for what was attended to."""
     model = attach(make("llama", "eager").model).train()
     with pytest.raises(ConfigError, match=r"output_attentions: in training mode .* or call the model in eval"):
-        model(input_ids=torch.full((1, 4), 20), **ASKED)
+        model(input_ids=torch.full((1, 4), 20), **WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])

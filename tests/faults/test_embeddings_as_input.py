@@ -37,10 +37,10 @@ def test_placeholders_are_found_by_their_embedding(name: str, case: str) -> None
     batch = toy.batch([5, 8])
     if name == "qwen2_vl":  # it needs ids to place its pictures
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(3, 2, -1)
-    wanted, rates = model(**batch).logits, model.routing.keep_rate
+    expected, rates = model(**batch).logits, model.routing.keep_rate
     states = toy.model.get_input_embeddings()(batch.pop("input_ids"))
-    found = model(**batch, inputs_embeds=states).logits
-    assert (real(found, batch) - real(wanted, batch)).abs().max() < 1e-4
+    embedded = model(**batch, inputs_embeds=states).logits
+    assert (real(embedded, batch) - real(expected, batch)).abs().max() < 1e-4
     assert torch.equal(model.routing.keep_rate, rates)
     assert (rates < 1).any()
 
@@ -66,12 +66,12 @@ def test_ids_beside_states_tell_where_merged_pictures_are() -> None:
     toy = make("llava")
     batch = toy.batch([5, 8])
     model = attach(toy.model, plan=SkipPlan.static([1, 2], group="vision"))
-    wanted = model.generate(**batch, **GREEDY, num_beams=2)
+    expected = model.generate(**batch, **GREEDY, num_beams=2)
     rates = model.routing.keep_rate
     ids, pictures = batch["input_ids"], batch.pop("pixel_values")
     states = toy.model.get_input_embeddings()(ids)
     features = toy.model.get_image_features(pixel_values=pictures).pooler_output
     states[ids == 5] = torch.cat([x.reshape(-1, states.shape[-1]) for x in features])
-    found = model.generate(**batch, inputs_embeds=states, **GREEDY, num_beams=2)
-    assert torch.equal(found[:, -4:], wanted[:, -4:])
+    embedded = model.generate(**batch, inputs_embeds=states, **GREEDY, num_beams=2)
+    assert torch.equal(embedded[:, -4:], expected[:, -4:])
     assert torch.equal(model.routing.keep_rate, rates)
