@@ -23,6 +23,7 @@ class Facts:
 
     def __init__(self, backbone: Backbone, untouched: Callable[[], AbstractContextManager[None]]) -> None:
         self._backbone, self._untouched = backbone, untouched
+        self.configs = backbone.model.config, backbone.config  # to look for the latter takes longer than to ask it
         self._tried = self._kernel
         self._head = self._vocabulary, backbone.head
         self._ahead = {self._kernel: backbone.reads_ahead}
@@ -30,7 +31,7 @@ class Facts:
 
     @property
     def _kernel(self) -> str:
-        return str(self._backbone.config._attn_implementation)
+        return str(self.configs[1]._attn_implementation)
 
     @property
     def _vocabulary(self) -> tuple[int, ...]:

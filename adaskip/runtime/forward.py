@@ -150,13 +150,12 @@ class Runtime:
         """Where the layers' attention weights come from, if the caller asks for them and the kernel gives any."""
         if self.mode == "dense":
             return ()
-        configs = self.backbone.model.config, self.backbone.config
-        if asks(inputs, "output_router_logits", configs):
+        if asks(inputs, "output_router_logits", self.facts.configs):
             raise ConfigError(
                 "output_router_logits: transformers collects one entry for every call of experts, which is not one a "
                 "layer where layers are skipped; leave it out, or ask inside model.dense()"
             )
-        if not asks(inputs, "output_attentions", configs):
+        if not asks(inputs, "output_attentions", self.facts.configs):
             return ()
         if self.mode == "soft":
             raise ConfigError(
@@ -234,7 +233,7 @@ class Runtime:
 
     def _cache(self, inputs: dict[str, Any]) -> SkipCache | None:
         cache, use = inputs.get("past_key_values"), inputs.get("use_cache")
-        use = use if use is not None else getattr(self.backbone.config, "use_cache", False)
+        use = use if use is not None else getattr(self.facts.configs[1], "use_cache", False)
         if not self.caches or not read_cache(cache, self.mode, use):
             return None
         if isinstance(cache, SkipCache):
