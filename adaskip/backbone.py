@@ -37,7 +37,7 @@ class Backbone:
         path: dotted name of the layer list inside it.
         layers: the decoder layers, in order.
         width: hidden size of the decoder.
-        vision_ids: placeholder token ids of images and videos; empty for a language model.
+        reads_ahead: whether it reads both ways what comes without ``token_type_ids``, as some prefix models do.
         outputs: what a layer returns: a tensor (0), or a tuple of this many.
         sublayers: what each layer is made of, where the routing needs to know.
         work: what each layer computes.
@@ -48,7 +48,7 @@ class Backbone:
     path: str
     layers: tuple[nn.Module, ...] = field(repr=False)
     width: int = 0
-    vision_ids: tuple[int, ...] = ()
+    reads_ahead: bool = False
     outputs: int = 0
     sublayers: tuple[Sublayers, ...] = field(default=(), repr=False)
     work: tuple[Work, ...] = field(default=(), repr=False)
@@ -58,6 +58,12 @@ class Backbone:
     def config(self) -> Any:
         """The decoder's own configuration."""
         return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def vision_ids(self) -> tuple[int, ...]:
+        """Placeholder token ids of images and videos, as the configuration names them now; empty without."""
+        named = (getattr(self.model.config, key, None) for key in _PLACEHOLDERS)
+        return tuple(dict.fromkeys(value for value in named if value is not None))
 
     @property
     def device(self) -> torch.device:
@@ -117,12 +123,16 @@ def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") 
             f"{name}: layers of type {', '.join(sorted(other))} keep something else than keys and values between "
             f"tokens, which a skip would break; expected only {', '.join(sorted(_ROUTABLE_LAYERS))}"
         )
-    outputs = check_layers(model, layers, config.hidden_size)
-    ids = tuple(dict.fromkeys(i for key in _PLACEHOLDERS if (i := getattr(model.config, key, None)) is not None))
+    outputs, reads_ahead = check_layers(model, layers, config.hidden_size)
     needed = unit != "block" or kv == "kept"
     sublayers = find_sublayers(model, layers, config.hidden_size, unit) if needed else ()
     work, head = measure_work(model, layers, _pair_flops(config))
-    return Backbone(model, path, layers, config.hidden_size, ids, outputs, sublayers, work, head)
+    return Backbone(model, path, layers, config.hidden_size, reads_ahead, outputs, sublayers, work, head)
+
+
+def count_head(backbone: Backbone) -> float:
+    """FLOPs of the language-model head per position, counted anew; the model must run as it was."""
+    return measure_work(backbone.model, backbone.layers, _pair_flops(backbone.config))[1]
 
 
 def size_of(config: PreTrainedConfig) -> tuple[int, int]:
@@ -159,41 +169,74 @@ def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Mod
     )
 
 
-def read_tokens(backbone: Backbone, inputs: dict[str, Any], need_vision: bool) -> Tokens:
+def read_tokens(backbone: Backbone, inputs: dict[str, Any], ids: Tensor | None = None) -> Tokens:
     """The token masks of one call's model inputs.
+
+    Vision is where the placeholder's id stands, or in ``inputs_embeds`` its embedding, as the model itself looks for
+    it. States that pictures are merged into already count as text, unless ``ids`` or ``mm_token_type_ids`` tell.
 
     Args:
         backbone: the described model.
         inputs: keyword arguments of the model's ``forward``.
-        need_vision: whether the routing speaks of vision tokens, so that they must be known.
+        ids: long (b t), of the tokens that ``inputs_embeds`` embeds, if they are known.
 
     Raises:
         DataError: the inputs do not tell what is needed.
     """
-    ids, embeds, attention = (inputs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask"))
-    source = ids if ids is not None else embeds
+    name, axes = "input_ids", "batch, tokens"
+    if inputs.get(name) is None:
+        name, axes = "inputs_embeds", "batch, tokens, width"
+    source = inputs.get(name)
     if source is None:
         raise DataError("model inputs: expected input_ids or inputs_embeds, got neither")
-    shape = source.shape[:2]
-    if attention is None:
-        valid = torch.ones(shape, dtype=torch.bool, device=source.device)
-    elif attention.dim() == 2:
-        valid = attention[:, -shape[1] :].bool()
-    else:
+    if source.dim() != axes.count(",") + 1:
         raise DataError(
-            f"attention_mask: expected shape (batch, tokens), got {tuple(attention.shape)}; pass the tokenizer's mask"
+            f"{name}: expected shape ({axes}), got {tuple(source.shape)}; give every sequence a row of its own"
         )
+    shape = source.shape[:2]
+    if 0 in shape:
+        raise DataError(f"{name}: expected at least one row and one token, got {tuple(shape)}; leave empty prompts out")
+    valid = _read_mask(inputs.get("attention_mask"), shape, source.device)
     if not backbone.vision_ids:
         return Tokens(valid, None)
+    ids = source if name == "input_ids" else ids
     if ids is not None:
-        vision = torch.isin(ids, torch.tensor(backbone.vision_ids, device=ids.device))
+        vision = torch.isin(ids, torch.tensor(backbone.vision_ids, device=ids.device)).to(source.device)
     elif (types := inputs.get("mm_token_type_ids")) is not None:
         vision = types[:, -shape[1] :] != 0
-    elif need_vision:
-        raise DataError("model inputs: vision tokens cannot be told apart in inputs_embeds; pass input_ids as well")
     else:
-        vision = torch.zeros(shape, dtype=torch.bool, device=source.device)
+        vision = _find_placeholders(backbone, source)
     return Tokens(valid, vision & valid)
+
+
+def _read_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
+    """bool (b t): which tokens of this chunk are real; a mask may speak of cached ones before them."""
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise DataError(
+            f"attention_mask: expected shape (batch, tokens), got {kind}; a mask of one's own cannot be cut to the "
+            "tokens that run, so pass the tokenizer's"
+        )
+    if mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+        raise DataError(
+            f"attention_mask: expected {shape[0]} rows of {shape[1]} tokens, or more with cached ones before them, got "
+            f"{tuple(mask.shape)}; pass the mask that the tokenizer made with these tokens"
+        )
+    return mask[:, mask.shape[1] - shape[1] :].bool()
+
+
+@torch.no_grad()
+def _find_placeholders(backbone: Backbone, states: Tensor) -> Tensor:
+    """bool (b t): which embedded tokens (b t d) are a placeholder."""
+    table: Any = backbone.model.get_input_embeddings()
+    vision = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    for number in backbone.vision_ids:
+        if number < table.num_embeddings:  # some name an id beyond their vocabulary, which nothing can embed
+            own = table(torch.tensor(number, device=table.weight.device)).to(states)
+            vision |= (states == own).all(-1)
+    return vision
 
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,30 +21,41 @@ ROWS, TOKENS = 2, 5
 _SLICED = {"attention_mask", "causal_mask", "position_ids", "position_embeddings", "alibi", "padding_mask"}
 """Arguments of a layer that are cut to the rows and tokens that run."""
 
+SUFFIX = {"token_type_ids": torch.ones(ROWS, TOKENS, dtype=torch.long)}
+"""What tells a prefix model that the plain tokens are no part of what it reads both ways."""
 
-def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int) -> int:
-    """What the layers return: a tensor (0), or a tuple of this many. A model on device ``meta`` is not run: 0.
+
+def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int) -> tuple[int, bool]:
+    """What the layers return, and whether they look ahead where the inputs have no ``token_type_ids``.
+
+    They return a tensor (0), or a tuple of this many. A model on device ``meta`` is not run: 0.
 
     Raises:
         BackboneError: leaving one of these layers out would be unsound; says why.
     """
     if any(weight.is_meta for weight in model.parameters()):
-        return 0
+        return 0, False
     name = type(model).__name__
     takes = inspect.signature(type(model).forward).parameters
     caches = "past_key_values" in takes
     if not caches and "use_cache" in takes:
         raise BackboneError(f"{name}: it remembers earlier tokens in something else than a KV cache; not routable")
     watch = _look(model, layers, caches)
-    if watch.ahead and "token_type_ids" in takes:  # a prefix model reads its prompt both ways, what follows is causal
-        watch = _look(model, layers, caches, token_type_ids=torch.ones(ROWS, TOKENS, dtype=torch.long))
+    ahead = bool(watch.ahead)
+    if ahead and "token_type_ids" in takes:  # a prefix model reads its prompt both ways, what follows is causal
+        watch = _look(model, layers, caches, **SUFFIX)
     for fault in watch.faults(width, caches):
         raise BackboneError(f"{name}: {fault}; not routable")
-    return watch.outputs
+    return watch.outputs, ahead
+
+
+def reads_ahead(model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> bool:
+    """Whether a layer looks ahead where the inputs have no ``token_type_ids``."""
+    return bool(_look(model, layers, False, use_cache=False).ahead)
 
 
 def _look(model: PreTrainedModel, layers: tuple[nn.Module, ...], caches: bool, **more: Any) -> _Watch:
-    watch = _Watch(layers)
+    watch = _Watch(model, layers)
     with watch:
         dense_pass(model, **more, **({"past_key_values": ToldCache(watch.store), "use_cache": True} if caches else {}))
     return watch
@@ -94,14 +105,15 @@ def plain_tokens(model: PreTrainedModel) -> Tensor:
 class _Watch:
     """Records what every layer is given, returns and stores."""
 
-    def __init__(self, layers: tuple[nn.Module, ...]) -> None:
-        self.layers = layers
+    def __init__(self, model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> None:
+        self.model, self.layers = model, layers
         self.called: list[int] = []
         self.inside: int | None = None
         self.stored: list[tuple[int | None, int]] = []
         self.shapes: list[tuple[Any, ...]] = []
         self.ahead: list[int] = []
         self.extra: set[str] = set()
+        self.row_heads: list[str] = []
         self.outputs = 0
         self._handles: list[Any] = []
 
@@ -109,6 +121,9 @@ class _Watch:
         for index, layer in enumerate(self.layers):
             self._handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._after(index), with_kwargs=True))
+        for name, module in self.model.named_modules():
+            if name and next(module.parameters(), None) is not None:
+                self._handles.append(module.register_forward_hook(self._head(name)))
 
     def __exit__(self, *raised: Any) -> None:
         for handle in self._handles:
@@ -144,6 +159,17 @@ class _Watch:
 
         return hook
 
+    def _head(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            behind = self.called[-1:] == [len(self.layers) - 1] and self.inside is None
+            states = args[0] if args else None
+            if not behind or not isinstance(out, Tensor) or not isinstance(states, Tensor):
+                return
+            if states.shape[:2] == (ROWS, TOKENS) and out.shape[0] == ROWS and out.shape[1:2] != (TOKENS,):
+                self.row_heads.append(name)
+
+        return hook
+
     def store(self, slot: int) -> None:
         """Told by the cache: keys and values go to this slot."""
         self.stored.append((self.inside, slot))
@@ -171,6 +197,11 @@ class _Watch:
             )
         if self.extra:
             found.append(f"its layers are given their own input for every token ({', '.join(sorted(self.extra))})")
+        if self.row_heads:
+            found.append(
+                f"it has a second head that says one thing of a whole row ({self.row_heads[0]}), to choose between "
+                "several sequences given as one input; expected one sequence a row: load it with AutoModelForCausalLM"
+            )
         if caches:
             for index in range(len(self.layers)):
                 kept = [slot for inside, slot in self.stored if inside == index]

@@ -59,10 +59,12 @@ def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return (), runtime.open(bind_arguments(model, args, kwargs))
 
 
-def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    output = getattr(model, _MARK).complete(output)
     values = output if isinstance(output, tuple) else (getattr(output, "logits", None),)
     logits = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3), None)  # (b t v); a loss has no axes
     getattr(model, _MARK).close(failed=output is None, heads=0 if logits is None else logits.shape[1])
+    return output
 
 
 class RoutedModel(nn.Module):
@@ -125,10 +127,11 @@ class RoutedModel(nn.Module):
             raise ConfigError(
                 f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
             )
-        tokens = inputs.get("input_ids", inputs.get("inputs", inputs.get("inputs_embeds")))
+        ids = inputs.get("input_ids", inputs.get("inputs"))
+        tokens = ids if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         length = tokens.shape[1] if tokens is not None else None
         mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
-        with torch.no_grad(), self._set(mode=mode, fixed=self._given(routing), prompt_length=length):
+        with torch.no_grad(), self._set(mode=mode, fixed=self._given(routing), prompt_length=length, prompt_ids=ids):
             return self.backbone.generate(**inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
@@ -225,7 +228,7 @@ class RoutedModel(nn.Module):
 
     def read_tokens(self, inputs: dict[str, Any]) -> Tokens:
         """Which positions of a batch are real, and which are vision."""
-        return read_tokens(self.described, inputs, self.runtime.group == "vision" or self.runtime.pools)
+        return read_tokens(self.described, inputs)
 
     def group_mask(self) -> Tensor:
         """bool (b t): the tokens of the request under way that the routing speaks of; for observers."""

@@ -87,7 +87,7 @@ class Executor:
             layer.commit(request.offset, states.shape[1], states.shape[0], request.memo)
             if request.scratch is not None:
                 request.scratch.layers[self.index] = KeptLayer()
-        return self.wrap(after)
+        return self.wrap(after, request)
 
     def _layer(self, request: Request) -> SkipLayer | None:
         """Where this module's keys and values go; what is kept must be brought together even if nothing is cached."""
@@ -114,9 +114,12 @@ class Executor:
             return (WHOLE,), ()
         return _gather(request.tokens.valid & keep), _gather(idle) if self.kv == "kept" else ()
 
-    def wrap(self, states: Tensor) -> Any:
-        """States in the form in which the module returns them."""
-        return (states, *[None] * (self.outputs - 1)) if self.outputs else states
+    def wrap(self, states: Tensor, request: Request) -> Any:
+        """States in the form in which the module returns them; some layers return more where weights are asked for."""
+        outputs = self.outputs
+        if self.unit == "block" and request.weights is not None:
+            outputs = request.weights.sources[self.index].outputs
+        return (states, *[None] * (outputs - 1)) if outputs else states
 
     def states(self, out: Any) -> Tensor:
         """The states among what the module returned."""
@@ -141,6 +144,8 @@ class Executor:
         if layer is not None:
             layer.begin(segment)
             keys = None if whole else layer.seen(segment, positions, request.memo)
+        if request.weights is not None and self.unit != "mlp":
+            request.weights.part = segment, positions, keys
         out = call(
             take(states, segment, batch_axis=0), **cut(named, segment, len(states), positions, keys, request.memo)
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
@@ -19,11 +20,11 @@ from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
 from adaskip.runtime.execute import Executor, Keep
-from adaskip.runtime.request import Mode, Request, read_prompt
+from adaskip.runtime.facts import Facts
+from adaskip.runtime.request import Mode, Request, check_unpacked, read_cache, read_prompt
+from adaskip.runtime.weights import Source, WeightRecord, asks
 
 Observer = Callable[[int, Tensor, Tensor], None]
-
-_TAKEN = "_adaskip_taken"
 
 
 class Runtime:
@@ -46,6 +47,7 @@ class Runtime:
         self.scope: Scope = config.scope if plan is None else "prompt"
         self.group, self.unit, self.kv = decides.group, decides.unit, decides.kv
         self.cost = CostModel.of(backbone, self.unit, self.kv)
+        self.facts = Facts(backbone, self._untouched)
         self.layers = [self._executor(i, "block", backbone.outputs) for i in range(len(backbone.layers))]
         self.caches = "past_key_values" in inspect.signature(type(backbone.model).forward).parameters
         self.mode: Mode = "skip"
@@ -54,21 +56,23 @@ class Runtime:
         self.fixed: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.prompt_length: int | None = None
+        self.prompt_ids: Tensor | None = None
         self.observer: Observer | None = None
         self.replay: list[Tensor] = []
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
-
-    @property
-    def pools(self) -> bool:
-        """Whether routers look at text and vision apart, once at the prompt."""
-        return self.heads is not None and self.scope == "prompt"
+        self._watching: list[Any] = []
 
     @property
     def hides_vision(self) -> bool:
         """Whether vision tokens that skip are gone for the text's attention, so that what it had of them counts."""
         return self.group == "vision" and self.kv == "absent" and self.unit != "mlp"
+
+    @property
+    def cuts_keys(self) -> bool:
+        """Whether single tokens of a row leave an attention that others of it run, so that masks have to be cut."""
+        return (self.group == "vision" or self.scope == "token") and self.unit != "mlp" and self.mode != "dense"
 
     def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
         names = {"block": 0, "attention": 1}
@@ -91,6 +95,7 @@ class Runtime:
 
     def open(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Read the call's inputs; returns them as the model should see them."""
+        sources = self._weight_sources(inputs)
         given = inputs.get("past_key_values")
         if self.mode == "dense" and isinstance(given, SkipCache) and given.length:
             raise DataError(
@@ -101,20 +106,24 @@ class Runtime:
             nothing = torch.ones(0, 0, dtype=torch.bool)
             self.request = Request("dense", Tokens(nothing, None), nothing)
             return inputs
+        if (self.scope == "token" or self.kv == "kept") and self.mode != "dense":
+            self.facts.check_kernel()
+        if self.cost.head != self.facts.head():
+            self.cost = replace(self.cost, head=self.facts.head())
         cache = None if self.mode == "dense" else self._cache(inputs)
         started = cache is not None and cache.routing is not None
-        tokens = read_tokens(self.backbone, inputs, need_vision=self.group == "vision" or (self.pools and not started))
+        tokens = read_tokens(self.backbone, inputs, None if started else self._embedded_ids(inputs))
         if cache is not None and started and cache.batch != tokens.valid.shape[0]:
             raise DataError(
                 f"past_key_values: expected as many rows as the cache holds, {cache.batch}, got {tokens.valid.shape[0]}"
             )
+        if self.cuts_keys and not started and inputs.get("token_type_ids") is None and self.facts.reads_ahead():
+            raise DataError(
+                f"token_type_ids: without them {type(self.backbone.model).__name__} reads its whole input both ways, "
+                "so what runs cannot be cut out of it; pass everything that the processor returned"
+            )
         if cache is not None and cache.length == 0:
             cache.batch = tokens.valid.shape[0]
-        if self.group == "vision" and self.mode != "dense" and not started and not tokens.has_vision:
-            raise DataError(
-                "group 'vision': no row of this batch holds a vision token; pass images together with the text, "
-                "or attach with RouterConfig(group='all')"
-            )
         if self.scope == "token":
             self.request = self._by_token(tokens, cache)
         elif started:
@@ -125,13 +134,64 @@ class Runtime:
             self.request = Request(self.mode, tokens, tokens.valid, cache, fixed=decided.keep, flags=flags)
         else:
             fixed, known = self._fixed(tokens.valid.shape[0])
+            if fixed is None and self.mode != "dense":
+                check_unpacked(tokens, inputs)
             prompt = read_prompt(tokens, inputs, self.prompt_mask, self.prompt_length)
             self.request = Request(self.mode, tokens, prompt, cache, fixed=fixed, flags=known)
         if self.kv == "kept" and cache is None and self.mode == "skip":
             self.request.scratch = SkipCache(len(self.backbone.layers), kept=True)
+        if sources:
+            inputs = self._record(sources, inputs)
         if self.mode == "soft":
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
+
+    def _weight_sources(self, inputs: dict[str, Any]) -> tuple[Source, ...]:
+        """Where the layers' attention weights come from, if the caller asks for them and the kernel gives any."""
+        if self.mode == "dense":
+            return ()
+        if asks(inputs, "output_router_logits", self.facts.configs):
+            raise ConfigError(
+                "output_router_logits: transformers collects one entry for every call of experts, which is not one a "
+                "layer where layers are skipped; leave it out, or ask inside model.dense()"
+            )
+        if not asks(inputs, "output_attentions", self.facts.configs):
+            return ()
+        if self.mode == "soft":
+            raise ConfigError(
+                "output_attentions: in training mode both branches of every layer are computed and mixed, so there is "
+                "no one attention to return; leave it out, or call the model in eval()"
+            )
+        return self.facts.weight_sources()
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Inside: the model as it was, and nobody watching."""
+        before = self.mode, self.observer, self.replay
+        self.mode, self.observer, self.replay = "dense", None, []
+        try:
+            yield
+        finally:
+            self.mode, self.observer, self.replay = before
+
+    def _record(self, sources: tuple[Source, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+        """Watch the attentions of the request that begins; its output must have names for a while."""
+        request = self.request
+        assert request is not None
+        named = inputs.get("return_dict")
+        as_tuple = not (self.backbone.model.config.return_dict if named is None else named)
+        request.weights = WeightRecord(sources, *_sizes(request), as_tuple)
+        own = {module for i, layer in enumerate(self.backbone.layers) for module in (layer, *dict(self.sublayers(i)))}
+        self._watching = request.weights.watch(own, lambda: self.request is request)
+        return {**inputs, "return_dict": True}
+
+    def complete(self, output: Any) -> Any:
+        """What the caller gets of the model's output."""
+        for handle in self._watching:
+            handle.remove()
+        self._watching = []
+        weights = None if self.request is None else self.request.weights
+        return output if weights is None or output is None else weights.complete(output)
 
     def close(self, failed: bool = False, heads: int = 0) -> None:
         """Publish the routing of the request that ends here, ``heads`` positions of which have got logits."""
@@ -172,35 +232,20 @@ class Runtime:
         self.routing, self.ledger = routing, ledger
 
     def _cache(self, inputs: dict[str, Any]) -> SkipCache | None:
-        given = inputs.get("past_key_values")
-        if not self.caches:  # a cache that it may be given is nothing to it
+        cache, use = inputs.get("past_key_values"), inputs.get("use_cache")
+        use = use if use is not None else getattr(self.facts.configs[1], "use_cache", False)
+        if not self.caches or not read_cache(cache, self.mode, use):
             return None
-        if isinstance(given, SkipCache):
-            if self.mode == "soft" and given.length:
-                raise DataError(
-                    "training mode reads whole sequences; expected no cache, got one that already holds tokens"
-                )
-            return given if self.mode == "skip" else None
-        if given is not None and (type(given) is not DynamicCache or given.offloading):
-            kind = "an offloaded DynamicCache" if type(given) is DynamicCache else f"a {type(given).__name__}"
-            raise DataError(f"past_key_values: {kind} cannot hold skipped layers; leave it out")
-        if given is not None and given.get_seq_length():
-            raise DataError(
-                "past_key_values: expected an adaskip cache or an empty DynamicCache, got a DynamicCache "
-                f"holding {given.get_seq_length()} tokens; start from the prompt without a cache"
-            )
-        if getattr(given, _TAKEN, False) and self.mode == "skip":
-            raise DataError(
-                "past_key_values: this DynamicCache was replaced when it was first given, and holds nothing; go on "
-                "with the cache in the model's output (outputs.past_key_values), or begin with a new one"
-            )
-        use = inputs.get("use_cache")
-        wanted = given is not None or (use if use is not None else getattr(self.backbone.config, "use_cache", False))
-        if not wanted or self.mode != "skip":
-            return None
-        if given is not None:
-            setattr(given, _TAKEN, True)
+        if isinstance(cache, SkipCache):
+            return cache
         return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
+
+    def _embedded_ids(self, inputs: dict[str, Any]) -> Tensor | None:
+        """long (b t): the ids given to ``generate`` beside the ``inputs_embeds`` of its prompt; None without them."""
+        ids, states = self.prompt_ids, inputs.get("inputs_embeds")
+        if ids is None or states is None or ids.shape[1:] != states.shape[1:2] or len(states) % len(ids):
+            return None
+        return ids.repeat_interleave(len(states) // len(ids), 0)  # rows are repeated for beams and samples
 
     def _by_token(self, tokens: Tokens, cache: SkipCache | None) -> Request:
         """A request whose tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""
@@ -248,8 +293,9 @@ class Runtime:
         first = next(iter(named)) if args else "hidden_states"
         states = named.pop(first)
         executor = self.layers[index]
+        call = self._listen(request, index, layer, call)
         if index + 1 < len(self.replay):
-            return executor.wrap(self.replay[index + 1])
+            return executor.wrap(self.replay[index + 1], request)
         if request.mode == "dense":
             out = call(states, **named)
         else:
@@ -273,7 +319,15 @@ class Runtime:
             return call(*args, **kwargs)
         named = bind_arguments(module, args, kwargs)
         states = named.pop("hidden_states" if "hidden_states" in named else next(iter(named)))
+        call = self._listen(request, executor.index, module, call)
         return executor.execute(request, call, states, named, request.decision)
+
+    def _listen(self, request: Request, index: int, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call of a patched module, heard by whoever puts the attention's weights together."""
+        if request.weights is None:
+            return call
+        request.weights.part = None
+        return request.weights.listen(index, module, call)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -321,6 +375,12 @@ class Runtime:
             return keep | ~request.deciding
         _put(request.keep, index, keep)
         return tuple(keep.tolist())
+
+
+def _sizes(request: Request) -> tuple[int, int, int]:
+    """Rows of a request, positions before its chunk, and positions of its chunk."""
+    batch, length = request.tokens.valid.shape
+    return batch, request.offset, length
 
 
 def _put(values: list[Tensor], index: int, value: Tensor) -> None:

@@ -7,13 +7,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from adaskip.backbone import Tokens
 from adaskip.errors import DataError
 from adaskip.plan import Flags
 from adaskip.runtime.cache import SkipCache
+from adaskip.runtime.weights import WeightRecord
 
 Mode = Literal["dense", "soft", "skip"]
+
+_TAKEN = "_adaskip_taken"
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Request:
     logits: list[Tensor] = field(default_factory=list)  # float32, likewise
     gates: list[Tensor] = field(default_factory=list)  # float32 (b) each
     decision: Any = None  # of the layer under way, for its sublayers
+    weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -45,6 +50,36 @@ class Request:
         if "vision" not in self.memo:
             self.memo["vision"] = self.tokens.has_vision
         return self.memo["vision"]
+
+
+def read_cache(cache: Any, mode: Mode, use: bool) -> bool:
+    """Whether this call is to leave a cache, ``cache`` or (with ``use``) a new one; ``cache`` must be one that can.
+
+    Raises:
+        DataError: a cache that cannot hold what a routed request leaves, or already holds something else.
+    """
+    if isinstance(cache, SkipCache):
+        if mode == "soft" and cache.length:
+            raise DataError("training mode reads whole sequences; expected no cache, got one that already holds tokens")
+        return mode == "skip"
+    if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
+        kind = "an offloaded DynamicCache" if type(cache) is DynamicCache else f"a {type(cache).__name__}"
+        raise DataError(f"past_key_values: {kind} cannot hold skipped layers; leave it out")
+    if cache is not None and cache.get_seq_length():
+        raise DataError(
+            "past_key_values: expected an adaskip cache or an empty DynamicCache, got a DynamicCache "
+            f"holding {cache.get_seq_length()} tokens; start from the prompt without a cache"
+        )
+    if mode != "skip":
+        return False
+    if getattr(cache, _TAKEN, False):
+        raise DataError(
+            "past_key_values: this DynamicCache was replaced when it was first given, and holds nothing; go on "
+            "with the cache in the model's output (outputs.past_key_values), or begin with a new one"
+        )
+    if cache is not None:
+        setattr(cache, _TAKEN, True)
+    return cache is not None or bool(use)
 
 
 def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, length: int | None) -> Tensor:
@@ -62,3 +97,39 @@ def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, len
         return tokens.valid
     supervised = (labels != -100).cumsum(1) > 0
     return tokens.valid & ~supervised
+
+
+def check_unpacked(tokens: Tokens, inputs: dict[str, Any]) -> None:
+    """Refuse a row that holds several prompts one after the other: the routers would decide once for all of them.
+
+    Raises:
+        DataError: positions start again within a row, or lengths or numbers of several sequences came with it, as some
+            collators give them, in the mask too.
+    """
+    rows, length = tokens.valid.shape
+    lengths, numbers, mask = (inputs.get(name) for name in ("cu_seq_lens_q", "seq_idx", "attention_mask"))
+    if (
+        (isinstance(lengths, Tensor) and lengths.numel() - 1 > rows)
+        or (isinstance(numbers, Tensor) and bool((numbers[:, 1:] != numbers[:, :-1]).any()))
+        or (isinstance(mask, Tensor) and bool((mask > 1).any()))
+        or (length > 1 and _starts_again(tokens.valid, inputs))
+    ):
+        raise DataError(
+            "position_ids: expected one prompt a row, got several packed into one, for which scope 'prompt' would "
+            "decide only once; give every prompt a row of its own, or attach with RouterConfig(scope='token')"
+        )
+
+
+def _starts_again(valid: Tensor, inputs: dict[str, Any]) -> bool:
+    """Whether the positions of some row's real tokens go back; those of padding mean nothing."""
+    places = inputs.get("position_ids")
+    if isinstance(places, Tensor) and places.dim() == 3 and len(places) == 4:  # text's, before three of a rotary kind
+        places = places[0]
+    if not isinstance(places, Tensor) or places.dim() > 2 or places.shape[-1] != valid.shape[1]:
+        return False  # rotary positions of pictures stand still and go back within one prompt
+    places = torch.where(valid, places.to(valid.device), -1)
+    before, after = places.cummax(1).values[:, :-1], places[:, 1:]
+    apart = after <= before
+    if inputs.get("attention_mask") is None and inputs.get("past_key_values") is None:
+        apart |= after > before + 1  # without a mask or a cache transformers takes a gap for another sequence too
+    return bool((apart & (before >= 0) & valid[:, 1:]).any())

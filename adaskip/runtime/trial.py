@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import BackboneError
-from adaskip.probe import ROWS, TOKENS, dense_pass
+from adaskip.probe import ROWS, SUFFIX, TOKENS, dense_pass
 from adaskip.runtime.request import Mode
 
 if TYPE_CHECKING:
@@ -46,5 +46,6 @@ def try_tokens(routed: RoutedModel) -> None:
 
 
 def _logits(routed: RoutedModel, keep: Tensor, mode: Mode) -> Tensor:
+    types = SUFFIX if routed.described.reads_ahead else {}
     with routed._set(scope="token", group="all", fixed=keep, mode=mode):
-        return dense_pass(routed.backbone, use_cache=False).logits.float()
+        return dense_pass(routed.backbone, use_cache=False, **types).logits.float()

@@ -281,18 +281,6 @@ def test_words_and_types_that_mean_nothing() -> None:
         model(**toy.batch([6]), routing=torch.ones(LAYERS, 1, dtype=torch.long))
 
 
-@torch.no_grad()
-def test_routers_that_pool_pictures_apart_need_to_know_them() -> None:
-    toy, model = routed("llava", "all")
-    batch = toy.batch([6])
-    cache = model(**batch, use_cache=True).past_key_values
-    embed = toy.model.get_input_embeddings()
-    model(inputs_embeds=embed(torch.tensor([[20]])), past_key_values=cache)  # text, and nobody looks
-    del batch["pixel_values"]
-    with pytest.raises(DataError, match="cannot be told apart in inputs_embeds"):
-        model(inputs_embeds=embed(batch.pop("input_ids").clamp(min=8)), **batch)
-
-
 @pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
 def test_autocast_and_another_precision(unit: Any) -> None:
     """The routers stay in float32 and decide the same; states follow the backbone's precision."""

@@ -1,0 +1,73 @@
+"""What was seen of a model when it was attached to, looked at anew where the model has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from adaskip.backbone import Backbone, count_head
+from adaskip.errors import ConfigError
+from adaskip.probe import reads_ahead
+from adaskip.runtime.weights import Source, find_sources
+
+
+class Facts:
+    """What depends on a model's attention kernel or vocabulary, which may change while routers are attached.
+
+    Args:
+        backbone: the described model.
+        untouched: a context in which the attached model runs as it was.
+    """
+
+    def __init__(self, backbone: Backbone, untouched: Callable[[], AbstractContextManager[None]]) -> None:
+        self._backbone, self._untouched = backbone, untouched
+        self.configs = backbone.model.config, backbone.config  # to look for the latter takes longer than to ask it
+        self._tried = self._kernel
+        self._head = self._vocabulary, backbone.head
+        self._ahead = {self._kernel: backbone.reads_ahead}
+        self._sources: dict[tuple[str, torch.dtype], tuple[Source, ...]] = {}
+
+    @property
+    def _kernel(self) -> str:
+        return str(self.configs[1]._attn_implementation)
+
+    @property
+    def _vocabulary(self) -> tuple[int, ...]:
+        weight = getattr(self._backbone.model.get_output_embeddings(), "weight", None)
+        return () if weight is None else tuple(weight.shape)
+
+    def head(self) -> float:
+        """FLOPs of the language-model head per position."""
+        if self._head[0] != self._vocabulary:
+            with self._untouched():
+                self._head = self._vocabulary, count_head(self._backbone)
+        return self._head[1]
+
+    def reads_ahead(self) -> bool:
+        """Whether the model reads both ways what comes without ``token_type_ids``."""
+        if self._kernel not in self._ahead:
+            with self._untouched():
+                self._ahead[self._kernel] = reads_ahead(self._backbone.model, self._backbone.layers)
+        return self._ahead[self._kernel]
+
+    def weight_sources(self) -> tuple[Source, ...]:
+        """Where each layer's attention weights come from; empty if the kernel gives none."""
+        key = self._kernel, self._backbone.model.dtype
+        if key not in self._sources:
+            with self._untouched():
+                self._sources[key] = find_sources(self._backbone.model, self._backbone.layers)
+        return self._sources[key]
+
+    def check_kernel(self) -> None:
+        """Refuse single tokens in another kernel than the one in which they were tried.
+
+        Raises:
+            ConfigError: the attention implementation has changed.
+        """
+        if self._kernel != self._tried:
+            raise ConfigError(
+                f"attention implementation: what single tokens get was tried with {self._tried!r} when the model was "
+                f"attached to, and it has {self._kernel!r} now; call detach() and attach again"
+            )
