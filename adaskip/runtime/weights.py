@@ -1,0 +1,97 @@
+"""A model's weights as its forward pass uses them: brought back from offloading, with adapters merged.
+
+Nothing of the model is changed, and only one layer's weights are copied at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Precisions in which a weight is a number; any other is a code that only its quantiser can read."""
+
+_COMPILED = "_orig_mod"
+
+
+def effective_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Every weight by the name that it has without adapters and compilers; None: it cannot be read as numbers.
+
+    Tied weights come once for each of their names: whether they are tied depends on how a model is loaded.
+    """
+    yield from _walk("", model, [])
+
+
+def _walk(name: str, module: nn.Module, stores: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor | None]]:
+    module = _without_adapters(module)
+    hook = module.__dict__.get("_hf_hook")  # accelerate keeps offloaded weights in a map, by their names from here on
+    maps = (getattr(part, "weights_map", None) for part in getattr(hook, "hooks", (hook,)))
+    own = [("", weights_map) for weights_map in maps if weights_map]
+    stores = stores + own
+    for key, weight in module._parameters.items():
+        if weight is not None:
+            yield name + key, _read(weight, [(prefix + key, store) for prefix, store in stores])
+    for key, child in module._modules.items():
+        if child is not None:
+            inside = name if key == _COMPILED else f"{name}{key}."
+            yield from _walk(inside, child, [(f"{prefix}{key}.", store) for prefix, store in stores])
+
+
+def _read(weight: Tensor, stored: list[tuple[str, Any]]) -> Tensor | None:
+    if weight.is_meta:
+        found = (_lookup(store, key) for key, store in reversed(stored))
+        weight = next((value for value in found if value is not None), weight)
+    usual = type(weight) in (Tensor, nn.Parameter)  # quantisers and sharders have tensor classes of their own
+    if not usual or weight.is_meta or weight.dtype not in PLAIN or not weight.numel():
+        return None
+    return weight.detach()
+
+
+def _lookup(store: Any, key: str) -> Tensor | None:
+    try:
+        return store[key]
+    except KeyError:
+        return None
+
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    """What PEFT's ``merge_and_unload`` would leave in the place of this module; the module itself if it is no adapter.
+
+    Where the weight under an adapter is no number, it stands alone: nothing can be compared with it.
+    """
+    if "peft" not in sys.modules:
+        return module
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        if module.disable_adapters:
+            return module.original_module
+        return _copied(module).unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    if not isinstance(module, BaseTunerLayer):
+        return module
+    base = module.get_base_layer()
+    read = all(_read(weight, []) is not None for weight in base.parameters())
+    if module.disable_adapters or not read:
+        return base
+    merged: Any = _copied(module)
+    while isinstance(merged, BaseTunerLayer):  # adapters of several parameters of one module stand inside one another
+        merged.merge()  # does nothing if it is merged already
+        merged = merged.base_layer  # type: ignore[attr-defined]
+    return merged
+
+
+def _copied(module: Any) -> Any:
+    """A copy of one layer, which shares whatever its forward was replaced with: that may hold the whole model."""
+    shared = {id(f): f for part in module.modules() if (f := part.__dict__.get("forward")) is not None}
+    return copy.deepcopy(module, shared)
+
+
+def find_packed(model: nn.Module) -> nn.Module | None:
+    """A module whose weight no parameter shows, as dynamic quantisation leaves it; None if there is none."""
+    return next((part for part in model.modules() if callable(getattr(type(part), "weight", None))), None)
