@@ -30,6 +30,7 @@ ORDER = [
     "report",
     "train",
     "evaluate",
+    "harness",
     "bench",
     "calibrate",
     "profiling",
