@@ -148,10 +148,8 @@ def load(folder: Any, backbone: Any, *, strict: bool, options: dict[str, Any]) -
         assert model.routers is not None
         _check(meta, samples, model, strict)
         model.facts, model.certificate = meta.get("facts", {}), meta.get("certificate")
+        _check_shapes(folder / WEIGHTS, state, model.routers.state_dict())
         model.routers.load_state_dict(state)
-    except RuntimeError as error:
-        model.detach()
-        raise CheckpointError(f"{folder / WEIGHTS}: damaged or not of this configuration ({error})") from error
     except BaseException:  # whatever it is, the model is handed back as it was
         model.detach()
         raise
@@ -182,6 +180,17 @@ def _check(meta: dict[str, Any], samples: dict[str, Sample], model: RoutedModel,
         return check_digest(named, model.described, strict)
     identity = {key: value for key, value in named.items() if key != "weights"}
     return check(Fingerprint(identity, samples, meta["backbone"]["quantised"]), model.described, strict)
+
+
+def _check_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (found, expected)]
+    wrong = sorted(name for name in {**found, **expected} if shapes[0].get(name) != shapes[1].get(name))
+    if wrong:
+        got, needed = (values.get(wrong[0], "nothing") for values in shapes)
+        raise CheckpointError(
+            f"{path}: damaged or not of this configuration: {wrong[0]}: expected {needed}, got {got}, and "
+            f"{len(wrong) - 1} more; export the routers again"
+        )
 
 
 def _pack(weights: dict[str, Tensor], samples: dict[str, Sample]) -> bytes:

@@ -36,6 +36,8 @@ def _walk(name: str, module: nn.Module, stores: list[tuple[str, Any]]) -> Iterat
     for key, weight in module._parameters.items():
         if weight is not None:
             yield name + key, _read(weight, [(prefix + key, store) for prefix, store in stores])
+    if _is_packed(module):
+        yield f"{name}weight", None
     for key, child in module._modules.items():
         if child is not None:
             inside = name if key == _COMPILED else f"{name}{key}."
@@ -94,4 +96,8 @@ def _copied(module: Any) -> Any:
 
 def find_packed(model: nn.Module) -> nn.Module | None:
     """A module whose weight no parameter shows, as dynamic quantisation leaves it; None if there is none."""
-    return next((part for part in model.modules() if callable(getattr(type(part), "weight", None))), None)
+    return next((part for part in model.modules() if _is_packed(part)), None)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "weight", None))
