@@ -131,7 +131,7 @@ def test_merging_while_attached() -> None:
 
 
 def test_taking_a_fingerprint_changes_nothing() -> None:
-    """Saving merges copies of single layers; catches adapters that are merged in place, or copies of the whole model."""
+    """Saving merges copies of single layers; catches adapters merged in place, or copies of the whole model."""
     wrapped = lora(llama(), modules_to_save=["lm_head"])
     model = spread(adaskip.attach(wrapped))
     expected, weights = answers(model), {name: weight.clone() for name, weight in wrapped.named_parameters()}

@@ -47,7 +47,7 @@ def test_slips_of_the_call() -> None:
         model.generate(tokenizer()("abc", return_tensors="pt"))
     with pytest.raises(DataError, match=r"inputs: expected token ids in a tensor .* got a str; write .*tokenizer"):
         model.generate("abc")
-    with pytest.raises(DataError, match="input_ids: expected token ids in a tensor .* got a list"):
+    with pytest.raises(DataError, match=r"input_ids: expected token ids in a tensor .* got a list"):
         model(input_ids=[[1, 2]])
     with pytest.raises(DataError, match="input_ids given twice"):
         model(inputs["input_ids"], input_ids=inputs["input_ids"])
@@ -108,14 +108,14 @@ def test_the_router_configuration_is_not_the_models() -> None:
         config.vocab_size  # noqa: B018
     with pytest.raises(AdaSkipError, match="RouterConfig has no 'use_cache'"):
         config.use_cache = False
-    with pytest.raises(dataclasses.FrozenInstanceError, match="dataclasses.replace"):
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"dataclasses\.replace"):
         config.hidden = 3
     assert copy.deepcopy(config) == config
     assert getattr(config, "model_type", None) is None
 
 
 def test_attach_of_the_wrong_thing_says_what_to_write() -> None:
-    """Somebody attaches a compiled model, a routed one, a name, or a plan by position; catches advice that is no help."""
+    """Somebody attaches a compiled model, a routed one, a name, or a plan by position; catches useless advice."""
     with pytest.raises(BackboneError, match=r"got OptimizedModule around .*: adaskip\.attach\(model\._orig_mod\)"):
         adaskip.attach(torch.compile(llama(), backend="eager"))
     with pytest.raises(BackboneError, match=r"got DataParallel around .*: adaskip\.attach\(model\.module\)"):

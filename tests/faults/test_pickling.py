@@ -35,7 +35,7 @@ def saved_and_loaded(model: Any) -> Any:
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("copied", [saved_and_loaded, lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])
 def test_a_copy_is_a_model_of_its_own(kind: str, copied: Any) -> None:
-    """Somebody saves the whole model with torch.save; catches a file that cannot be loaded, or that shares its layers."""
+    """Somebody saves the whole model with torch.save; catches a file that cannot be loaded, and shared layers."""
     model = MAKERS[kind]()
     expected = answers(model)
     other = copied(model)
@@ -107,7 +107,7 @@ def test_whole_state_dicts_go_round() -> None:
 
 
 def test_a_forward_that_somebody_wrapped_stays_wrapped() -> None:
-    """Somebody wraps a layer's forward under routers, then detaches; catches their wrapper removed, or routing left on."""
+    """Somebody wraps a layer's forward under routers, then detaches; catches a lost wrapper, or routing left on."""
     model, calls = routed(), []
     layer = model.described.layers[1]
     inner = layer.forward

@@ -28,7 +28,7 @@ def test_a_file_where_a_folder_belongs(tmp_path) -> None:
     config = tmp_path / "routers" / "adaskip_config.json"
     with pytest.raises(CheckpointError, match=r"expected a folder of saved routers, got a file; pass .*routers$"):
         load(config)
-    with pytest.raises(CheckpointError, match="the routers cannot be written here .*; choose another folder"):
+    with pytest.raises(CheckpointError, match=r"the routers cannot be written here .*; choose another folder"):
         routed().save_pretrained(config)
 
 
@@ -98,7 +98,9 @@ def test_weights_of_another_shape(tmp_path) -> None:
     config = tmp_path / "adaskip_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"router": {"hidden": 32}}))
     model = llama()
-    with pytest.raises(CheckpointError, match="damaged or not of this configuration .*size mismatch"):
+    with pytest.raises(
+        CheckpointError, match=r"not of this configuration: 0\.inner\.bias: expected \(32,\), got \(64,\), and 11"
+    ):
         load(tmp_path, model)
     assert torch.equal(answers(model), answers(llama()))
     assert all(weight.requires_grad for weight in model.parameters())
