@@ -8,7 +8,6 @@ soundly is refused with the reason, before anything is touched.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.probe import check_layers
+from adaskip.probe import check_layers, home
 from adaskip.sublayers import Sublayers, find_sublayers
 from adaskip.work import Work, measure_work
 
@@ -67,8 +66,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the first decoder layer lives."""
-        return next(self.layers[0].parameters()).device
+        """Where the first decoder layer lives, or is brought to run if it is offloaded."""
+        return home(self.layers[0])
 
 
 @dataclass(frozen=True)
@@ -281,27 +280,3 @@ def twin(backbone: Backbone, keep: Sequence[int] | None = None) -> PreTrainedMod
             setattr(config, key, [value[index] for index in keep])
     config.num_hidden_layers = len(keep)
     return copied
-
-
-def fingerprint(backbone: Backbone) -> dict[str, Any]:
-    """What identifies a backbone: its shape, and a digest of values sampled from every weight.
-
-    Eight evenly spaced values of each parameter, as bfloat16, so that a checkpoint loaded in float32 or bfloat16 has
-    the same digest; a fine-tuned copy has another.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(backbone.model.named_parameters()):
-        flat = weight.detach().reshape(-1)
-        # a router may be saved from a model that already carries adapters or wrappers: names count, order does not
-        picks = torch.linspace(0, flat.numel() - 1, min(8, flat.numel()), dtype=torch.float64).long()
-        values = flat[picks.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return {
-        "class": type(backbone.model).__name__,
-        "model_type": backbone.model.config.model_type,
-        "layers": len(backbone.layers),
-        "width": backbone.width,
-        "vocabulary": backbone.config.vocab_size,
-        "weights": digest.hexdigest()[:32],
-    }

@@ -26,6 +26,22 @@ class CheckpointError(AdaSkipError):
     """Files on disk are missing, damaged, or belong to something else."""
 
 
+class MissingAttributeError(AdaSkipError, AttributeError):
+    """A tool looked for an attribute of a Hugging Face object on one of adaskip's own.
+
+    Args:
+        owner: what it was looked for on.
+        name: the attribute.
+    """
+
+    def __init__(self, owner: str, name: str) -> None:
+        super().__init__(
+            f"{owner} has no {name!r}, because it is no Hugging Face object: pass model.backbone, which follows the "
+            "routing, to tools that expect one, such as pipeline; train routers with adaskip.RouterTuner instead of "
+            "transformers.Trainer; for lm-eval use adaskip.harness.RoutedLM(model, tokenizer)"
+        )
+
+
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """A short suffix naming the closest valid word, or the valid words when none is close.
 

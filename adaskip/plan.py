@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from adaskip.errors import ConfigError, did_you_mean
+from adaskip.errors import ConfigError, MissingAttributeError, did_you_mean
 
 Scope = Literal["prompt", "token"]
 Unit = Literal["block", "attention", "mlp"]
@@ -63,6 +63,10 @@ class RouterConfig:
             raise ConfigError("RouterConfig: " + "; ".join(faults))
         _check_kv("RouterConfig", self.scope, self.unit, self.group, self.kv)
 
+    def __getattr__(self, name: str) -> Any:
+        """Say where the Hugging Face configuration is, to whoever takes ``model.config`` for it."""
+        raise AttributeError(name) if name.startswith("_") else MissingAttributeError("RouterConfig", name)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
         return asdict(self)
@@ -76,6 +80,16 @@ class RouterConfig:
                 "RouterConfig: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown)
             )
         return cls(**values)
+
+
+def _refuse_setting(config: RouterConfig, name: str, value: Any) -> None:
+    """Say the same to whoever sets on ``model.config`` what belongs to the Hugging Face configuration."""
+    if name in {f.name for f in fields(config)}:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}; write dataclasses.replace(config, {name}=...)")
+    raise MissingAttributeError("RouterConfig", name)
+
+
+RouterConfig.__setattr__ = _refuse_setting  # type: ignore[assignment]  # a frozen dataclass may not define its own
 
 
 def _unknown(config: RouterConfig | SkipPlan) -> list[str]:

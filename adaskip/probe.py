@@ -33,7 +33,7 @@ def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: i
     Raises:
         BackboneError: leaving one of these layers out would be unsound; says why.
     """
-    if any(weight.is_meta for weight in model.parameters()):
+    if home(layers[0]).type == "meta":
         return 0, False
     name = type(model).__name__
     takes = inspect.signature(type(model).forward).parameters
@@ -99,7 +99,22 @@ def plain_tokens(model: PreTrainedModel) -> Tensor:
     }
     ids = [i for i in range(min(config.vocab_size, 4096)) if i not in named][-(TOKENS + 1) :]
     rows = torch.tensor([ids[:TOKENS], [*ids[: TOKENS - 1], ids[TOKENS]]])
-    return rows.to(next(model.get_input_embeddings().parameters()).device)
+    return rows.to(home(model.get_input_embeddings()))
+
+
+def home(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them from elsewhere."""
+    weights = list(module.parameters())
+    device = next((weight.device for weight in weights if not weight.is_meta), None)
+    if device is not None or not weights:
+        return device or torch.device("cpu")
+    hooks = (part.__dict__.get("_hf_hook") for part in module.modules())
+    parts = (part for hook in hooks for part in getattr(hook, "hooks", (hook,)))
+    targets = (getattr(part, "execution_device", None) for part in parts)
+    target = next((target for target in targets if target is not None), "meta")
+    return (
+        torch.device("cuda" if type(target) is int else "cpu", target) if type(target) is int else torch.device(target)
+    )
 
 
 class _Watch:

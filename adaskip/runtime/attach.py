@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,65 +13,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip.backbone import Backbone, Tokens, bind_arguments, inspect_backbone, read_tokens
+from adaskip.backbone import Backbone, Tokens, inspect_backbone, read_tokens
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
+from adaskip.runtime.arguments import name_arguments
 from adaskip.runtime.cost import Flops, Ledger
-from adaskip.runtime.execute import Executor
+from adaskip.runtime.fingerprint import describe_unreadable
 from adaskip.runtime.forward import Observer, Runtime
+from adaskip.runtime.handle import Handle
+from adaskip.runtime.patch import MARK, Patches, unwrap
 from adaskip.runtime.request import Mode
 from adaskip.runtime.trial import try_tokens
 
 if TYPE_CHECKING:
     from adaskip.runtime.paths import Answers
 
-_MARK = "_adaskip"
 
-
-class _Slot:
-    """What a patched module remembers: its executor, the shared runtime, and a forward it had of its own before."""
-
-    def __init__(self, executor: Executor, runtime: Runtime, inner: Any) -> None:
-        self.executor, self.runtime, self.inner = executor, runtime, inner
-
-
-def _layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    slot: _Slot = getattr(self, _MARK)
-    call = slot.inner or partial(type(self).forward, self)
-    return slot.runtime.run(slot.executor.index, self, call, args, kwargs)
-
-
-def _sublayer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    slot: _Slot = getattr(self, _MARK)
-    call = slot.inner or partial(type(self).forward, self)
-    return slot.runtime.run_sublayer(slot.executor, self, call, args, kwargs)
-
-
-def _patch(module: nn.Module, forward: Any, executor: Executor, runtime: Runtime) -> None:
-    setattr(module, _MARK, _Slot(executor, runtime, module.__dict__.get("forward")))
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
-
-
-def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    runtime: Runtime = getattr(model, _MARK)
-    return (), runtime.open(bind_arguments(model, args, kwargs))
-
-
-def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    output = getattr(model, _MARK).complete(output)
-    values = output if isinstance(output, tuple) else (getattr(output, "logits", None),)
-    logits = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3), None)  # (b t v); a loss has no axes
-    getattr(model, _MARK).close(failed=output is None, heads=0 if logits is None else logits.shape[1])
-    return output
-
-
-class RoutedModel(nn.Module):
+class RoutedModel(Handle):
     """A frozen Hugging Face model with a router on every decoder layer.
 
     ``backbone`` is the Hugging Face object itself, still of its own class: calling it, its ``generate``, hooks and
     everything else that takes a PreTrainedModel work on it and follow the routing. Made by `attach` or
-    `from_pretrained`.
+    `from_pretrained`. ``model(...)`` and ``model.generate(...)`` take what the backbone's take, by position or by name.
 
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
     skipped work is really left out. ``facts`` are figures measured on these routers; the model card shows them.
@@ -80,27 +43,25 @@ class RoutedModel(nn.Module):
     """
 
     def __init__(self, described: Backbone, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None):
-        super().__init__()
-        self.backbone: PreTrainedModel = described.model
+        super().__init__(described)
         self.routers = heads
         self.config = config
         self.plan = plan
-        self.described = described
         self.runtime = Runtime(described, config, heads, plan)
         self.facts: dict[str, Any] = {}
         self.certificate: dict[str, Any] | None = None
-        self._handles: list[Any] = []
-        self._trained: set[str] = set()
-        self._was_training = False
+        self.patches = Patches(described.model)
+        self.patches.install(self.runtime)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def forward(
-        self, *, prompt_mask: Tensor | None = None, routing: Routing | Tensor | None = None, **inputs: Any
+        self, *args: Any, prompt_mask: Tensor | None = None, routing: Routing | Tensor | None = None, **inputs: Any
     ) -> Any:
         """The backbone's forward, routed.
 
         Args:
+            *args: as the backbone takes them: ``input_ids``, ``attention_mask``, ...
             prompt_mask: bool (b t), what the routers may look at; default: the real tokens before the first label that
                 is not -100, or all of them. Needed when a whole answer is read without a cache.
             routing: decisions to follow instead of the routers' own: a `Routing` or its ``keep``, bool (l b); under
@@ -110,15 +71,25 @@ class RoutedModel(nn.Module):
         Returns:
             The backbone's own output object; the decisions are in `routing`.
         """
+        self._check_attached()
+        inputs = name_arguments(type(self.backbone).forward, args, inputs, "model")
         with self._set(mode=self._mode(), fixed=self._given(routing), prompt_mask=prompt_mask):
             return self.backbone(**inputs)
 
-    def generate(self, *, routing: Routing | Tensor | None = None, **inputs: Any) -> Any:
+    def generate(self, *args: Any, routing: Routing | Tensor | None = None, **inputs: Any) -> Any:
         """The backbone's ``generate``, routed once at prefill, which every generated token follows; or token by token.
+
+        Args:
+            *args: as the backbone takes them: the prompts, a ``generation_config``, ...
+            routing: decisions to follow, as in `forward`.
+            **inputs: what the processor or tokenizer returned, and options of ``generate``.
 
         Raises:
             ConfigError: an option that would let the routers see only a part of the prompt.
         """
+        self._check_attached()
+        generate = type(self.backbone).generate  # type: ignore[attr-defined]
+        inputs = name_arguments(generate, args, inputs, "model.generate")
         options = inputs.get("generation_config") or self.backbone.generation_config
         if inputs.get("prefill_chunk_size") or getattr(options, "prefill_chunk_size", None):
             raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
@@ -245,6 +216,12 @@ class RoutedModel(nn.Module):
         self.backbone.eval()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> RoutedModel:
+        """Only the routers' gradients: the backbone stays frozen; ``model.backbone.requires_grad_()`` is its own."""
+        if self.routers is not None:
+            self.routers.requires_grad_(requires_grad)
+        return self
+
     def _given(self, routing: Routing | Tensor | None) -> Tensor | None:
         """Decisions made beforehand, if of a shape that the scope understands."""
         keep = routing.keep if isinstance(routing, Routing) else routing
@@ -292,18 +269,19 @@ class RoutedModel(nn.Module):
     # -- life --------------------------------------------------------------------------------------------------------
 
     def detach(self) -> PreTrainedModel:
-        """Take the routers off and return the model as it was: forwards, gradients asked for, training mode."""
-        for module in self.backbone.modules():
-            slot = module.__dict__.pop(_MARK, None)
-            if isinstance(slot, _Slot):
-                del module.__dict__["forward"]
-                if slot.inner is not None:
-                    module.forward = slot.inner  # type: ignore[method-assign]
-        for handle in self._handles:
-            handle.remove()
-        for name, weight in self.backbone.named_parameters():
-            weight.requires_grad_(name in self._trained)
-        return self.backbone.train(self._was_training)
+        """Take the routers off and return the model as it was: forwards, gradients asked for, training mode.
+
+        What somebody has changed since, such as adapters put in and what trains with them, stays as it is.
+        """
+        self.patches.take_off()
+        return self.backbone
+
+    def _check_attached(self) -> None:
+        if getattr(self.backbone, MARK, None) is not self.runtime:
+            raise BackboneError(
+                "this RoutedModel was detached and routes nothing any more; call the Hugging Face model itself, or "
+                "attach again with adaskip.attach or RoutedModel.from_pretrained(folder, backbone)"
+            )
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the routers only: ``adaskip_config.json``, ``router.safetensors`` and a model card."""
@@ -313,12 +291,18 @@ class RoutedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, backbone: PreTrainedModel | None = None, *, strict: bool = True, **load: Any
+        cls,
+        folder: str | Path | PreTrainedModel,
+        backbone: PreTrainedModel | str | Path | None = None,
+        *,
+        strict: bool = True,
+        **load: Any,
     ) -> RoutedModel:
         """Load routers and attach them to the backbone they were trained on.
 
         Args:
-            folder: what `save_pretrained` wrote.
+            folder: what `save_pretrained` wrote. Folder and backbone may be given in either order, so that PEFT's
+                ``from_pretrained(backbone, folder)`` works as well.
             backbone: a loaded model; None: the one named in the folder is loaded.
             strict: refuse a backbone whose fingerprint differs; False: warn.
             **load: passed to the backbone's ``from_pretrained`` (dtype, device_map, ...).
@@ -326,6 +310,7 @@ class RoutedModel(nn.Module):
         Raises:
             CheckpointError: files are missing or damaged.
             BackboneError: the backbone is not the one the routers belong to; says what differs.
+            ConfigError: no folder is given, or options to load a backbone that is loaded already.
         """
         from adaskip.runtime.persist import load as load_routers
 
@@ -351,7 +336,8 @@ def attach(
     The backbone is frozen, nothing of it is copied, and everything is checked before the first layer is touched.
 
     Args:
-        model: any Hugging Face causal language or image-text-to-text model.
+        model: any Hugging Face causal language or image-text-to-text model; of a PEFT model, the one inside is taken,
+            and calling the PEFT model follows the routing too.
         config: what the routers decide; default `RouterConfig()`. Not together with ``plan``.
         plan: a static choice of layers; needs no router.
         seed: of the routers' initial weights.
@@ -360,10 +346,20 @@ def attach(
         BackboneError: the model cannot be routed, or already is.
         ConfigError: config and plan contradict one another or the model.
     """
-    if plan is not None and config is not None:
-        raise ConfigError("attach: expected a RouterConfig or a plan, got both; a plan needs no routers")
+    routed = build(model, config, plan, seed)
+    if routed.routers is not None and (text := describe_unreadable(routed.described)):
+        warnings.warn(text, stacklevel=2)
+    return routed
+
+
+def build(model: PreTrainedModel, config: RouterConfig | None, plan: SkipPlan | None, seed: int) -> RoutedModel:
+    """Do what `attach` says, silently."""
+    _check_decides(config, plan)
+    if isinstance(model, RoutedModel):
+        raise BackboneError("this RoutedModel carries adaskip already; attach anew with adaskip.attach(model.detach())")
+    model = unwrap(model)
     config = config or RouterConfig()
-    if getattr(model, _MARK, None) is not None:
+    if getattr(model, MARK, None) is not None:
         raise BackboneError(f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first")
     decides = config if plan is None else plan
     backbone, group = inspect_backbone(model, decides.unit, decides.kv), decides.group
@@ -379,22 +375,19 @@ def attach(
         heads = build_heads(len(backbone.layers), backbone.width, kinds, config.hidden, config.keep_bias, seed)
         heads.to(backbone.device)
     routed = RoutedModel(backbone, config, heads, plan)
-    routed._trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    routed._was_training = model.training
-    model.requires_grad_(False).eval()
-    for index, layer in enumerate(backbone.layers):
-        _patch(layer, _layer_forward, routed.runtime.layers[index], routed.runtime)
-        for module, executor in routed.runtime.sublayers(index):
-            _patch(module, _sublayer_forward, executor, routed.runtime)
-    setattr(model, _MARK, routed.runtime)
-    routed._handles = [
-        model.register_forward_pre_hook(_open, with_kwargs=True),
-        model.register_forward_hook(_close, with_kwargs=True, always_call=True),
-    ]
     if config.scope == "token" or decides.kv == "kept":
         try:
             try_tokens(routed)
-        except BackboneError:
+        except BaseException:  # an interrupt too must leave the model as it was
             routed.detach()
             raise
     return routed.eval()
+
+
+def _check_decides(config: RouterConfig | None, plan: SkipPlan | None) -> None:
+    if plan is not None and config is not None:
+        raise ConfigError("attach: expected a RouterConfig or a plan, got both; a plan needs no routers")
+    for name, value, kind in (("config", config, RouterConfig), ("plan", plan, SkipPlan)):
+        if not isinstance(value, kind | None):
+            hint = "; write attach(model, plan=plan)" if isinstance(value, SkipPlan) else ""
+            raise ConfigError(f"attach: {name}: expected a {kind.__name__}, got {type(value).__name__}{hint}")

@@ -93,6 +93,6 @@ def _check_injected(model: RoutedModel, kept: list[int]) -> None:
 def _unrouted(model: RoutedModel) -> RoutedModel:
     """A copy on the same weights with its routers taken off."""
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    copied._trained = set()  # the weights are the routed model's, and stay frozen
+    copied.patches.frozen = []  # the weights are the routed model's, and stay frozen
     copied.detach()
     return copied

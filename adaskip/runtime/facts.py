@@ -10,7 +10,7 @@ import torch
 from adaskip.backbone import Backbone, count_head
 from adaskip.errors import ConfigError
 from adaskip.probe import reads_ahead
-from adaskip.runtime.weights import Source, find_sources
+from adaskip.runtime.attentions import Source, find_sources
 
 
 class Facts:

@@ -17,12 +17,12 @@ from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import Flags, RouterConfig, Routing, Scope, SkipPlan, Unit, host, mean_over
 from adaskip.routers import gates
 from adaskip.routers.features import mean_weights, pool
+from adaskip.runtime.attentions import Source, WeightRecord, asks
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
 from adaskip.runtime.execute import Executor, Keep
 from adaskip.runtime.facts import Facts
 from adaskip.runtime.request import Mode, Request, check_unpacked, read_cache, read_prompt
-from adaskip.runtime.weights import Source, WeightRecord, asks
 
 Observer = Callable[[int, Tensor, Tensor], None]
 

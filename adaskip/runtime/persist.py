@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import uuid
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as pack
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,16 +22,19 @@ from transformers import (
 )
 
 from adaskip import __version__
-from adaskip.backbone import fingerprint
 from adaskip.demo.backbone import EMBEDDED, FOLDER
-from adaskip.errors import BackboneError, CheckpointError, ConfigError
+from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import RouterConfig
+from adaskip.runtime.card import write_card
+from adaskip.runtime.fingerprint import Fingerprint, Sample, check, check_digest, fingerprint
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
 CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"
-FORMAT = 1
+FORMAT = 2
+SAMPLES = "backbone."
+"""What the values that identify the backbone are called in the weights file; no router has such a name."""
 
 
 def load_backbone(name: str, **options: Any) -> PreTrainedModel:
@@ -86,15 +92,24 @@ def _reason(error: Exception) -> str:
 
 
 def save(model: RoutedModel, folder: str | Path) -> Path:
-    """Write a model's routers; each file appears whole or not at all."""
+    """Write a model's routers; each file appears whole or not at all.
+
+    Raises:
+        ConfigError: a plan has no routers.
+        CheckpointError: the folder cannot be written.
+    """
     if model.routers is None:
         raise ConfigError("save_pretrained: this model follows a hand-written plan and has no routers to save")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, taken = Path(folder), fingerprint(model.described)
     meta: dict[str, Any] = {
         "format": FORMAT,
         "adaskip": __version__,
-        "backbone": {"name": model.backbone.config._name_or_path, **fingerprint(model.described)},
+        "backbone": {
+            "name": model.backbone.config._name_or_path,
+            **taken.identity,
+            "weights": taken.digest(),
+            "quantised": taken.quantised,
+        },
         "router": model.config.to_dict(),
         "facts": model.facts,
         "certificate": model.certificate,
@@ -102,36 +117,104 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     if Path(meta["backbone"]["name"]) == FOLDER:
         meta["backbone"]["name"] = EMBEDDED
     weights = {name: value.detach().cpu().contiguous() for name, value in model.routers.state_dict().items()}
-    save_file(weights, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
-    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
-    _write(folder / CONFIG, json.dumps(meta, indent=2) + "\n")
-    _write(folder / CARD, _card(meta, sum(w.numel() for w in weights.values())))
+    count = sum(value.numel() for value in weights.values())
+    content = _pack(weights, taken.samples)
+    meta["routers"] = hashlib.sha256(content).hexdigest()
+    card = write_card(meta, count)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / WEIGHTS, content)
+        _write(folder / CONFIG, (json.dumps(meta, indent=2) + "\n").encode())
+        if _is_ours(folder / CARD):
+            _write(folder / CARD, card.encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: the routers cannot be written here ({error.strerror or error}); choose another folder"
+        ) from error
     return folder
 
 
-def load(folder: str | Path, backbone: PreTrainedModel | None, *, strict: bool, options: dict[str, Any]) -> RoutedModel:
+def load(folder: Any, backbone: Any, *, strict: bool, options: dict[str, Any]) -> RoutedModel:
     """Read routers and attach them; see `RoutedModel.from_pretrained`."""
-    from adaskip.runtime.attach import attach
+    from adaskip.runtime.attach import build
 
-    folder = Path(folder)
+    folder, backbone = _sort(folder, backbone, options)
     meta = read_config(folder)
     config = RouterConfig.from_dict(meta["router"])
-    named = meta["backbone"]
-    base = backbone if backbone is not None else load_backbone(named["name"], **options)
-    model = attach(base, config)
+    state, samples = _read(folder / WEIGHTS, meta)
+    base = backbone if backbone is not None else load_backbone(meta["backbone"]["name"], **options)
+    model = build(base, config, None, 0)
     try:
-        check_fingerprint({k: v for k, v in named.items() if k != "name"}, fingerprint(model.described), strict)
-        model.facts, model.certificate = meta.get("facts", {}), meta.get("certificate")
-        state = load_file(folder / WEIGHTS)
         assert model.routers is not None
+        _check(meta, samples, model, strict)
+        model.facts, model.certificate = meta.get("facts", {}), meta.get("certificate")
+        _check_shapes(folder / WEIGHTS, state, model.routers.state_dict())
         model.routers.load_state_dict(state)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        model.detach()
-        raise CheckpointError(f"{folder / WEIGHTS}: damaged or not of this configuration ({error})") from error
-    except BackboneError:
+    except BaseException:  # whatever it is, the model is handed back as it was
         model.detach()
         raise
     return model
+
+
+def _sort(folder: Any, backbone: Any, options: dict[str, Any]) -> tuple[Path, Any]:
+    """The folder and the backbone, which PEFT's users give in the other order."""
+    if isinstance(folder, nn.Module):
+        folder, backbone = backbone, folder
+    if not isinstance(folder, str | Path) or not isinstance(backbone, nn.Module | None):
+        raise ConfigError(
+            f"from_pretrained: expected the routers' folder and a loaded backbone, got {type(folder).__name__} and "
+            f"{type(backbone).__name__}; write RoutedModel.from_pretrained(folder), which loads the backbone named "
+            "there, or RoutedModel.from_pretrained(folder, backbone)"
+        )
+    if backbone is not None and options:
+        raise ConfigError(
+            f"from_pretrained: {', '.join(sorted(options))} would load a backbone, but one is given already; leave out "
+            "either"
+        )
+    return Path(folder), backbone
+
+
+def _check(meta: dict[str, Any], samples: dict[str, Sample], model: RoutedModel, strict: bool) -> None:
+    named = {key: value for key, value in meta["backbone"].items() if key not in ("name", "quantised")}
+    if meta["format"] == 1:
+        return check_digest(named, model.described, strict)
+    identity = {key: value for key, value in named.items() if key != "weights"}
+    return check(Fingerprint(identity, samples, meta["backbone"]["quantised"]), model.described, strict)
+
+
+def _check_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (found, expected)]
+    wrong = sorted(name for name in {**found, **expected} if shapes[0].get(name) != shapes[1].get(name))
+    if wrong:
+        got, needed = (values.get(wrong[0], "nothing") for values in shapes)
+        raise CheckpointError(
+            f"{path}: damaged or not of this configuration: {wrong[0]}: expected {needed}, got {got}, and "
+            f"{len(wrong) - 1} more; export the routers again"
+        )
+
+
+def _pack(weights: dict[str, Tensor], samples: dict[str, Sample]) -> bytes:
+    """One safetensors file of the routers and of the values that identify their backbone."""
+    values = {f"{SAMPLES}{n}": sample.values.contiguous() for n, sample in samples.items() if sample.values is not None}
+    shapes = {name: sample.shape if sample.values is not None else None for name, sample in samples.items()}
+    return pack({**weights, **values}, metadata={"format": "pt", "backbone": json.dumps(shapes)})
+
+
+def _read(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Sample]]:
+    """The routers' weights, and the values that identify their backbone (none in format 1)."""
+    try:
+        if meta.get("routers") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            raise CheckpointError(
+                f"{path}: damaged, or not saved together with {CONFIG} (two saves into one folder at once?); "
+                "save the routers again"
+            )
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            shapes = json.loads((file.metadata() or {}).get("backbone", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged or not of this configuration ({error})") from error
+    samples = {n: Sample(tuple(shape or ()), tensors.pop(f"{SAMPLES}{n}", None)) for n, shape in shapes.items()}
+    return tensors, samples
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -140,17 +223,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder holds none, or a damaged one.
     """
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: expected a folder of saved routers, got a file; pass {folder.parent}")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
+        there = "" if folder.exists() else "no such folder here; of a Hugging Face repository first: hf download ID; "
         raise CheckpointError(
-            f"{folder}: expected saved routers, found no {' and no '.join(missing)} (missing); "
+            f"{folder}: {there}expected saved routers, found no {' and no '.join(missing)} (missing); "
             "pass the folder that save_pretrained or `adaskip export` wrote, or RUN/router"
         )
     try:
         meta = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
+        if meta["format"] not in (1, FORMAT):
             raise CheckpointError(
-                f"{folder / CONFIG}: format {meta['format']}, this adaskip reads format {FORMAT}; upgrade adaskip"
+                f"{folder / CONFIG}: format {meta['format']}, this adaskip reads formats 1 to {FORMAT}; upgrade adaskip"
             )
         if not isinstance(meta["router"], dict) or not isinstance(meta["backbone"]["name"], str):
             raise KeyError("router")
@@ -159,87 +245,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def check_fingerprint(expected: dict[str, Any], found: dict[str, Any], strict: bool) -> None:
-    """Compare what the routers were trained on with the model at hand.
-
-    Raises:
-        BackboneError: they differ and ``strict``; the text lists every difference.
-    """
-    differing = [
-        f"{key}: {value!r} expected, {found.get(key)!r} found"
-        for key, value in expected.items()
-        if found.get(key) != value
-    ]
-    if not differing:
-        return
-    text = "the routers were trained on another backbone: " + "; ".join(differing)
-    if strict:
-        raise BackboneError(f"{text}. Load the backbone they name, or pass strict=False to use this one all the same")
-    warnings.warn(text, stacklevel=3)
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; two who write at once do not meet in one unfinished file."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _card(meta: dict[str, Any], parameters: int) -> str:
-    backbone, router = meta["backbone"], meta["router"]
-    facts = (
-        "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in meta["facts"].items()) or "- none recorded"
-    )
-    return f"""---
-library_name: adaskip
-base_model: {backbone["name"]}
-tags: [layer-skipping, router]
----
-
-# Layer-skipping routers for {backbone["name"]}
-
-One small router per decoder layer ({parameters:,} parameters in all) decides {_decides(router)} may leave out,
-of each of the {backbone["layers"]} layers: {_UNITS[router["unit"]]}.
-The backbone is not in this folder and is not changed.
-
-```python
-import adaskip
-
-model = adaskip.RoutedModel.from_pretrained("path/to/this/folder")
-```
-
-Backbone: `{backbone["class"]}`, {backbone["layers"]} layers, width {backbone["width"]}; digest `{backbone["weights"]}`.
-Group `{router["group"]}`, scope `{router["scope"]}`, unit `{router["unit"]}`, keys and values `{router["kv"]}`.
-
-## Measured
-
-{facts}
-{_promise(meta["certificate"])}
-Made with adaskip {meta["adaskip"]}.
-"""
-
-
-_UNITS = {"block": "all of it", "attention": "its attention", "mlp": "its MLP"}
-
-
-def _decides(router: dict[str, Any]) -> str:
-    vision = router["group"] == "vision"
-    if router["scope"] == "token":
-        return f"what each {'vision token' if vision else 'token'}"
-    return f"from the prompt what the {'vision tokens' if vision else 'whole sequence'}"
-
-
-def _promise(certificate: dict[str, Any] | None) -> str:
-    if certificate is None:
-        return ""
-    risk, delta, n = (certificate[name] for name in ("risk", "delta", "n"))
-    what = "No threshold could be certified, so every layer runs: the answers are the dense model's."
-    if certificate["threshold"] is not None:
-        what = (
-            f"Routed and dense greedy answers differ on at most {risk:g} of the inputs, with probability {1 - delta:g} "
-            "over the draw of the calibration inputs."
-        )
-    return f"""
-## Guarantee
-
-{what} Learn-then-Test on {n} inputs (digest `{certificate["data"]["digest"]}`), for inputs from the same distribution.
-"""
+def _is_ours(card: Path) -> bool:
+    """Whether a card may be written: a README of something else that lives in this folder is left alone."""
+    if not card.is_file() or "library_name: adaskip" in card.read_text(encoding="utf-8", errors="replace"):
+        return True
+    warnings.warn(f"{card}: left as it is, because it is no model card of adaskip", stacklevel=4)
+    return False

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from adaskip.backbone import Tokens
 from adaskip.errors import DataError
 from adaskip.plan import Flags
+from adaskip.runtime.attentions import WeightRecord
 from adaskip.runtime.cache import SkipCache
-from adaskip.runtime.weights import WeightRecord
 
 Mode = Literal["dense", "soft", "skip"]
 

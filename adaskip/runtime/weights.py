@@ -1,171 +1,103 @@
-"""Attention weights of a routed pass: one entry a layer in full shape, whatever part of the batch ran it.
+"""A model's weights as its forward pass uses them: brought back from offloading, with adapters merged.
 
-transformers collects one entry for every call of an attention. A routed layer may be called on a part of the batch, on
-several, or not at all, so what it collects would have other shapes and numbers than the dense model's. Here each call's
-weights are put where its queries and keys stand, and what nothing ran is 0.
+Nothing of the model is changed, and only one layer's weights are copied at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+import copy
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from adaskip.errors import ConfigError
-from adaskip.probe import ROWS, TOKENS, dense_pass
-from adaskip.runtime.segment import Segment
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Precisions in which a weight is a number; any other is a code that only its quantiser can read."""
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a layer's attention weights come from."""
-
-    module: nn.Module = field(repr=False)  # the innermost one that returns them
-    place: int  # where in what it returns
-    heads: int
-    dtype: torch.dtype
-    outputs: int = 0  # what the layer returns along with them: a tensor (0), or a tuple of this many
+_COMPILED = "_orig_mod"
 
 
-def asks(inputs: dict[str, Any], name: str, configs: Sequence[PreTrainedConfig]) -> bool:
-    """Whether a call asks for an output by this name, or leaves that to a configuration which does."""
-    choice = inputs.get(name)
-    return bool(choice) if choice is not None else any(getattr(config, name, False) for config in configs)
+def effective_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Every weight by the name that it has without adapters and compilers; None: it cannot be read as numbers.
 
-
-def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[Source, ...]:
-    """Where each layer's weights come from, seen in one tiny dense pass; empty if the model's kernel gives none.
-
-    Raises:
-        ConfigError: the model's entries are not one a layer, of shape (batch, heads, queries, keys).
+    Tied weights come once for each of their names: whether they are tied depends on how a model is loaded.
     """
-    returned: list[tuple[Tensor, nn.Module, int]] = []  # innermost first, as modules return
-
-    def watch(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if isinstance(out, tuple):
-            returned.extend((value, module, place) for place, value in enumerate(out) if isinstance(value, Tensor))
-
-    counts: dict[nn.Module, int] = {}
-
-    def count(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        counts[layer] = len(out) if isinstance(out, tuple) else 0
-
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    handles += [module.register_forward_hook(watch) for layer in layers for module in layer.modules()]
-    try:
-        entries = dense_pass(model, output_attentions=True, return_dict=True).get("attentions") or ()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if all(entry is None for entry in entries):
-        return ()
-    sources = [_source(entry, returned) for entry in entries]
-    if len(sources) != len(layers) or None in sources:
-        raise ConfigError(
-            f"output_attentions: {type(model).__name__} does not return one entry a layer of shape (batch, heads, "
-            "queries, keys), so entries cannot be put together where layers are skipped; leave it out, or ask inside "
-            "model.dense()"
-        )
-    return tuple(
-        replace(source, outputs=counts[layer])
-        for source, layer in zip(sources, layers, strict=True)
-        if source is not None
-    )
+    yield from _walk("", model, [])
 
 
-def _source(entry: Any, returned: list[tuple[Tensor, nn.Module, int]]) -> Source | None:
-    """Which module returned this very tensor."""
-    if not isinstance(entry, Tensor) or entry.dim() != 4 or entry.shape[::2] != (ROWS, TOKENS):
+def _walk(name: str, module: nn.Module, stores: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor | None]]:
+    module = _without_adapters(module)
+    hook = module.__dict__.get("_hf_hook")  # accelerate keeps offloaded weights in a map, by their names from here on
+    maps = (getattr(part, "weights_map", None) for part in getattr(hook, "hooks", (hook,)))
+    own = [("", weights_map) for weights_map in maps if weights_map]
+    stores = stores + own
+    for key, weight in module._parameters.items():
+        if weight is not None:
+            yield name + key, _read(weight, [(prefix + key, store) for prefix, store in stores])
+    if _is_packed(module):
+        yield f"{name}weight", None
+    for key, child in module._modules.items():
+        if child is not None:
+            inside = name if key == _COMPILED else f"{name}{key}."
+            yield from _walk(inside, child, [(f"{prefix}{key}.", store) for prefix, store in stores])
+
+
+def _read(weight: Tensor, stored: list[tuple[str, Any]]) -> Tensor | None:
+    if weight.is_meta:
+        found = (_lookup(store, key) for key, store in reversed(stored))
+        weight = next((value for value in found if value is not None), weight)
+    usual = type(weight) in (Tensor, nn.Parameter)  # quantisers and sharders have tensor classes of their own
+    if not usual or weight.is_meta or weight.dtype not in PLAIN or not weight.numel():
         return None
-    return next(
-        (Source(module, place, entry.shape[1], entry.dtype) for value, module, place in returned if value is entry),
-        None,
-    )
+    return weight.detach()
 
 
-class WeightRecord:
-    """The attention weights of one pass, put together from the parts of the batch that ran.
+def _lookup(store: Any, key: str) -> Tensor | None:
+    try:
+        return store[key]
+    except KeyError:
+        return None
 
-    Args:
-        sources: where each layer's weights come from.
-        batch: rows of the batch.
-        past: positions before this chunk.
-        length: positions of this chunk.
-        as_tuple: whether the caller expects the model's output as a plain tuple.
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    """What PEFT's ``merge_and_unload`` would leave in the place of this module; the module itself if it is no adapter.
+
+    Where the weight under an adapter is no number, it stands alone: nothing can be compared with it.
     """
+    if "peft" not in sys.modules:
+        return module
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    def __init__(self, sources: tuple[Source, ...], batch: int, past: int, length: int, as_tuple: bool) -> None:
-        self.sources, self.batch, self.past, self.length, self.as_tuple = sources, batch, past, length, as_tuple
-        self.part: tuple[Segment, Tensor, Tensor | None] | None = None
-        self._entries: dict[int, Tensor] = {}
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        if module.disable_adapters:
+            return module.original_module
+        return _copied(module).unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    if not isinstance(module, BaseTunerLayer):
+        return module
+    base = module.get_base_layer()
+    read = all(_read(weight, []) is not None for weight in base.parameters())
+    if module.disable_adapters or not read:
+        return base
+    merged: Any = _copied(module)
+    while isinstance(merged, BaseTunerLayer):  # adapters of several parameters of one module stand inside one another
+        merged.merge()  # does nothing if it is merged already
+        merged = merged.base_layer  # type: ignore[attr-defined]
+    return merged
 
-    def watch(self, patched: Collection[nn.Module], under_way: Callable[[], bool]) -> list[Any]:
-        """Hook the sources that are not ``patched``; ``under_way`` tells whether a call belongs to this pass."""
 
-        def hook(index: int) -> Callable[..., None]:
-            def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-                if under_way():
-                    self._note(index, out)
+def _copied(module: Any) -> Any:
+    """A copy of one layer, which shares whatever its forward was replaced with: that may hold the whole model."""
+    shared = {id(f): f for part in module.modules() if (f := part.__dict__.get("forward")) is not None}
+    return copy.deepcopy(module, shared)
 
-            return note
 
-        return [
-            source.module.register_forward_hook(hook(index))
-            for index, source in enumerate(self.sources)
-            if source.module not in patched
-        ]
+def find_packed(model: nn.Module) -> nn.Module | None:
+    """A module whose weight no parameter shows, as dynamic quantisation leaves it; None if there is none."""
+    return next((part for part in model.modules() if _is_packed(part)), None)
 
-    def listen(self, index: int, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The call of a patched module, whose own hooks see the whole batch and not the parts that ran."""
-        if self.sources[index].module is not module:
-            return call
 
-        def listening(*args: Any, **kwargs: Any) -> Any:
-            out = call(*args, **kwargs)
-            self._note(index, out)
-            return out
-
-        return listening
-
-    def _note(self, index: int, out: Any) -> None:
-        """Put the weights (r h n m) of one call at the rows r, queries n and keys m that it was about."""
-        weights, part = out[self.sources[index].place], self.part
-        if part is None:  # the whole batch ran at once
-            self._entries[index] = weights
-            return
-        segment, queries, keys = part  # places in the whole sequence, -1 where a row has fewer
-        rows = torch.arange(self.batch, device=weights.device) if segment.rows is None else segment.rows
-        if keys is None:
-            keys = torch.arange(weights.shape[-1], device=weights.device).expand(len(rows), -1)
-        real = rearrange(queries >= 0, "r n -> r n 1") & rearrange(keys >= 0, "r m -> r 1 m")
-        row, query, key = torch.broadcast_tensors(
-            rearrange(rows, "r -> r 1 1"),
-            rearrange(queries - self.past, "r n -> r n 1"),  # an entry's queries are those of this chunk
-            rearrange(keys, "r m -> r 1 m"),
-        )
-        if index not in self._entries:
-            self._entries[index] = self._nothing(index, weights.dtype, weights.device)
-        into = rearrange(self._entries[index], "b h q k -> b q k h")  # a view
-        into[row[real], query[real], key[real]] = rearrange(weights, "r h n m -> r n m h")[real]
-
-    def _nothing(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        shape = (self.batch, self.sources[index].heads, self.length, self.past + self.length)
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    def complete(self, output: Any) -> Any:
-        """The model's output with one entry a layer, (b h q k)."""
-        if output.get("attentions") is not None:
-            device = output[0].device
-            dtypes = [entry.dtype for entry in self._entries.values()]  # autocast may have changed it
-            output["attentions"] = tuple(
-                self._entries[index]
-                if index in self._entries
-                else self._nothing(index, dtypes[0] if dtypes else source.dtype, device)
-                for index, source in enumerate(self.sources)
-            )
-        return output.to_tuple() if self.as_tuple else output
+def _is_packed(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "weight", None))

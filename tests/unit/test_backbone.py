@@ -14,10 +14,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adaskip.backbone import fingerprint, inspect_backbone
+from adaskip.backbone import inspect_backbone
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import attach
+from adaskip.runtime.fingerprint import check, fingerprint
 from tests import toys
 
 
@@ -105,9 +106,14 @@ def test_plans_name_layers_the_model_does_not_have() -> None:
 
 def test_fingerprint_tells_models_apart_but_not_precisions() -> None:
     one, same, other = (toys.make("llama", seed=s).model for s in (0, 0, 1))
-    prints = [fingerprint(inspect_backbone(m)) for m in (one, same, other, one.to(torch.bfloat16))]
-    assert prints[0] == prints[1] == prints[3]
-    assert prints[0]["weights"] != prints[2]["weights"]
+    taken = fingerprint(inspect_backbone(one))
+    for model in (one, same, one.to(torch.bfloat16)):
+        check(taken, inspect_backbone(model), strict=True)
+    with pytest.raises(BackboneError, match=r"another backbone: weights: \d+ of \d+ differ, such as model\."):
+        check(taken, inspect_backbone(other), strict=True)
+    assert (
+        taken.digest() == fingerprint(inspect_backbone(same)).digest() != fingerprint(inspect_backbone(other)).digest()
+    )
 
 
 def test_keep_rate_counts_what_ran() -> None:

@@ -39,6 +39,7 @@ ORDER = [
     "checking",
     "answering",
     "evaluate",
+    "harness",
     "bench",
     "calibrate",
     "profiling",

@@ -1,0 +1,56 @@
+"""A call's positional arguments by the names that Hugging Face gives them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from adaskip.errors import DataError
+
+
+def name_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: str
+) -> dict[str, Any]:
+    """All arguments of a call of a model's ``forward`` or ``generate``, by name.
+
+    Args:
+        function: the method of the model's class.
+        args: what was passed by position.
+        kwargs: what was passed by name.
+        call: how the user spells the call; for errors.
+
+    Raises:
+        DataError: a whole batch or a text where a tensor belongs, an argument given twice, or too many.
+    """
+    if args:
+        names = _positions(function)
+        if isinstance(args[0], Mapping):
+            raise DataError(f"{call}: expected a tensor first, got {_kind(args[0])}; write {call}(**inputs)")
+        if len(args) > len(names):
+            raise DataError(f"{call}: expected at most {len(names)} positional arguments, got {len(args)}")
+        if twice := [name for name in names[: len(args)] if name in kwargs]:
+            raise DataError(f"{call}: {', '.join(twice)} given twice, by position and by name")
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+    for name in ("input_ids", "inputs"):
+        if (value := kwargs.get(name)) is not None and not isinstance(value, Tensor):
+            raise DataError(
+                f"{call}: {name}: expected token ids in a tensor of shape (batch, tokens), got {_kind(value)}; "
+                f"write {call}(**tokenizer(text, return_tensors='pt'))"
+            )
+    return kwargs
+
+
+@cache
+def _positions(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names that arguments get by position, without ``self``."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, one in inspect.signature(function).parameters.items() if one.kind in kinds)[1:]
+
+
+def _kind(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"

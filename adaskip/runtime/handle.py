@@ -1,0 +1,60 @@
+"""What tools look for on a Hugging Face model, as far as a routed model can stand in for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from adaskip.backbone import Backbone
+from adaskip.errors import ConfigError, MissingAttributeError
+
+
+class Handle(nn.Module):
+    """A module around a Hugging Face model. Nothing is forwarded unseen; what is missing says what to pass instead.
+
+    Args:
+        described: the model.
+    """
+
+    def __init__(self, described: Backbone) -> None:
+        super().__init__()
+        self.backbone: PreTrainedModel = described.model
+        self.described = described
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the device of the first decoder layer."""
+        return self.described.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's precision; routers compute in float32."""
+        return self.backbone.dtype
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's own; setting it sets the backbone's."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.backbone.generation_config = value
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, and say how routers are uploaded."""
+        raise ConfigError("push_to_hub: write model.save_pretrained(folder), then on a terminal: hf upload REPO FOLDER")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            backbone = self.__dict__.get("_modules", {}).get("backbone")
+            if name.startswith("_") or not hasattr(backbone, name):
+                raise
+        raise MissingAttributeError(type(self).__name__, name)
+
+    def __copy__(self) -> Handle:
+        raise ConfigError("copy: a shallow copy would own the same backbone; write copy.deepcopy(model)")

@@ -1,0 +1,147 @@
+"""What attach changes of a Hugging Face model, and how every change is taken back."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adaskip.errors import BackboneError
+from adaskip.runtime.arguments import name_arguments
+from adaskip.runtime.execute import Executor
+from adaskip.runtime.forward import Runtime
+
+MARK = "_adaskip"
+"""The attribute by which a routed model knows its runtime."""
+
+
+class RoutedForward:
+    """The forward of a patched module: an object, so that it is copied and pickled together with its module.
+
+    Args:
+        module: a decoder layer, or a sublayer of one.
+        executor: what runs it under a decision.
+        runtime: what all patched modules of one model share.
+        whole: whether it is the layer itself.
+    """
+
+    def __init__(self, module: nn.Module, executor: Executor, runtime: Runtime, whole: bool) -> None:
+        self.module, self.executor, self.whole = module, executor, whole
+        self.runtime: Runtime | None = runtime
+        self.inner = module.__dict__.get("forward")  # one that the module had before: a hook of accelerate, compiled
+        module.forward = self  # type: ignore[method-assign,assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as its runtime says, or plainly once it is taken off."""
+        call = self.inner or partial(type(self.module).forward, self.module)
+        if self.runtime is None:
+            return call(*args, **kwargs)
+        if self.whole:
+            return self.runtime.run(self.executor.index, self.module, call, args, kwargs)
+        return self.runtime.run_sublayer(self.executor, self.module, call, args, kwargs)
+
+    def take_off(self) -> None:
+        """Give the module its own forward back."""
+        self.runtime = None  # whoever wrapped this forward since goes on calling it
+        if self.module.__dict__.get("forward") is not self:
+            return
+        del self.module.__dict__["forward"]
+        if self.inner is not None:
+            self.module.forward = self.inner  # type: ignore[method-assign]
+
+
+class Patches:
+    """Everything that attach changed of one model.
+
+    Weights are remembered by the module that owns them: offloading and quantising put other tensors in their place,
+    adapters move the module. Nothing is given back that somebody else has decided since.
+
+    Args:
+        model: the Hugging Face object; it is frozen and put in ``eval()``.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.names = {name for name, _ in model.named_parameters()}
+        self.frozen = [
+            (module, key)
+            for module in model.modules()
+            for key, weight in module.named_parameters(recurse=False)
+            if weight.requires_grad
+        ]
+        self.calmed = [module for module in model.modules() if module.training]
+        self.forwards: list[RoutedForward] = []
+        self.handles: list[Any] = []
+        model.requires_grad_(False).eval()
+
+    def install(self, runtime: Runtime) -> None:
+        """Let every decoder layer, or what of it is routed, follow the runtime."""
+        for index, layer in enumerate(runtime.backbone.layers):
+            self.forwards.append(RoutedForward(layer, runtime.layers[index], runtime, whole=True))
+            for module, executor in runtime.sublayers(index):
+                self.forwards.append(RoutedForward(module, executor, runtime, whole=False))
+        setattr(self.model, MARK, runtime)
+        self.handles = [
+            self.model.register_forward_pre_hook(_open, with_kwargs=True),
+            self.model.register_forward_hook(_close, with_kwargs=True, always_call=True),
+        ]
+
+    def take_off(self) -> None:
+        """Restore forwards, and what trained, unless somebody has decided anew what trains since attach."""
+        for forward in self.forwards:
+            forward.take_off()
+        for handle in self.handles:
+            handle.remove()
+        self.model.__dict__.pop(MARK, None)
+        weights = dict(self.model.named_parameters())
+        adapted = not self.names >= weights.keys()  # an adapter was put in, and decides what trains
+        if not adapted and not any(weight.requires_grad for weight in weights.values()):
+            for module, key in self.frozen:
+                if (weight := module._parameters.get(key)) is not None:
+                    weight.requires_grad_(True)
+        if not adapted and not any(module.training for module in self.model.modules()):
+            for module in self.calmed:
+                module.training = True
+
+
+def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    runtime: Runtime = getattr(model, MARK)
+    return (), runtime.open(name_arguments(type(model).forward, args, kwargs, "model"))
+
+
+def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    output = getattr(model, MARK).complete(output)
+    values = output if isinstance(output, tuple) else (getattr(output, "logits", None),)
+    logits = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3), None)  # (b t v); a loss has no axes
+    getattr(model, MARK).close(failed=output is None, heads=0 if logits is None else logits.shape[1])
+    return output
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The Hugging Face object inside a PEFT model, or the object itself.
+
+    Raises:
+        BackboneError: it is neither; names the Hugging Face object inside it, if there is one.
+    """
+    if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module):
+        return model  # what is no module at all is refused when it is inspected
+    path, inner = next(((p, m) for p, m in model.named_modules() if isinstance(m, PreTrainedModel)), ("", None))
+    if inner is None:
+        return model  # type: ignore[return-value]
+    kind, name = type(model).__name__, type(inner).__name__
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        raise BackboneError(
+            f"expected a transformers PreTrainedModel, got {kind} around {name}; "
+            f"attach to the model inside: adaskip.attach(model.{path})"
+        )
+    configs = model.peft_config.values()
+    if prompts := sorted({str(config.peft_type.value) for config in configs if config.is_prompt_learning}):
+        raise BackboneError(
+            f"{kind} around {name}: {', '.join(prompts)} puts tokens or keys of its own before the prompt, outside the "
+            "model, which no router would see; expected adapters of the weights, such as LoRA"
+        )
+    return inner
