@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from adaskip.runtime.persist import load_backbone
 from adaskip.theory.profile import Prices
 from adaskip.train import RECIPE, backbone_options, load_processor, records
 from adaskip.training.callbacks import ConditionCheck, to_device
-from adaskip.training.data import Collator, Record, load_records, loader
+from adaskip.training.data import Collator, Record, load_records, loader, pictures_of, read_prompts, where
+from adaskip.training.prompts import with_placeholders
 from adaskip.training.tracking import write_text
 
 Progress = Callable[[int, int], None]
@@ -281,29 +283,19 @@ def answer_many(run: Path, file: Path, max_new_tokens: int = 16, paths: int | No
     Raises:
         DataError: a line is no such object; says which.
     """
-    questions = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            asked = json.loads(line)
-        except json.JSONDecodeError:
-            asked = None
-        if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
-            raise DataError(f'{file}, line {number}: expected an object such as {{"prompt": "..."}}, got {line[:60]!r}')
-        questions.append(asked)
+    questions = read_prompts(Path(file))
     model, processor, _ = _open(Path(run))
     collate, device = Collator(processor, answers=False), model.described.device
-    items = []
-    for asked in questions:
-        image = Path(file).parent / asked["image"] if asked.get("image") else None
-        record = _record(None, image, asked["prompt"], None, processor, model)
-        items.append(to_device(collate([record]), device)["inputs"])
+    asked = [_placed(question, processor, model) for question in questions]
+    collate.check(asked)
+    items = [to_device(collate([record]), device)["inputs"] for record in asked]
     many = model.generate_many(
         items, paths=paths, measure=paths is not None, max_new_tokens=max_new_tokens, do_sample=False
     )
     rows = [
-        {"prompt": asked["prompt"], "answer": texts(processor, got.tokens[None])[0], "keep": got.keep_rate}
+        {"prompt": question["prompt"], "answer": texts(processor, got.tokens[None])[0], "keep": got.keep_rate}
         | {"route": list(got.path)}
-        for asked, got in zip(questions, many.answers, strict=True)
+        for question, got in zip(questions, many.answers, strict=True)
     ]
     told = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
     return {"answers": rows, **told, "prefill_s": many.prefill_s, "decode_s": many.decode_s}
@@ -333,12 +325,21 @@ def _record(
         return held_out[example]
     if prompt is None:
         raise DataError("nothing to answer: pass --prompt TEXT (with --image PATH for a picture) or --example N")
-    token = getattr(processor, "image_token", None)
-    if image is not None and token and token not in prompt:
-        prompt = f"{token} {prompt}"
-    if image is None and model.runtime.group == "vision":
-        raise DataError("these routers route vision tokens; pass a picture with --image PATH")
-    return {"prompt": prompt, "answer": "", **({"image": Path(image)} if image is not None else {})}
+    return _placed({"prompt": prompt, **({"image": Path(image)} if image is not None else {})}, processor, model)
+
+
+def _placed(question: Record, processor: Any, model: RoutedModel) -> Record:
+    """The same question with a placeholder for each picture, where its prompt leaves them out."""
+    pictures, token = len(pictures_of(question)), getattr(processor, "image_token", None)
+    if not pictures and model.runtime.group == "vision":
+        raise DataError(
+            f"{where(question)}: these routers route vision tokens; pass a picture with --image PATH, or in "
+            'a file of prompts {"prompt": ..., "image": "PATH"}'
+        )
+    placed = copy.copy(question)  # which keeps its file and line
+    if pictures and token and str(token) not in question["prompt"]:
+        placed["prompt"] = with_placeholders(question["prompt"], str(token), pictures, processor)
+    return placed
 
 
 def _unfitted(recipe: Recipe) -> tuple[list[Record], str]:

@@ -25,7 +25,7 @@ from adaskip.runtime.persist import load_backbone
 from adaskip.theory.prices import price
 from adaskip.theory.profile import LayerMeasures, Prices, exact_match, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
-from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
+from adaskip.training.data import Batch, Collator, Record, load_records, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.tracking import (
@@ -84,6 +84,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     lightning.seed_everything(recipe.seed, verbose=False)
     collate = Collator(load_processor(recipe))
     splits = {split: records(recipe, split) for split in ("train", "validation", "calibration")}
+    for chosen in splits.values():  # before the model is loaded and measured, which may take minutes
+        collate.check(chosen)
     model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
 
     size, looked_at = recipe.trainer.batch_size, recipe.conditions.examples
@@ -112,13 +114,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     truncate_lines(folder / CONDITIONS, step)
     trainer = _trainer(recipe, folder, step, conditions)
     per_round = recipe.trainer.checkpoint_every * size
-    batches: DataLoader[Any] = DataLoader(
-        splits["train"],  # type: ignore[arg-type]
-        size,
-        sampler=RoundSampler(len(splits["train"]), per_round, recipe.seed),
-        collate_fn=collate,
-        num_workers=recipe.trainer.workers,
-    )
+    batches = training_loader(splits["train"], collate, size, per_round, recipe.seed, recipe.trainer.workers)
     validation = loader(splits["validation"], collate, size)
     laps.lap("price")
     if recipe.method == "from-bounds" and checkpoint is None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adaskip"
 ORDER = [
     "errors",
+    "lines",
     "demo",
     "plan",
     "probe",
