@@ -13,12 +13,10 @@ from adaskip.errors import DataError
 from adaskip.lines import listed
 from adaskip.theory.profile import IGNORED
 from adaskip.training.pictures import open_image, pictures_of
-from adaskip.training.prompts import PromptEdges, edges, per_token
+from adaskip.training.prompts import PromptEdges, Refusal, edges, per_token, taken
 from adaskip.training.records import Record, where
 
 Batch = dict[str, Any]
-# what processors and tokenizers raise at inputs that they do not take
-_REFUSALS = (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError, OverflowError, StopIteration)
 _CHUNK = 1024  # answers tokenized at once
 
 
@@ -92,32 +90,26 @@ class Collator:
             raise DataError(listed(self._picture_faults(records), "a batch"))
         try:
             return self._process([r["prompt"] for r in records], pictures if pictured else None)
-        except _REFUSALS as error:
-            if 0 < pictured < len(records):
-                raise DataError(
-                    f"{pictured} of {len(records)} records have an image, and the processor takes no such batch "
-                    f"({_reason(error)}); expected all or none in one batch: DataLoader(records, "
-                    "batch_sampler=adaskip.RoundBatches(records, batch_size), collate_fn=collator)"
-                ) from error
-            raise DataError(self._blamed(records, pictures, error)) from error
+        except Refusal as error:
+            raise DataError(self._blamed(records, pictures) or _together(records, pictured, error)) from error
 
     def _process(self, prompts: list[str], pictures: list[list[Image.Image]] | None) -> dict[str, Any]:
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         options |= {} if pictures is None else {"images": pictures}
         prompts = [self.edges.clean(prompt) for prompt in prompts]
-        inputs = self.processor(text=prompts, **options)
+        inputs = taken(self.processor, text=prompts, **options)
         if "attention_mask" not in inputs:  # some tokenizers give one only when asked
-            inputs = self.processor(text=prompts, return_attention_mask=True, **options)
+            inputs = taken(self.processor, text=prompts, return_attention_mask=True, **options)
         return dict(inputs)
 
-    def _blamed(self, records: Sequence[Record], pictures: list[list[Image.Image]], error: Exception) -> str:
-        """Which record a processor refused, found by giving it one after the other."""
+    def _blamed(self, records: Sequence[Record], pictures: list[list[Image.Image]]) -> str | None:
+        """Which record a processor refuses, found by giving it one after the other."""
         for record, own in zip(records, pictures, strict=True):
             try:
                 self._process([record["prompt"]], [own] if own else None)
-            except _REFUSALS as alone:
-                return f"{where(record)}: the processor does not take it ({_reason(alone)})"
-        return f"the processor does not take these {len(records)} records in one batch ({_reason(error)})"
+            except Refusal as error:
+                return f"{where(record)}: the processor does not take it ({error})"
+        return None
 
     def _picture_faults(self, records: Sequence[Record]) -> Iterable[str]:
         """Pictures that no placeholder of the prompt waits for, and the other way round.
@@ -158,27 +150,42 @@ class Collator:
                 int((self._process([text], blank)["input_ids"] == placed).sum())
                 for text in (prompt, f"{token * pictures} {prompt.replace(token, '')}")
             ]
-        except _REFUSALS as error:
-            return f" (the processor: {_reason(error)})"
+        except Refusal as error:
+            return f" (the processor: {error})"
         return None if placed is None or counts[0] == counts[1] else ""
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _answer_ids(self, text: str) -> list[int]:
         """Tokens of an answer with one end token, if the tokenizer has any."""
-        ids, end = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id
+        ids, end = self._bare_ids([text])[0], self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _bare_ids(self, texts: list[str]) -> list[list[int]]:
+        return taken(self.tokenizer, texts, add_special_tokens=False)["input_ids"]
 
     def _answer_faults(self, records: Sequence[Record]) -> Iterable[str]:
         for start in range(0, len(records), _CHUNK):
             part = records[start : start + _CHUNK]
-            texts = [r.get("answer") for r in part]
+            texts: list[Any] = [r.get("answer") for r in part]
             if wrong := [r for r, text in zip(part, texts, strict=True) if not isinstance(text, str)]:
                 yield from (f"{where(r)}: answer is {r.get('answer')!r}; expected text" for r in wrong)
                 continue
-            for record, ids in zip(part, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+            try:
+                tokens = self._bare_ids(texts)
+            except Refusal:
+                yield from self._refused_answers(part)
+                continue
+            for record, ids in zip(part, tokens, strict=True):
                 if not ids:
                     yield f"{where(record)}: the tokenizer makes no tokens of the answer {record['answer']!r}"
+
+    def _refused_answers(self, records: Sequence[Record]) -> Iterable[str]:
+        for record in records:
+            try:
+                self._bare_ids([record["answer"]])
+            except Refusal as error:
+                yield f"{where(record)}: the tokenizer does not take the answer {record['answer']!r} ({error})"
 
 
 def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> None:
@@ -211,6 +218,17 @@ def _opened(record: Record) -> list[Image.Image]:
         raise DataError(f"{where(record)}: {error}") from error
 
 
+def _together(records: Sequence[Record], pictured: int, error: Exception) -> str:
+    """Why a processor refuses a batch each of whose records it takes."""
+    if pictured in (0, len(records)):
+        return f"the processor does not take these {len(records)} records in one batch ({error})"
+    return (
+        f"{pictured} of {len(records)} records have an image, and the processor takes no such batch ({error}); "
+        "expected all or none in one batch: DataLoader(records, batch_sampler=adaskip.RoundBatches(records, "
+        "batch_size), collate_fn=collator)"
+    )
+
+
 def _padding(tokenizer: Any) -> str:
     """A token to pad with; the mask hides it, so any will do."""
     for name in ("eos_token", "unk_token", "bos_token"):
@@ -221,7 +239,3 @@ def _padding(tokenizer: Any) -> str:
 
 def _count(pictures: int) -> str:
     return {0: "no picture", 1: "1 picture"}.get(pictures, f"{pictures} pictures")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

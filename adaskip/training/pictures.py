@@ -50,7 +50,9 @@ def located(picture: Any, folder: Path | None) -> Any:
     choices = [base / Path(name).expanduser() for name in (text, text.replace("\\", "/"))]
     path = next((choice for choice in choices if choice.is_file()), None)
     if path is None:
-        what = "is a folder" if text.strip() and choices[0].is_dir() else "does not exist"
+        if not text.strip():
+            raise DataError(f"image is {text!r}; {_EXPECTED}")
+        what = "is a folder" if choices[0].is_dir() else "does not exist"
         raise DataError(f"image {choices[0]} {what}; expected a picture file, its path relative to the file's folder")
     return path
 

@@ -10,6 +10,22 @@ import torch
 from torch import Tensor
 
 
+class Refusal(Exception):
+    """A processor or tokenizer raised something at what it was given; the text says what."""
+
+
+def taken(processor: Any, *args: Any, **options: Any) -> Any:
+    """Return what a processor or tokenizer makes of its arguments.
+
+    Raises:
+        Refusal: for whatever it raises; tokenizers written in Rust know only Exception.
+    """
+    try:
+        return processor(*args, **options)
+    except Exception as error:
+        raise Refusal((str(error).strip() or type(error).__name__).split("\n")[0]) from error
+
+
 @dataclass(frozen=True)
 class PromptEdges:
     """What a tokenizer puts around a text: ids, and the text they stand for."""
@@ -64,13 +80,14 @@ class PromptEdges:
 
 def edges(tokenizer: Any) -> PromptEdges:
     """Find what a tokenizer puts around every text, by comparing a text with and without it."""
-    ordinary = set(range(min(len(tokenizer), 512))) - set(tokenizer.all_special_ids)
-    probes = ["a", "0", *(tokenizer.convert_ids_to_tokens(i) for i in sorted(ordinary))]
+    special = set(tokenizer.all_special_ids)
     begin: list[int] = []
     end: list[int] = []
-    for text in probes:
-        bare = [*tokenizer(text, add_special_tokens=False)["input_ids"]]
-        whole = [*tokenizer(text)["input_ids"]]
+    for text in tokenizer.convert_ids_to_tokens([i for i in range(min(len(tokenizer), 512)) if i not in special]):
+        try:
+            bare, whole = ([*taken(tokenizer, text, add_special_tokens=add)["input_ids"]] for add in (False, True))
+        except Refusal:  # a piece of a word, which this tokenizer does not take as a text of its own
+            continue
         places = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare] if bare else []
         if places:
             begin, end = whole[: places[0]], whole[places[0] + len(bare) :]
