@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from adaskip.theory.profile import Prices
 from adaskip.train import RECIPE, backbone_options, load_processor, records
 from adaskip.training.callbacks import ConditionCheck, to_device
 from adaskip.training.data import Collator, Record, load_records, loader, pictures_of, read_prompts, where
-from adaskip.training.prompts import with_placeholders
 from adaskip.training.tracking import write_text
 
 Progress = Callable[[int, int], None]
@@ -286,7 +284,7 @@ def answer_many(run: Path, file: Path, max_new_tokens: int = 16, paths: int | No
     questions = read_prompts(Path(file))
     model, processor, _ = _open(Path(run))
     collate, device = Collator(processor, answers=False), model.described.device
-    asked = [_placed(question, processor, model) for question in questions]
+    asked = [_placed(question, collate, model) for question in questions]
     collate.check(asked)
     items = [to_device(collate([record]), device)["inputs"] for record in asked]
     many = model.generate_many(
@@ -325,21 +323,18 @@ def _record(
         return held_out[example]
     if prompt is None:
         raise DataError("nothing to answer: pass --prompt TEXT (with --image PATH for a picture) or --example N")
-    return _placed({"prompt": prompt, **({"image": Path(image)} if image is not None else {})}, processor, model)
+    question = {"prompt": prompt, **({"image": Path(image)} if image is not None else {})}
+    return _placed(question, Collator(processor, answers=False), model)
 
 
-def _placed(question: Record, processor: Any, model: RoutedModel) -> Record:
+def _placed(question: Record, collate: Collator, model: RoutedModel) -> Record:
     """The same question with a placeholder for each picture, where its prompt leaves them out."""
-    pictures, token = len(pictures_of(question)), getattr(processor, "image_token", None)
-    if not pictures and model.runtime.group == "vision":
+    if not pictures_of(question) and model.runtime.group == "vision":
         raise DataError(
             f"{where(question)}: these routers route vision tokens; pass a picture with --image PATH, or in "
             'a file of prompts {"prompt": ..., "image": "PATH"}'
         )
-    placed = copy.copy(question)  # which keeps its file and line
-    if pictures and token and str(token) not in question["prompt"]:
-        placed["prompt"] = with_placeholders(question["prompt"], str(token), pictures, processor)
-    return placed
+    return collate.placed(question)
 
 
 def _unfitted(recipe: Recipe) -> tuple[list[Record], str]:

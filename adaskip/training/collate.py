@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +16,8 @@ from adaskip.errors import DataError
 from adaskip.lines import listed
 from adaskip.theory.profile import IGNORED
 from adaskip.training.pictures import open_image, pictures_of
-from adaskip.training.prompts import PromptEdges, Refusal, edges, per_token, taken
+from adaskip.training.placeholders import Placeholders
+from adaskip.training.prompts import Refusal, edges, per_token, taken
 from adaskip.training.records import Record, where
 
 Batch = dict[str, Any]
@@ -40,7 +44,14 @@ class Collator:
         self.answers = answers
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = _padding(self.tokenizer)
-        self.edges: PromptEdges = edges(self.tokenizer)
+        self.edges = edges(self.tokenizer)
+        self.placeholders: Placeholders | None = None
+        if self.processor is not self.tokenizer:
+            self.placeholders = Placeholders(processor, self._process)
+            self.edges = replace(self.edges, picture=self.placeholders.token_id)
+        # a processor that takes a suffix marks it by token type 1: its model reads the prompt both ways, an answer not
+        takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self.answer_values = {"token_type_ids": 1} if takes_suffix else {}
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Return the batch of these records.
@@ -48,6 +59,8 @@ class Collator:
         Raises:
             DataError: a picture cannot be read, or the processor does not take these records; says which.
         """
+        if wrong := [r for r in records if not isinstance(r.get("prompt"), str)]:
+            raise DataError(listed(self._prompt_faults(wrong), "a batch"))
         inputs = self._inputs(records)
         inputs.pop("labels", None)  # some processors make labels of the prompt; ours stand in the batch
         self.edges.trim(inputs, [r["prompt"] for r in records], self.tokenizer.pad_token_id)
@@ -60,6 +73,8 @@ class Collator:
             "kind": [r.get("kind", "") for r in records],
             "answer": [r.get("answer", "") for r in records],
         }
+        if self.answer_values:
+            batch["answer_values"] = self.answer_values
         if self.answers:
             if faults := [*self._answer_faults(records)]:
                 raise DataError(listed(faults, "a batch"))
@@ -74,11 +89,22 @@ class Collator:
             DataError: lists them, with file and line: pictures for a tokenizer, more or fewer pictures than
                 placeholders in the prompt, an answer without tokens.
         """
-        faults = [*self._picture_faults(records)]
+        faults = [*self._prompt_faults(records)]
         if self.answers:
             faults += self._answer_faults(records)
         if faults:
             raise DataError(listed(faults, "the data do not fit the backbone's processor"))
+
+    def placed(self, record: Record) -> Record:
+        """Return a record with a placeholder for each picture, where its prompt leaves them out and must not."""
+        pictures, places = len(pictures_of(record)), self.placeholders
+        if places is None or places.token is None or not pictures or places.token in record["prompt"]:
+            return record
+        if places.fault(record["prompt"], pictures) is None:  # the processor puts the pictures in by itself
+            return record
+        found = copy(record)  # which keeps its file and line
+        found["prompt"] = self.edges.put_first(" ".join([places.token] * pictures), record["prompt"])
+        return found
 
     # -- prompts and pictures ----------------------------------------------------------------------------------------
 
@@ -86,8 +112,8 @@ class Collator:
         """What the processor makes of prompts and pictures."""
         pictures = [_opened(record) for record in records]
         pictured = sum(map(bool, pictures))
-        if pictured and self.processor is self.tokenizer:
-            raise DataError(listed(self._picture_faults(records), "a batch"))
+        if self.placeholders is None and pictured:
+            raise DataError(listed(self._prompt_faults(records), "a batch"))
         try:
             return self._process([r["prompt"] for r in records], pictures if pictured else None)
         except Refusal as error:
@@ -111,48 +137,25 @@ class Collator:
                 return f"{where(record)}: the processor does not take it ({error})"
         return None
 
-    def _picture_faults(self, records: Sequence[Record]) -> Iterable[str]:
-        """Pictures that no placeholder of the prompt waits for, and the other way round.
-
-        Where the numbers differ the processor itself is asked, with blank pictures and once for each pair of numbers:
-        some put the placeholders in.
-        """
-        token = getattr(self.processor, "image_token", None)
-        known: dict[tuple[int, int], str | None] = {}
+    def _prompt_faults(self, records: Sequence[Record]) -> Iterable[str]:
+        """Prompts that are no text, and pictures that no placeholder waits for, or the other way round."""
         for record in records:
+            prompt = record.get("prompt")
+            if not isinstance(prompt, str):
+                yield f"{where(record)}: prompt is {prompt!r}; expected text"
+                continue
             try:
                 pictures = len(pictures_of(record))
             except DataError as error:
                 yield f"{where(record)}: {error}"
                 continue
-            if pictures and self.processor is self.tokenizer:
+            if self.placeholders is not None and (fault := self.placeholders.fault(prompt, pictures)):
+                yield f"{where(record)}: {fault}"
+            if self.placeholders is None and pictures:
                 yield (
                     f"{where(record)}: has an image, but the backbone's tokenizer takes text only; "
                     "use a vision-language model"
                 )
-            if token is None or self.processor is self.tokenizer:
-                continue
-            places = record["prompt"].count(str(token))
-            if places == pictures:
-                continue
-            if (places, pictures) not in known:
-                known[places, pictures] = self._refusal(record["prompt"], str(token), pictures)
-            if (reason := known[places, pictures]) is not None:
-                numbers = f"{places} {token} in the prompt and {_count(pictures)}"
-                yield f"{where(record)}: {numbers}; expected as many of the one as of the other{reason}"
-
-    def _refusal(self, prompt: str, token: str, pictures: int) -> str | None:
-        """Why the processor does not take a prompt with so many pictures; None if it takes it as it should."""
-        placed = getattr(self.processor, "image_token_id", None)
-        blank = [[Image.new("RGB", (64, 64), "white")] * pictures] if pictures else None
-        try:
-            counts = [
-                int((self._process([text], blank)["input_ids"] == placed).sum())
-                for text in (prompt, f"{token * pictures} {prompt.replace(token, '')}")
-            ]
-        except Refusal as error:
-            return f" (the processor: {error})"
-        return None if placed is None or counts[0] == counts[1] else ""
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +192,10 @@ class Collator:
 
 
 def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> None:
-    """Put answers, long (n) each, behind the prompts of a batch in place, with their labels; ``pad`` fills up."""
+    """Put answers, long (n) each, behind the prompts of a batch in place, with their labels; ``pad`` fills up.
+
+    Whatever else the inputs say of every token is 0 for answers, or what the batch's ``answer_values`` names.
+    """
     inputs = batch["inputs"]
     shape = inputs["input_ids"].shape
     labels = torch.nn.utils.rnn.pad_sequence([*answers], batch_first=True, padding_value=IGNORED)
@@ -200,7 +206,7 @@ def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> None:
         if value.ndim > 2:  # what a token may look at, pictures for instance: an answer sees what its prompt's end sees
             more = value[:, -1:].expand(-1, labels.shape[1], *value.shape[2:])
         else:
-            more = added.get(name, torch.zeros_like(labels)).to(value)
+            more = added.get(name, torch.full_like(labels, batch.get("answer_values", {}).get(name, 0))).to(value)
         inputs[name] = torch.cat([value, more], 1)
     batch["labels"] = torch.cat([torch.full(shape, IGNORED, device=labels.device), labels], 1)
     batch["prompt_mask"] = torch.nn.functional.pad(batch["prompt_mask"], (0, labels.shape[1]))
@@ -235,7 +241,3 @@ def _padding(tokenizer: Any) -> str:
         if (token := getattr(tokenizer, name, None)) is not None:
             return str(token)
     return str(tokenizer.convert_ids_to_tokens(0))
-
-
-def _count(pictures: int) -> str:
-    return {0: "no picture", 1: "1 picture"}.get(pictures, f"{pictures} pictures")

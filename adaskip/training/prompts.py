@@ -34,11 +34,18 @@ class PromptEdges:
     end: tuple[int, ...] = ()
     begin_text: str = ""
     end_text: str = ""
+    picture: int | None = None  # the token that pictures become
 
     def clean(self, prompt: str) -> str:
         """Return a prompt without the space or line ends that stand before its own beginning."""
         bare = prompt.lstrip()
         return bare if self.begin_text and bare.startswith(self.begin_text) else prompt
+
+    def put_first(self, text: str, prompt: str) -> str:
+        """Return a prompt with a text in front, but behind its own beginning."""
+        prompt = self.clean(prompt)
+        own = self.begin_text if prompt.startswith(self.begin_text) else ""
+        return f"{own}{text} {prompt.removeprefix(own)}"
 
     def trim(self, inputs: dict[str, Any], prompts: Sequence[str], pad: int) -> None:
         """Leave one beginning and no added end in left-padded ``inputs``, in place.
@@ -64,17 +71,23 @@ class PromptEdges:
         return all(row[-len(end) :] == end for row, end in zip(rows, ends, strict=True))
 
     def _repeated_begin(self, inputs: dict[str, Any]) -> Tensor:
-        """bool (b t): beginnings that another one follows; a processor may have put pictures before them."""
+        """bool (b t): beginnings that another one follows, at once or behind pictures.
+
+        A processor may put pictures before the beginning, so that the first token need not be it; and one that writes
+        a beginning behind pictures has a tokenizer that wrote another before them.
+        """
         mask, size, begin = inputs["attention_mask"].bool(), len(self.begin), [*self.begin]
         extra = torch.zeros_like(mask)
-        if not begin:
-            return extra
-        for index, row in enumerate(inputs["input_ids"].tolist()):
+        for index, row in enumerate(inputs["input_ids"].tolist() if begin else ()):
             first = int(mask[index].int().argmax())  # what pads may be the same token
-            place = next((i for i in range(first, len(row) - size) if row[i : i + size] == begin), len(row))
-            while row[place + size : place + 2 * size] == begin:
-                extra[index, place : place + size] = True
-                place += size
+            place = next((i for i in range(first, len(row) - size + 1) if row[i : i + size] == begin), None)
+            while place is not None:
+                after = place + size
+                while after < len(row) and row[after] == self.picture:
+                    after += 1
+                follows = row[after : after + size] == begin
+                extra[index, place : place + size] = follows
+                place = after if follows else None
         return extra
 
 
@@ -94,16 +107,8 @@ def edges(tokenizer: Any) -> PromptEdges:
             break
     if not begin and tokenizer.bos_token_id is not None:
         begin = [tokenizer.bos_token_id]  # not added by the tokenizer, but maybe by the processor or a template
-    texts = ("".join(map(str, tokenizer.convert_ids_to_tokens(ids))) for ids in (begin, end))
-    return PromptEdges(tuple(begin), tuple(end), *texts)
-
-
-def with_placeholders(prompt: str, token: str, pictures: int, processor: Any) -> str:
-    """Return a prompt with so many picture placeholders in front, behind its own beginning-of-sequence token."""
-    found = edges(getattr(processor, "tokenizer", processor))
-    prompt = found.clean(prompt)
-    own = found.begin_text if prompt.startswith(found.begin_text) else ""
-    return f"{own}{' '.join([token] * pictures)} {prompt.removeprefix(own)}"
+    begin_text, end_text = ("".join(map(str, tokenizer.convert_ids_to_tokens(ids))) for ids in (begin, end))
+    return PromptEdges(tuple(begin), tuple(end), begin_text, end_text)
 
 
 def per_token(inputs: dict[str, Any]) -> list[str]:

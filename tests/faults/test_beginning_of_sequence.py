@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 from adaskip.training.data import Collator
-from adaskip.training.prompts import edges, with_placeholders
+from adaskip.training.prompts import edges
 from tests.processors import picture_processor, tokenizer
 
 
@@ -105,9 +105,41 @@ def test_the_batch_equals_one_of_plain_prompts() -> None:
 
 def test_placeholders_go_behind_the_prompts_own_beginning() -> None:
     """`generate` puts a left-out placeholder into the prompt; in front of <s> the model would begin twice."""
-    processor = picture_processor("<s>")
-    assert with_placeholders("<s>w1", "<image>", 2, processor) == "<s><image> <image> w1"
-    assert with_placeholders("w1", "<image>", 1, processor) == "<image> w1"
-    assert edges(tokenizer("[gMASK] <sop>", "</s>")).begin == tuple(
-        tokenizer().convert_tokens_to_ids(["[gMASK]", "<sop>"])
-    )
+    collate = Collator(picture_processor("<s>"))
+    two = {"image": [Image.new("RGB", (16, 16))] * 2}
+    assert collate.placed({"prompt": "<s>w1", **two})["prompt"] == "<s><image> <image> w1"
+    assert collate.placed({"prompt": "w1", **two})["prompt"] == "<image> <image> w1"
+    assert collate.placed({"prompt": "<image> w1 <image>", **two})["prompt"] == "<image> w1 <image>"
+    assert collate.placed({"prompt": "w1"})["prompt"] == "w1"
+
+
+def test_behind_a_beginning_that_the_tokenizer_adds() -> None:
+    """A processor that writes <s> behind the pictures, of a tokenizer that writes one before them."""
+    collate = Collator(picture_processor("<s>"))
+    assert rows(collate, "<image> <s> w1", image=True) == [[*["<image>"] * 4, "<s>", "w1", "w9", "</s>"]]
+
+
+def test_the_edges_of_a_tokenizer() -> None:
+    """What a tokenizer puts around texts is found by asking it, whatever it is."""
+    ids = tokenizer().convert_tokens_to_ids
+    found = edges(tokenizer("[gMASK] <sop>", "</s>"))
+    assert (found.begin, found.end) == (tuple(ids(["[gMASK]", "<sop>"])), tuple(ids(["</s>"])))
+    assert edges(tokenizer(bos_token=None)).begin == ()
+
+
+def test_an_answer_to_a_processor_that_takes_suffixes() -> None:
+    """Its model reads tokens of type 0 both ways; answers of that type would see their own next tokens."""
+    processor = picture_processor()
+    process = type(processor).__call__
+
+    class Prefixed(type(processor)):  # type: ignore[misc]
+        def __call__(self, suffix: Any = None, **options: Any) -> Any:
+            found = process(self, **options)
+            found["token_type_ids"] = torch.zeros_like(found["input_ids"])
+            found["labels"] = found["input_ids"]
+            return found
+
+    processor.__class__ = Prefixed
+    batch = Collator(processor)([{"prompt": "w1 w2", "answer": "w3"}])
+    assert batch["inputs"]["token_type_ids"].tolist() == [[0, 0, 1, 1]]
+    assert "labels" not in batch["inputs"]

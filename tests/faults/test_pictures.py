@@ -69,7 +69,9 @@ def test_every_orientation(tmp_path: Path, orientation: int) -> None:
 def test_everyone_who_opens_pictures_sees_them_upright(tmp_path: Path) -> None:
     """The batch and the digest of a certificate read the same upright picture."""
     path = turned(tmp_path / "phone.png")
-    upright = save(tmp_path / "upright.png", open_image(path))
+    image = Image.new("RGB", (20, 40), "blue")
+    image.paste("red", (0, 0, 20, 20))
+    upright = save(tmp_path / "upright.png", image)
     records = [{"prompt": "<image> w1", "answer": "w2", "image": picture} for picture in (path, upright)]
     assert digest(records[:1]) == digest(records[1:])
     batch = Collator(picture_processor())(records)
@@ -223,24 +225,55 @@ def test_placeholders_and_pictures_are_counted_before_training(tmp_path: Path, r
         loader(read(tmp_path), Collator(picture_processor()), 2)
 
 
-def test_a_processor_that_puts_placeholders_in_itself(tmp_path: Path) -> None:
-    """Some processors want none in the prompt: the processor is asked, and what it takes is not refused."""
+@pytest.mark.parametrize("takes_some", [True, False])
+def test_a_processor_that_puts_pictures_in_itself(tmp_path: Path, takes_some: bool) -> None:
+    """Some processors want no placeholder, or may do without: the processor is asked which."""
     processor = picture_processor()
     process = type(processor).__call__
 
     class Placing(type(processor)):  # type: ignore[misc]
         def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
             counts = [len(own) for own in images] if images is not None else [0] * len(text)
-            text = ["<image>" * n * ("<image>" not in t) + f" {t}" for n, t in zip(counts, text, strict=True)]
-            return process(self, images=images, text=text, **options)
+            skipped = [takes_some and "<image>" in prompt for prompt in text]
+            text = ["<image>" * (n * (not skip)) + f" {t}" for n, t, skip in zip(counts, text, skipped, strict=True)]
+            return process(
+                self, images=images and [own * text[0].count("<image>") for own in images], text=text, **options
+            )
 
     processor.__class__ = Placing
+    collate = Collator(processor)
     save(tmp_path / "a.png")
     write(tmp_path, {"image": "a.png", "prompt": "w1"})
-    (batch,) = loader(read(tmp_path), Collator(processor), 1)
+    (batch,) = loader(read(tmp_path), collate, 1)
     assert (batch["inputs"]["input_ids"] == processor.image_token_id).sum() == 4
-    write(tmp_path, {"image": "a.png", "prompt": "<image> <image> w1"})
-    with pytest.raises(DataError, match="2 <image> in the prompt and 1 picture"):
+    assert collate.placed(read(tmp_path)[0])["prompt"] == "w1"
+    write(tmp_path, {"image": "a.png", "prompt": "<image> w1"})
+    if takes_some:
+        loader(read(tmp_path), collate, 1)
+        return
+    with pytest.raises(
+        DataError, match=r"1 <image> in the prompt and 1 picture; the processor puts pictures in by itself"
+    ):
+        loader(read(tmp_path), collate, 1)
+
+
+def test_a_processor_that_takes_no_prompt_alone(tmp_path: Path) -> None:
+    """A picture is compulsory for some; rows without one are named when the data are checked."""
+    processor = picture_processor()
+    process = type(processor).__call__
+
+    class Seeing(type(processor)):  # type: ignore[misc]
+        def __call__(self, images: Any = None, **options: Any) -> Any:
+            if images is None:
+                raise ValueError("images are expected")
+            return process(self, images=images, **options)
+
+    processor.__class__ = Seeing
+    save(tmp_path / "a.png")
+    write(tmp_path, {"image": "a.png"}, {"prompt": "w1"})
+    with pytest.raises(
+        DataError, match=r"line 2: the processor takes no prompt without a picture \(images are expected\)"
+    ):
         loader(read(tmp_path), Collator(processor), 1)
 
 
