@@ -180,12 +180,12 @@ def test_training_on_both_sorts(tmp_path: Path) -> None:
     """A LLaVA trains, validates and checks its conditions on rows with and without pictures."""
     rows, collate = records(12, 12), Collator(picture_processor())
     model = adaskip.attach(toys.make("llava").model, RouterConfig(group="all"))
-    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.5), steps=6, kinds=("k",))
+    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.5), steps=4, kinds=("k",))
     trainer = lightning.Trainer(
-        max_steps=6,
+        max_steps=4,
         max_epochs=-1,
         accelerator="cpu",
-        callbacks=[adaskip.ConditionCheck(every=0, examples=24)],
+        callbacks=[adaskip.ConditionCheck(every=0, examples=8)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -194,7 +194,7 @@ def test_training_on_both_sorts(tmp_path: Path) -> None:
         default_root_dir=tmp_path,
     )
     trainer.fit(tuner, training_loader(rows, collate, 4, 12, 0), loader(rows, collate, 4))
-    assert trainer.global_step == 6
+    assert trainer.global_step == 4
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
