@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from adaskip.runtime.attach import attach as attach
     from adaskip.runtime.cut import cut as cut
     from adaskip.theory.redundancy import profile as profile
+    from adaskip.training.batches import RoundBatches as RoundBatches
     from adaskip.training.callbacks import ConditionCheck as ConditionCheck
-    from adaskip.training.data import Collator as Collator
+    from adaskip.training.collate import Collator as Collator
     from adaskip.training.module import RouterTuner as RouterTuner
     from adaskip.training.objective import Objective as Objective
 
@@ -40,9 +41,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdaSkipError": "errors",
-    "Collator": "training.data",
+    "Collator": "training.collate",
     "ConditionCheck": "training.callbacks",
     "Objective": "training.objective",
+    "RoundBatches": "training.batches",
     "RoutedModel": "runtime.attach",
     "RouterConfig": "plan",
     "RouterTuner": "training.module",

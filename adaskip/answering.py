@@ -19,7 +19,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.train import RECIPE
 from adaskip.training.callbacks import to_device
-from adaskip.training.data import Collator, Record
+from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
 from adaskip.training.tracking import write_text
 
 
@@ -92,25 +92,19 @@ def answer_many(
     Raises:
         DataError: a line is no such object; says which.
     """
-    file = Path(file)
-    questions = read_questions(file)
+    questions = read_prompts(Path(file))
     model, processor, loaded = _open(Path(run), stages)
     limit = max_new_tokens or _limit(loaded, processor)
     collate, device = Collator(processor, answers=False), model.described.device
-    items = []
-    for number, question in questions:
-        image = file.parent / question["image"] if question.get("image") else None
-        try:
-            record = _record(None, image, question["prompt"], None, processor, model)
-            items.append(to_device(collate([record]), device)["inputs"])
-        except DataError as error:
-            raise DataError(f"{file}, line {number}: {error}") from error
+    placed = [_placed(question, collate, model) for question in questions]
+    collate.check(placed)
+    items = [to_device(collate([record]), device)["inputs"] for record in placed]
     with stages(f"answering {len(items)} prompts"):
         many = model.generate_many(items, paths=paths, measure=paths is not None, max_new_tokens=limit, do_sample=False)
     rows = [
         {"prompt": question["prompt"], "answer": texts(processor, got.tokens[None])[0], "keep": got.keep_rate}
         | {"route": list(got.path)}
-        for (_, question), got in zip(questions, many.answers, strict=True)
+        for question, got in zip(questions, many.answers, strict=True)
     ]
     count = sum(int(cut(model, got.tokens[None], limit)) for got in many.answers)
     warnings = warn_of_cuts({"routed": count}, len(rows), limit)
@@ -119,39 +113,6 @@ def answer_many(
     figures = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
     seconds = {"prefill_s": many.prefill_s, "decode_s": many.decode_s}
     return {"answers": rows, **figures, **seconds, "max_new_tokens": limit, "warnings": warnings}
-
-
-def read_questions(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The prompts of a file of JSON lines, each with the number of its line; blank lines are left out.
-
-    Raises:
-        DataError: the file is no UTF-8 text, or a line no object with a prompt; says which.
-    """
-    questions = []
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    questions.append((number, _question(line, f"{file}, line {number}")))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: expected UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    if not questions:
-        raise DataError(f'{file}: holds no prompt; expected one object a line such as {{"prompt": "..."}}')
-    return questions
-
-
-def _question(line: str, where: str) -> dict[str, Any]:
-    try:
-        question = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        question = None
-    if not isinstance(question, dict) or not isinstance(question.get("prompt"), str):
-        raise DataError(f'{where}: expected an object such as {{"prompt": "..."}}, got {line.strip()[:60]!r}')
-    if not isinstance(question.get("image"), str | None):
-        raise DataError(f"{where}: image: expected a path relative to the file, got {str(question['image'])[:60]!r}")
-    return question
 
 
 def texts(processor: Any, ids: Tensor) -> list[str]:
@@ -205,13 +166,17 @@ def _record(
         return shown[example]
     if prompt is None:
         raise DataError("nothing to answer: pass --prompt TEXT (with --image PATH for a picture) or --example N")
-    token = getattr(processor, "image_token", None)
-    if image is not None and token and token not in prompt:
-        prompt = f"{token} {prompt}"
-    if image is None and token and token in prompt:
-        raise DataError(f"the prompt holds a picture's placeholder {token}, but there is no picture; give its image")
-    if image is None and model.runtime.group == "vision":
-        raise DataError("these routers route vision tokens; pass a picture with --image PATH")
     if not prompt.strip():
         raise DataError("the prompt is empty; expected a question")
-    return {"prompt": prompt, "answer": "", **({"image": Path(image)} if image is not None else {})}
+    question = {"prompt": prompt, **({"image": Path(image)} if image is not None else {})}
+    return _placed(question, Collator(processor, answers=False), model)
+
+
+def _placed(question: Record, collate: Collator, model: RoutedModel) -> Record:
+    """The same question with a placeholder for each picture, where its prompt leaves them out."""
+    if not pictures_of(question) and model.runtime.group == "vision":
+        raise DataError(
+            f"{where(question)}: these routers route vision tokens; pass a picture with --image PATH, or in "
+            'a file of prompts {"prompt": ..., "image": "PATH"}'
+        )
+    return collate.placed(question)

@@ -24,7 +24,7 @@ from adaskip.theory.profile import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
 from adaskip.train import records
 from adaskip.training.callbacks import to_device
-from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image
+from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image, pictures_of
 from adaskip.training.tracking import write_text
 
 STEPS = 40  # thresholds on the path
@@ -213,8 +213,7 @@ def digest(chosen: list[Record]) -> str:
     total = hashlib.sha256()
     for record in chosen:
         total.update(record["prompt"].encode() + b"\0")
-        if record.get("image") is not None:
-            picture = open_image(record["image"])
+        for picture in map(open_image, pictures_of(record)):
             total.update(f"{picture.size}".encode() + picture.tobytes())
     return total.hexdigest()[:32]
 

@@ -32,7 +32,7 @@ from adaskip.theory.prices import price
 from adaskip.theory.profile import LayerMeasures, Prices, measure
 from adaskip.training.callbacks import ConditionCheck, Look, to_device
 from adaskip.training.checkpoints import RoundsBySteps, WholeFiles, checkpoint_callback
-from adaskip.training.data import Batch, Collator, Record, RoundSampler, load_records, loader
+from adaskip.training.data import Batch, Collator, Record, load_records, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.steps import StepCount
@@ -93,6 +93,8 @@ def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict
     lightning.seed_everything(recipe.seed, verbose=False)
     collate = Collator(load_processor(recipe))
     splits = {split: records(recipe, split) for split in ("train", "validation", "calibration")}
+    for chosen in splits.values():  # before the model is loaded and measured, which may take minutes
+        collate.check(chosen)
     enough_to_train(recipe, len(splits["validation"]), len(splits["calibration"]))
     with stages(f"loading {recipe.backbone.path}"):
         model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
@@ -148,15 +150,8 @@ def _train(
     if is_first_process():
         truncate_lines(folder / CONDITIONS, step)
     every = recipe.trainer.checkpoint_every
-    sampler = RoundSampler(len(splits["train"]), every * size, recipe.seed)
-    trainer = _trainer(recipe, folder, step, [conditions, RoundsBySteps(sampler, every)])
-    batches: DataLoader[Any] = DataLoader(
-        splits["train"],  # type: ignore[arg-type]
-        size,
-        sampler=sampler,
-        collate_fn=collate,
-        num_workers=recipe.trainer.workers,
-    )
+    batches = training_loader(splits["train"], collate, size, every * size, recipe.seed, recipe.trainer.workers)
+    trainer = _trainer(recipe, folder, step, [conditions, RoundsBySteps(batches, every)])
     validation = loader(splits["validation"], collate, size)
     laps.lap("price")
     if recipe.method == "from-bounds" and checkpoint is None:

@@ -15,6 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from adaskip.errors import DataError
+from adaskip.lines import own_lines
 from adaskip.report import markdown
 from adaskip.report.plots import Curves, conditions_plot, keep_heat_map, training_plot
 
@@ -90,7 +91,7 @@ def read_curves(path: Path) -> Curves:
     if not path.is_file():
         raise DataError(f"{path} is missing; expected the folder of a training run, which `adaskip train` makes")
     found: dict[str, dict[int, float]] = {}
-    rows = csv.reader(_text(path).splitlines())
+    rows = csv.reader(own_lines(_text(path)))
     if (header := next(rows, HEADER)) != HEADER:
         raise DataError(f"{path}, line 1: expected the header {','.join(HEADER)}, got {','.join(header)!r}")
     for row in rows:
@@ -124,7 +125,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_looks(path: Path) -> list[dict[str, Any]]:
     """The looks of `conditions.jsonl` that found anything, in order."""
     looks = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(own_lines(_text(path)), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -12,6 +12,7 @@ import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 CHECKPOINTS = "checkpoints"
 KEPT = 2
@@ -45,12 +46,13 @@ class RoundsBySteps(lightning.Callback):
     numbers would leave out a round of records, and log every later step one too high.
 
     Args:
-        sampler: has ``set_epoch``.
+        loader: of the training records; its sampler, or its batch sampler, has ``set_epoch``.
         steps: steps of a round.
     """
 
-    def __init__(self, sampler: Any, steps: int) -> None:
-        self.sampler, self.steps = sampler, steps
+    def __init__(self, loader: DataLoader[Any], steps: int) -> None:
+        chooses: Any = loader.batch_sampler if hasattr(loader.batch_sampler, "set_epoch") else loader.sampler
+        self.sampler, self.steps = chooses, steps
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Overrule the numbers that Lightning has just set; the loader is asked for its first batch after this."""

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adaskip.errors import CheckpointError
+from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
 from adaskip.runtime.attach import RoutedModel
 from adaskip.training.callbacks import to_device
-from adaskip.training.data import Batch, Collator, Record, RoundSampler
+from adaskip.training.data import Batch, Collator, Record, RoundSampler, in_order
 from adaskip.training.fit import FitState, fit_from_bounds
 from adaskip.training.objective import Fit, Objective
 from adaskip.training.tracking import write_text
@@ -47,8 +48,9 @@ def fit_in_folder(
         sampler = RoundSampler(len(records), fit.examples, seed)
         sampler.set_epoch(index)
         chosen = [records[i] for i in sampler]
-        cuts = range(0, len(chosen), SURVEYED)
-        return [to_device(collate(chosen[i : i + SURVEYED]), model.described.device) for i in cuts]
+        return [
+            to_device(collate([chosen[i] for i in rows]), model.described.device) for rows in in_order(chosen, SURVEYED)
+        ]
 
     def after(done: FitState, figures: dict[str, float]) -> None:
         rounds.append({"round": done.round, **figures})
@@ -85,4 +87,4 @@ def _load(model: RoutedModel, path: Path) -> FitState:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in own_lines(path.read_text(encoding="utf-8"))] if path.is_file() else []

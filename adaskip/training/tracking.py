@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
+from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
 
 PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetrics", "numpy")
@@ -59,7 +60,7 @@ class MetricsFile(Logger):
 
 def truncate_table(path: Path, after: int) -> None:
     """Keep the header and the whole lines of ``step,...`` up to a step."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = own_lines(path.read_text(encoding="utf-8")) if path.exists() else []
     kept = [line for line in lines[1:] if line.count(",") >= 2 and int(line.split(",", 1)[0]) <= after]
     write_text(path, "\n".join(["step,name,value", *kept]) + "\n")
 
@@ -69,7 +70,7 @@ def truncate_lines(path: Path, after: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in own_lines(path.read_text(encoding="utf-8")):
         try:
             if json.loads(line)["step"] <= after:
                 kept.append(line)

@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "ranks",
     "stages",
+    "lines",
     "demo",
     "plan",
     "probe",

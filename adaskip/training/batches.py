@@ -1,0 +1,183 @@
+"""Which records come together in a batch, and when: rows with pictures and rows without never in one, resumably."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from adaskip.errors import ConfigError
+from adaskip.training.collate import Collator
+from adaskip.training.pictures import pictures_of
+from adaskip.training.records import Record
+
+
+class RoundSampler(Sampler[int]):
+    """The records of one round of steps, a pure function of (seed, round, rank).
+
+    A round is as many steps as lie between two checkpoints, so that a run resumed from a checkpoint reads exactly the
+    batches it would have read. Every record is seen once before any is seen twice.
+
+    Args:
+        count: records there are.
+        per_round: records this process reads in a round.
+        seed: of the permutations.
+    """
+
+    def __init__(self, count: int, per_round: int, seed: int) -> None:
+        self.count, self.per_round, self.seed, self.round = count, per_round, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each round."""
+        self.round = epoch
+
+    def __len__(self) -> int:
+        return self.per_round
+
+    def __iter__(self) -> Iterator[int]:
+        ranks, rank = _processes()
+        sweep, order = -1, torch.empty(0)
+        for step in range(self.per_round):
+            place = (self.round * self.per_round + step) * ranks + rank
+            if place // self.count != sweep:
+                sweep = place // self.count
+                order = _permutation(self.count, self.seed, sweep)
+            yield int(order[place % self.count])
+
+
+class RoundBatches(Sampler[list[int]]):
+    """Batches of a round, each of rows with pictures or of rows without; a pure function of (seed, round, rank).
+
+    A sweep cuts the permuted rows of both sorts into batches of nearly equal size and shuffles these:
+
+        sweep 0: [text 0..6] [picture 0..7] [picture 8..14] [text 7..13] | sweep 1: ...     (batch_size 8, one process)
+
+    Every record comes once in a sweep. With several processes a batch is cut for all of them and each reads its share
+    of the very same batch, so that all do as many steps, and the same sort of rows at each. (A sort with fewer rows
+    left than there are processes repeats some.) A round is any number of consecutive batches; sweeps go on across it.
+
+    Args:
+        records: all there are.
+        batch_size: rows of a batch and process, at most.
+        steps: batches of a round; None: those of one sweep.
+        seed: of the permutations.
+
+        DataLoader(records, batch_sampler=RoundBatches(records, 8), collate_fn=Collator(processor))
+
+    In a Trainer of several processes pass ``use_distributed_sampler=False``: this one spreads the rows itself.
+    """
+
+    def __init__(
+        self, records: Sequence[Mapping[str, Any]], batch_size: int, steps: int | None = None, seed: int = 0
+    ) -> None:
+        if batch_size < 1 or not len(records):
+            raise ConfigError(
+                f"RoundBatches: expected records and a batch_size of at least 1, got {len(records)} and {batch_size}"
+            )
+        self.sorts = [torch.tensor(rows) for rows in _sorts(records) if rows]
+        self.batch_size, self.steps, self.seed, self.round = batch_size, steps, seed, 0
+        self.sampler = self  # Lightning calls set_epoch on the sampler of a batch sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to a round; called by Lightning before each."""
+        self.round = epoch
+
+    def _per_sweep(self, ranks: int) -> int:
+        return sum(-(-len(rows) // (self.batch_size * ranks)) for rows in self.sorts)
+
+    def __len__(self) -> int:
+        return self._per_sweep(_processes()[0]) if self.steps is None else self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        ranks, rank = _processes()
+        count, sweep, batches = self._per_sweep(ranks), -1, []
+        for step in range(len(self)):
+            place = self.round * len(self) + step
+            if place // count != sweep:
+                sweep = place // count
+                batches = self._sweep(sweep, ranks)
+            whole = batches[place % count]
+            yield whole[rank::ranks] or [whole[rank % len(whole)]]
+
+    def _sweep(self, sweep: int, ranks: int) -> list[list[int]]:
+        size = self.batch_size * ranks
+        batches = []
+        for sort, rows in enumerate(self.sorts):
+            order = rows[_permutation(len(rows), self.seed + 7919 * sort, sweep)]
+            batches += [part.tolist() for part in order.tensor_split(-(-len(rows) // size))]
+        shuffled = _permutation(len(batches), self.seed + 104_729, sweep)
+        return [batches[i] for i in shuffled.tolist()]
+
+
+def loader(records: Sequence[Record], collate: Collator, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+    """Return batches of all records, in order; see `in_order` where only some of them have pictures.
+
+    Raises:
+        DataError: records that the collator's processor cannot take; lists them.
+    """
+    collate.check(records)
+    order: dict[str, Any] = {"batch_size": batch_size}
+    if all(_sorts(records)):
+        order = {"batch_sampler": in_order(records, batch_size)}
+    return DataLoader(records, **order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+
+
+def training_loader(
+    records: Sequence[Record], collate: Collator, batch_size: int, per_round: int, seed: int, workers: int = 0
+) -> DataLoader[Any]:
+    """Return the batches of one round after the other, in an order that resumes; see `RoundSampler`, `RoundBatches`.
+
+    Args:
+        records: all there are.
+        collate: makes a batch of records.
+        batch_size: records of a batch and process.
+        per_round: records that this process reads in a round; a multiple of ``batch_size``.
+        seed: of the order.
+        workers: processes that load data.
+
+    Raises:
+        DataError: as `loader`.
+    """
+    collate.check(records)
+    order: dict[str, Any] = {"batch_size": batch_size, "sampler": RoundSampler(len(records), per_round, seed)}
+    if all(_sorts(records)):
+        order = {"batch_sampler": RoundBatches(records, batch_size, -(-per_round // batch_size), seed)}
+    return DataLoader(records, **order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+
+
+def in_order(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
+    """Cut records into batches of their numbers, each of rows with pictures or of rows without.
+
+    Records of one sort keep their order. Where there are both, every quarter of the batches gets a quarter of each
+    sort, in order: who fits a constant on the first half of the inputs and judges it on the second, as `judge_joint`
+    does, must find both sorts in each.
+    """
+    sorts = [rows for rows in _sorts(records) if rows]
+    if len(sorts) < 2:
+        return [[*range(i, min(i + batch_size, len(records)))] for i in range(0, len(records), batch_size)]
+    batches = []
+    for quarter in range(4):
+        for rows in sorts:
+            part = rows[quarter * len(rows) // 4 : (quarter + 1) * len(rows) // 4]
+            batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return batches
+
+
+def _sorts(records: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """The numbers of the records with pictures, and of those without."""
+    pictured = [bool(pictures_of(record)) for record in records]
+    return [i for i, has in enumerate(pictured) if has], [i for i, has in enumerate(pictured) if not has]
+
+
+def _permutation(count: int, seed: int, sweep: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + sweep))
+
+
+def _processes() -> tuple[int, int]:
+    """How many processes train together, and which of them this is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0

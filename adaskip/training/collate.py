@@ -1,0 +1,243 @@
+"""From records to batches that any Hugging Face processor understands, and what a processor cannot take, said early."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adaskip.errors import DataError
+from adaskip.lines import listed
+from adaskip.theory.profile import IGNORED
+from adaskip.training.pictures import open_image, pictures_of
+from adaskip.training.placeholders import Placeholders
+from adaskip.training.prompts import Refusal, edges, per_token, taken
+from adaskip.training.records import Record, where
+
+Batch = dict[str, Any]
+_CHUNK = 1024  # answers tokenized at once
+
+
+class Collator:
+    """Records -> one left-padded batch.
+
+    Args:
+        processor: a processor (pictures and text) or a tokenizer (text only).
+        answers: append the answers, for training and teacher forcing; without, the batch is a bare prompt.
+
+    The batch holds ``inputs`` (the model's own arguments), ``labels`` long (b t) with -100 everywhere but on the
+    answers, ``prompt_mask`` bool (b t), ``kind`` and ``answer`` (lists).
+
+    A prompt may bring its own beginning-of-sequence token, as chat templates render it; it stays the only one. An end
+    token that a tokenizer puts behind every text does not come between a prompt and its answer.
+    """
+
+    def __init__(self, processor: Any, answers: bool = True) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.answers = answers
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = _padding(self.tokenizer)
+        self.edges = edges(self.tokenizer)
+        self.placeholders: Placeholders | None = None
+        if self.processor is not self.tokenizer:
+            self.placeholders = Placeholders(processor, self._process)
+            self.edges = replace(self.edges, picture=self.placeholders.token_id)
+        # a processor that takes a suffix marks it by token type 1: its model reads the prompt both ways, an answer not
+        takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self.answer_values = {"token_type_ids": 1} if takes_suffix else {}
+
+    def __call__(self, records: Sequence[Record]) -> Batch:
+        """Return the batch of these records.
+
+        Raises:
+            DataError: a picture cannot be read, or the processor does not take these records; says which.
+        """
+        if wrong := [r for r in records if not isinstance(r.get("prompt"), str)]:
+            raise DataError(listed(self._prompt_faults(wrong), "a batch"))
+        inputs = self._inputs(records)
+        inputs.pop("labels", None)  # some processors make labels of the prompt; ours stand in the batch
+        self.edges.trim(inputs, [r["prompt"] for r in records], self.tokenizer.pad_token_id)
+        prompt = inputs["attention_mask"].bool()
+        if empty := [where(r) for r, row in zip(records, prompt, strict=True) if not row.any()]:
+            raise DataError(f"{empty[0]}: the tokenizer makes no tokens of the prompt")
+        batch: Batch = {
+            "inputs": inputs,
+            "prompt_mask": prompt,
+            "kind": [r.get("kind", "") for r in records],
+            "answer": [r.get("answer", "") for r in records],
+        }
+        if self.answer_values:
+            batch["answer_values"] = self.answer_values
+        if self.answers:
+            if faults := [*self._answer_faults(records)]:
+                raise DataError(listed(faults, "a batch"))
+            tokens = [torch.tensor(self._answer_ids(text)) for text in batch["answer"]]
+            append_answers(batch, tokens, self.tokenizer.pad_token_id)
+        return batch
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Look for records that this collator could not take, before any shuffled batch meets one.
+
+        Raises:
+            DataError: lists them, with file and line: pictures for a tokenizer, more or fewer pictures than
+                placeholders in the prompt, an answer without tokens.
+        """
+        faults = [*self._prompt_faults(records)]
+        if self.answers:
+            faults += self._answer_faults(records)
+        if faults:
+            raise DataError(listed(faults, "the data do not fit the backbone's processor"))
+
+    def placed(self, record: Record) -> Record:
+        """Return a record with a placeholder for each picture, where its prompt leaves them out and must not."""
+        pictures, places = len(pictures_of(record)), self.placeholders
+        if places is None or places.token is None or not pictures or places.token in record["prompt"]:
+            return record
+        if places.fault(record["prompt"], pictures) is None:  # the processor puts the pictures in by itself
+            return record
+        found = copy(record)  # which keeps its file and line
+        found["prompt"] = self.edges.put_first(" ".join([places.token] * pictures), record["prompt"])
+        return found
+
+    # -- prompts and pictures ----------------------------------------------------------------------------------------
+
+    def _inputs(self, records: Sequence[Record]) -> dict[str, Any]:
+        """What the processor makes of prompts and pictures."""
+        pictures = [_opened(record) for record in records]
+        pictured = sum(map(bool, pictures))
+        if self.placeholders is None and pictured:
+            raise DataError(listed(self._prompt_faults(records), "a batch"))
+        try:
+            return self._process([r["prompt"] for r in records], pictures if pictured else None)
+        except Refusal as error:
+            raise DataError(self._blamed(records, pictures) or _together(records, pictured, error)) from error
+
+    def _process(self, prompts: list[str], pictures: list[list[Image.Image]] | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        options |= {} if pictures is None else {"images": pictures}
+        prompts = [self.edges.clean(prompt) for prompt in prompts]
+        inputs = taken(self.processor, text=prompts, **options)
+        if "attention_mask" not in inputs:  # some tokenizers give one only when asked
+            inputs = taken(self.processor, text=prompts, return_attention_mask=True, **options)
+        return dict(inputs)
+
+    def _blamed(self, records: Sequence[Record], pictures: list[list[Image.Image]]) -> str | None:
+        """Which record a processor refuses, found by giving it one after the other."""
+        for record, own in zip(records, pictures, strict=True):
+            try:
+                self._process([record["prompt"]], [own] if own else None)
+            except Refusal as error:
+                return f"{where(record)}: the processor does not take it ({error})"
+        return None
+
+    def _prompt_faults(self, records: Sequence[Record]) -> Iterable[str]:
+        """Prompts that are no text, and pictures that no placeholder waits for, or the other way round."""
+        for record in records:
+            prompt = record.get("prompt")
+            if not isinstance(prompt, str):
+                yield f"{where(record)}: prompt is {prompt!r}; expected text"
+                continue
+            try:
+                pictures = len(pictures_of(record))
+            except DataError as error:
+                yield f"{where(record)}: {error}"
+                continue
+            if self.placeholders is not None and (fault := self.placeholders.fault(prompt, pictures)):
+                yield f"{where(record)}: {fault}"
+            if self.placeholders is None and pictures:
+                yield (
+                    f"{where(record)}: has an image, but the backbone's tokenizer takes text only; "
+                    "use a vision-language model"
+                )
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _answer_ids(self, text: str) -> list[int]:
+        """Tokens of an answer with one end token, if the tokenizer has any."""
+        ids, end = self._bare_ids([text])[0], self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _bare_ids(self, texts: list[str]) -> list[list[int]]:
+        return taken(self.tokenizer, texts, add_special_tokens=False)["input_ids"]
+
+    def _answer_faults(self, records: Sequence[Record]) -> Iterable[str]:
+        for start in range(0, len(records), _CHUNK):
+            part = records[start : start + _CHUNK]
+            texts: list[Any] = [r.get("answer") for r in part]
+            if wrong := [r for r, text in zip(part, texts, strict=True) if not isinstance(text, str)]:
+                yield from (f"{where(r)}: answer is {r.get('answer')!r}; expected text" for r in wrong)
+                continue
+            try:
+                tokens = self._bare_ids(texts)
+            except Refusal:
+                yield from self._refused_answers(part)
+                continue
+            for record, ids in zip(part, tokens, strict=True):
+                if not ids:
+                    yield f"{where(record)}: the tokenizer makes no tokens of the answer {record['answer']!r}"
+
+    def _refused_answers(self, records: Sequence[Record]) -> Iterable[str]:
+        for record in records:
+            try:
+                self._bare_ids([record["answer"]])
+            except Refusal as error:
+                yield f"{where(record)}: the tokenizer does not take the answer {record['answer']!r} ({error})"
+
+
+def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> None:
+    """Put answers, long (n) each, behind the prompts of a batch in place, with their labels; ``pad`` fills up.
+
+    Whatever else the inputs say of every token is 0 for answers, or what the batch's ``answer_values`` names.
+    """
+    inputs = batch["inputs"]
+    shape = inputs["input_ids"].shape
+    labels = torch.nn.utils.rnn.pad_sequence([*answers], batch_first=True, padding_value=IGNORED)
+    real = labels != IGNORED
+    added = {"input_ids": torch.where(real, labels, pad), "attention_mask": real.long()}
+    for name in per_token(inputs):  # whatever else the processor says of every token
+        value = inputs[name]
+        if value.ndim > 2:  # what a token may look at, pictures for instance: an answer sees what its prompt's end sees
+            more = value[:, -1:].expand(-1, labels.shape[1], *value.shape[2:])
+        else:
+            more = added.get(name, torch.full_like(labels, batch.get("answer_values", {}).get(name, 0))).to(value)
+        inputs[name] = torch.cat([value, more], 1)
+    batch["labels"] = torch.cat([torch.full(shape, IGNORED, device=labels.device), labels], 1)
+    batch["prompt_mask"] = torch.nn.functional.pad(batch["prompt_mask"], (0, labels.shape[1]))
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """bool (b t-1): where the logits of position t predict a supervised token."""
+    return labels[:, 1:] != IGNORED
+
+
+def _opened(record: Record) -> list[Image.Image]:
+    try:
+        return [open_image(picture) for picture in pictures_of(record)]
+    except DataError as error:
+        raise DataError(f"{where(record)}: {error}") from error
+
+
+def _together(records: Sequence[Record], pictured: int, error: Exception) -> str:
+    """Why a processor refuses a batch each of whose records it takes."""
+    if pictured in (0, len(records)):
+        return f"the processor does not take these {len(records)} records in one batch ({error})"
+    return (
+        f"{pictured} of {len(records)} records have an image, and the processor takes no such batch ({error}); "
+        "expected all or none in one batch: DataLoader(records, batch_sampler=adaskip.RoundBatches(records, "
+        "batch_size), collate_fn=collator)"
+    )
+
+
+def _padding(tokenizer: Any) -> str:
+    """A token to pad with; the mask hides it, so any will do."""
+    for name in ("eos_token", "unk_token", "bos_token"):
+        if (token := getattr(tokenizer, name, None)) is not None:
+            return str(token)
+    return str(tokenizer.convert_ids_to_tokens(0))
