@@ -160,13 +160,12 @@ class ConditionCheck(lightning.Callback):
             if trainer.world_size == 1:
                 return given
             return from_rank_zero(trainer, lambda: [to_device(batch, torch.device("cpu")) for batch in given])
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.setup_data()  # else it is set up when training begins, when it would be late to say that data lacks
-        loaders = trainer.val_dataloaders
-        if loaders is None:
+        if not trainer.enable_validation:
             raise DataError(
                 "ConditionCheck: the trainer has no validation data; pass val_dataloaders to fit, or batches="
             )
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else it is set up when training begins
+        loaders = trainer.val_dataloaders
 
         def read() -> list[Batch]:
             every = CombinedLoader(loaders, "sequential")

@@ -233,30 +233,30 @@ class RouterTuner(lightning.LightningModule):
         """Real skipping on validation data: KL to the dense model, exact-match accuracy, keep rate."""
         routing = self._judge(batch, "validation", self.val_kl, self.val_accuracy, self.val_keep)
         self.keep_by_kind.update(routing.share, batch.get("kind", [""] * len(batch["labels"])))
-        # several loaders are read as one: the metrics would count what came before once more under each name
-        self.log_dict(
-            {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep},
-            prog_bar=True,
-            add_dataloader_idx=False,
-        )
 
     def on_validation_epoch_start(self) -> None:
-        """Keep rates are those of the coming pass alone."""
-        self.keep_by_kind.reset()
+        """Count the coming pass alone."""
+        # those of `trainer.validate`, which runs in inference mode, may not be written to while fitting
+        for metric in (self.val_kl, self.val_accuracy, self.val_keep, self.keep_by_kind):
+            metric.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Log what a checkpoint should be chosen by: the KL, and a price on keep above the target."""
+        """Log the pass, several loaders as one, and what a checkpoint should be chosen by."""
         if self.val_keep.update_called:
+            self.log_dict(
+                {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep}, prog_bar=True
+            )
             excess = (self.val_keep.compute() - self.objective.keep).clamp(min=0)
             self.log("val/objective", self.val_kl.compute() + OVERSHOOT * excess, sync_dist=self.trainer.world_size > 1)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same figures as in validation, under ``test/``."""
         self._judge(batch, "test", self.test_kl, self.test_accuracy, self.test_keep)
-        self.log_dict(
-            {"test/kl": self.test_kl, "test/accuracy": self.test_accuracy, "test/keep": self.test_keep},
-            add_dataloader_idx=False,
-        )
+
+    def on_test_epoch_end(self) -> None:
+        """Log the pass, several loaders as one."""
+        if self.test_keep.update_called:
+            self.log_dict({"test/kl": self.test_kl, "test/accuracy": self.test_accuracy, "test/keep": self.test_keep})
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Route a batch, with or without answers: ``keep`` bool (l b ...), ``keep_rate`` (b), ``logits`` (b t v)."""
