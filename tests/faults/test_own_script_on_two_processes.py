@@ -12,32 +12,40 @@ from typing import Any
 
 import pytest
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "held": {"held": [0]},
+    "accumulated": {"micro": 4, "strategy": "ddp_find_unused_parameters_true"},
+    "hold": {"act": "hold"},
+    "stop": {"act": "stop"},
+}
+STEPS = {"held": 8, "accumulated": 4, "hold": 8, "stop": 4}
 SCRIPT = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
-import lightning, torch
+import lightning, os, torch
 from torch.utils.data import DataLoader
 import adaskip
 from tests.unit.test_callbacks import GREEDY, eager
 from tests.unit.test_training import batches
 
-def main(folder, options):
-    data = batches(40)
+DATA, WHOLE = batches(40), dict(batch_size=None)
+
+def main(folder, held=(), act="warn", micro=1, strategy="ddp"):
+    folder.mkdir(exist_ok=True)
     model = eager({1: GREEDY})  # it skips a costly layer for every input
-    model.hold(options["held"])
+    model.hold(held)
     goal = adaskip.Objective(keep=0.6, bound_weight=0.01)
-    rank = int(__import__("os").environ.get("LOCAL_RANK", 0))
-    mine = data[24 + 2 * rank : 28 + 2 * rank]  # ranks that read other calibration data end with the same prices
-    tuner = adaskip.RouterTuner(model, goal, calibration=mine, kinds=["even", "odd"], learning_rate=0.01, steps=16)
-    check = adaskip.ConditionCheck(every=2, examples=32, tolerance=0.01, on_violation=options["act"], folder=folder)
+    rank = int(os.environ["LOCAL_RANK"])
+    mine = DATA[24 + 2 * rank : 28 + 2 * rank]  # ranks that read other calibration data end with the same prices
+    tuner = adaskip.RouterTuner(model, goal, calibration=mine, kinds=["even"], learning_rate=0.01)
+    check = adaskip.ConditionCheck(every=4, examples=32, tolerance=0.01, on_violation=act, folder=folder)
     trainer = lightning.Trainer(
-        max_epochs=2, accelerator="cpu", devices=2, strategy=options["strategy"], logger=False, callbacks=[check],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        accumulate_grad_batches=options["micro"],
+        max_epochs=2 if micro > 1 else 1, accelerator="cpu", devices=2, strategy=strategy, logger=False,
+        callbacks=[check], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, accumulate_grad_batches=micro,
     )
-    whole = dict(batch_size=None)
-    trainer.fit(tuner, DataLoader(data[:16], **whole), DataLoader(data[16:24], **whole))
+    trainer.fit(tuner, DataLoader(DATA[:16], **WHOLE), DataLoader(DATA[16:24], **WHOLE))
     found = {
         "step": trainer.global_step,
         "weights": [weight.double().sum().item() for weight in model.routers.parameters()],
@@ -48,20 +56,21 @@ def main(folder, options):
         "looked": check.look.to_dict(),
         "val": {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
         "kinds": {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()},
-        "counted": tuner.keep_by_kind.seen.tolist(),
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    for name, options in json.loads(sys.argv[2]).items():
+        main(Path(sys.argv[1]) / name, **options)
 """
 
 
-def run(tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
-    """What both ranks say at the end."""
-    script = tmp_path / "script.py"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both ranks left what they ended with, a folder for each kind of run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "script.py"
     script.write_text(SCRIPT)
-    settings = {"strategy": "ddp", "held": [], "act": "warn", "micro": 1} | options
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,7 +86,7 @@ def run(tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), json.dumps(settings)],
+            [sys.executable, str(script), str(folder), json.dumps(OPTIONS)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -86,36 +95,24 @@ def run(tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in ranks]
+        said = [process.communicate(timeout=240)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(text[-2000:] for text in said)
-    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(text[-3000:] for text in said)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({"held": [0]}, 16),
-        ({"micro": 4, "strategy": "ddp_find_unused_parameters_true"}, 4),
-        ({"act": "hold"}, 16),
-        ({"act": "stop"}, 2),
-    ],
-    ids=["held", "accumulated", "hold", "stop"],
-)
-def test_both_processes_end_alike(options: dict[str, Any], steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_both_processes_end_alike(name: str, folder: Path) -> None:
     """Shared memory reduced in place, prices or verdicts of each rank's own, or one rank that stops alone, end here."""
-    one, other = run(tmp_path, **options)
-    kinds = one.pop("kinds"), other.pop("kinds")
-    assert one.pop("counted") != [0, 0, 0]
-    other.pop("counted")
+    options, steps = OPTIONS[name], STEPS[name]
+    one, other = (json.loads((folder / name / f"rank{rank}.json").read_text()) for rank in range(2))
     assert one == other
     assert one["step"] == steps
-    assert kinds[0] == kinds[1]
-    assert one["multiplier"] >= 0
-    lines = [json.loads(line) for line in (tmp_path / "conditions.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(2, steps + 1, 2))  # written once, not by both
+    assert name == "stop" or set(one["kinds"]) == {"even", "other"}
+    lines = [json.loads(line) for line in (folder / name / "conditions.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(4, steps + 1, 4))  # written once, not by both
     assert lines[-1] == one["looked"]
-    assert one["held"] == ([1] if options.get("act") == "hold" else options.get("held", []))
+    assert set(one["held"]) >= ({1} if options.get("act") == "hold" else set(options.get("held", [])))
     assert (one["stopped"] is not None) == (options.get("act") == "stop")
