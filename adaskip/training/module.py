@@ -21,7 +21,7 @@ from adaskip.theory.profile import IGNORED, Prices, compare, exact_match
 from adaskip.training.data import Batch, answer_positions
 from adaskip.training.inputs import check_batch, fingerprints, from_rank_zero
 from adaskip.training.metrics import KeepByKind
-from adaskip.training.objective import Objective
+from adaskip.training.objective import Objective, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length
 
@@ -81,7 +81,7 @@ class RouterTuner(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_arguments(model, prices, calibration, learning_rate, steps, temperature)
+        _check_arguments(model, objective, prices, calibration, learning_rate, steps, temperature)
         self.strict_loading = False  # checkpoints hold no frozen weights
         self.model, self.objective, self.prices, self.calibration = model, objective, prices, calibration
         self.learning_rate, self.steps, self.temperature, self.seed = learning_rate, steps, temperature, seed
@@ -316,7 +316,7 @@ def _weights(where: Tensor) -> Tensor:
 
 
 def _check_arguments(
-    model: Any, prices: Any, calibration: Any, learning_rate: float, steps: int | None, temperature: float
+    model: Any, objective: Any, prices: Any, calibration: Any, learning_rate: Any, steps: Any, temperature: Any
 ) -> None:
     if not isinstance(model, RoutedModel):
         raise ConfigError(f"RouterTuner: expected a RoutedModel, got {type(model).__name__}; call adaskip.attach first")
@@ -328,9 +328,10 @@ def _check_arguments(
         raise ConfigError("RouterTuner: expected prices or calibration, got both; calibration would replace the prices")
     ranges = {
         "prices": (prices is None or isinstance(prices, Prices), prices, "Prices; batches go into calibration="),
-        "learning_rate": (learning_rate > 0, learning_rate, "a number > 0"),
-        "steps": (steps is None or steps >= 1, steps, "an integer >= 1, or None for as many as the trainer will run"),
-        "temperature": (temperature > 0, temperature, "a number > 0"),
+        "objective": (isinstance(objective, Objective), objective, "an Objective, as in adaskip.Objective(keep=0.6)"),
+        "learning_rate": (is_number(learning_rate) and learning_rate > 0, learning_rate, "a number > 0"),
+        "steps": (steps is None or is_count(steps), steps, "an integer >= 1, or None for as many as the trainer runs"),
+        "temperature": (is_number(temperature) and temperature > 0, temperature, "a number > 0"),
     }
     faults = [f"{name}: expected {what}, got {value!r}"[:200] for name, (ok, value, what) in ranges.items() if not ok]
     if faults:

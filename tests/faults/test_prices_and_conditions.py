@@ -124,6 +124,16 @@ def test_what_cannot_be_trained_is_refused(make: Any, text: str) -> None:
         adaskip.RouterTuner(make(toys.make("llama").model), adaskip.Objective())
 
 
+def test_values_of_a_wrong_type_are_listed() -> None:
+    """Numbers read from a file as text, a float for a count, a dictionary for the objective: TypeErrors before."""
+    with pytest.raises(ConfigError, match=r"keep: expected a share .* got '0.5'; alpha: expected a share .* got None"):
+        adaskip.Objective(keep="0.5", alpha=None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"objective: expected an Objective.*; learning_rate: .* '1e-3'; steps: .*1e"):
+        adaskip.RouterTuner(planted(1.0), {"keep": 0.5}, learning_rate="1e-3", steps="1e3")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"every: expected an integer >= 0, got 0.5; level: expected a share"):
+        adaskip.ConditionCheck(every=0.5, level=95)  # type: ignore[arg-type]
+
+
 def test_inputs_that_priced_never_judge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Half of the validation data is also the calibration data: that half must not count in any verdict."""
     tuner = adaskip.RouterTuner(planted(1.0), adaskip.Objective(keep=0.5), calibration=DATA[6:10])
