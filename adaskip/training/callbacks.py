@@ -87,7 +87,7 @@ class ConditionCheck(lightning.Callback):
         ranges = {
             "every": (every == 0 or is_count(every), every, "an integer >= 0"),
             "examples": (is_count(examples), examples, "an integer >= 1"),
-            "tolerance": (is_number(tolerance) and tolerance > 0, tolerance, "nats > 0"),
+            "tolerance": (is_number(tolerance) and tolerance >= 0, tolerance, "nats >= 0"),
             "level": (is_number(level) and 0 < level < 1, level, "a share in (0, 1)"),
         }
         faults = [f"{name}: expected {what}, got {value!r}" for name, (ok, value, what) in ranges.items() if not ok]
