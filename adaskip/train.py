@@ -133,7 +133,7 @@ def _train(
         recipe.objective,
         prices,
         learning_rate=recipe.trainer.learning_rate,
-        steps=recipe.trainer.steps,
+        steps=recipe.trainer.steps or None,  # 0: nothing is tuned after a fit from bounds
         temperature=recipe.trainer.temperature,
         kinds=sorted({str(r["kind"]) for r in splits["validation"] if r.get("kind") not in (None, "")}),
         seed=recipe.seed,

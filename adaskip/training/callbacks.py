@@ -23,6 +23,7 @@ from adaskip.training.data import Batch
 from adaskip.training.inputs import count, from_rank_zero, take, to_device
 from adaskip.training.looks import DenseLogits, Look, describe_skip, joint_cost
 from adaskip.training.module import RouterTuner
+from adaskip.training.objective import is_count, is_number
 from adaskip.training.pricing import check_prices, evaluating
 from adaskip.training.schedule import planned_steps
 from adaskip.training.split import Split, split_inputs
@@ -84,10 +85,10 @@ class ConditionCheck(lightning.Callback):
                 + did_you_mean(str(on_violation), get_args(OnViolation))
             )
         ranges = {
-            "every": (every >= 0, every, "a number of steps >= 0"),
-            "examples": (examples >= 1, examples, "an integer >= 1"),
-            "tolerance": (tolerance > 0, tolerance, "nats > 0"),
-            "level": (0 < level < 1, level, "a share in (0, 1)"),
+            "every": (every == 0 or is_count(every), every, "an integer >= 0"),
+            "examples": (is_count(examples), examples, "an integer >= 1"),
+            "tolerance": (is_number(tolerance) and tolerance >= 0, tolerance, "nats >= 0"),
+            "level": (is_number(level) and 0 < level < 1, level, "a share in (0, 1)"),
         }
         faults = [f"{name}: expected {what}, got {value!r}" for name, (ok, value, what) in ranges.items() if not ok]
         if faults:
@@ -160,13 +161,12 @@ class ConditionCheck(lightning.Callback):
             if trainer.world_size == 1:
                 return given
             return from_rank_zero(trainer, lambda: [to_device(batch, torch.device("cpu")) for batch in given])
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.setup_data()  # else it is set up when training begins, when it would be late to say that data lacks
-        loaders = trainer.val_dataloaders
-        if loaders is None:
+        if not trainer.enable_validation:
             raise DataError(
                 "ConditionCheck: the trainer has no validation data; pass val_dataloaders to fit, or batches="
             )
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else it is set up when training begins
+        loaders = trainer.val_dataloaders
 
         def read() -> list[Batch]:
             every = CombinedLoader(loaders, "sequential")

@@ -21,7 +21,7 @@ from adaskip.theory.profile import IGNORED, Prices, compare, exact_match
 from adaskip.training.data import Batch, answer_positions
 from adaskip.training.inputs import check_batch, fingerprints, from_rank_zero
 from adaskip.training.metrics import KeepByKind
-from adaskip.training.objective import Objective
+from adaskip.training.objective import Objective, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length
 
@@ -81,7 +81,7 @@ class RouterTuner(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_arguments(model, prices, calibration, learning_rate, steps, temperature)
+        _check_arguments(model, objective, prices, calibration, learning_rate, steps, temperature)
         self.strict_loading = False  # checkpoints hold no frozen weights
         self.model, self.objective, self.prices, self.calibration = model, objective, prices, calibration
         self.learning_rate, self.steps, self.temperature, self.seed = learning_rate, steps, temperature, seed
@@ -233,30 +233,30 @@ class RouterTuner(lightning.LightningModule):
         """Real skipping on validation data: KL to the dense model, exact-match accuracy, keep rate."""
         routing = self._judge(batch, "validation", self.val_kl, self.val_accuracy, self.val_keep)
         self.keep_by_kind.update(routing.share, batch.get("kind", [""] * len(batch["labels"])))
-        # several loaders are read as one: the metrics would count what came before once more under each name
-        self.log_dict(
-            {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep},
-            prog_bar=True,
-            add_dataloader_idx=False,
-        )
 
     def on_validation_epoch_start(self) -> None:
-        """Keep rates are those of the coming pass alone."""
-        self.keep_by_kind.reset()
+        """Count the coming pass alone."""
+        # those of `trainer.validate`, which runs in inference mode, may not be written to while fitting
+        for metric in (self.val_kl, self.val_accuracy, self.val_keep, self.keep_by_kind):
+            metric.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Log what a checkpoint should be chosen by: the KL, and a price on keep above the target."""
+        """Log the pass, several loaders as one, and what a checkpoint should be chosen by."""
         if self.val_keep.update_called:
+            self.log_dict(
+                {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep}, prog_bar=True
+            )
             excess = (self.val_keep.compute() - self.objective.keep).clamp(min=0)
             self.log("val/objective", self.val_kl.compute() + OVERSHOOT * excess, sync_dist=self.trainer.world_size > 1)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same figures as in validation, under ``test/``."""
         self._judge(batch, "test", self.test_kl, self.test_accuracy, self.test_keep)
-        self.log_dict(
-            {"test/kl": self.test_kl, "test/accuracy": self.test_accuracy, "test/keep": self.test_keep},
-            add_dataloader_idx=False,
-        )
+
+    def on_test_epoch_end(self) -> None:
+        """Log the pass, several loaders as one."""
+        if self.test_keep.update_called:
+            self.log_dict({"test/kl": self.test_kl, "test/accuracy": self.test_accuracy, "test/keep": self.test_keep})
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Route a batch, with or without answers: ``keep`` bool (l b ...), ``keep_rate`` (b), ``logits`` (b t v)."""
@@ -316,7 +316,7 @@ def _weights(where: Tensor) -> Tensor:
 
 
 def _check_arguments(
-    model: Any, prices: Any, calibration: Any, learning_rate: float, steps: int | None, temperature: float
+    model: Any, objective: Any, prices: Any, calibration: Any, learning_rate: Any, steps: Any, temperature: Any
 ) -> None:
     if not isinstance(model, RoutedModel):
         raise ConfigError(f"RouterTuner: expected a RoutedModel, got {type(model).__name__}; call adaskip.attach first")
@@ -328,9 +328,10 @@ def _check_arguments(
         raise ConfigError("RouterTuner: expected prices or calibration, got both; calibration would replace the prices")
     ranges = {
         "prices": (prices is None or isinstance(prices, Prices), prices, "Prices; batches go into calibration="),
-        "learning_rate": (learning_rate > 0, learning_rate, "a number > 0"),
-        "steps": (steps is None or steps >= 1, steps, "an integer >= 1, or None for as many as the trainer will run"),
-        "temperature": (temperature > 0, temperature, "a number > 0"),
+        "objective": (isinstance(objective, Objective), objective, "an Objective, as in adaskip.Objective(keep=0.6)"),
+        "learning_rate": (is_number(learning_rate) and learning_rate > 0, learning_rate, "a number > 0"),
+        "steps": (steps is None or is_count(steps), steps, "an integer >= 1, or None for as many as the trainer runs"),
+        "temperature": (is_number(temperature) and temperature > 0, temperature, "a number > 0"),
     }
     faults = [f"{name}: expected {what}, got {value!r}"[:200] for name, (ok, value, what) in ranges.items() if not ok]
     if faults:

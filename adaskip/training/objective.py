@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from adaskip.errors import ConfigError
 
 Bound = Literal["two-point", "quadratic"]
 Price = Literal["calibrated", "gates", "fisher"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; text that reads like one is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer of at least one."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -46,15 +57,15 @@ class Objective:
 
     def __post_init__(self) -> None:
         ranges = {
-            "keep": (0 < self.keep <= 1, "a share in (0, 1]"),
-            "task_weight": (self.task_weight >= 0, "a number >= 0"),
-            "bound_weight": (self.bound_weight >= 0, "a number >= 0"),
-            "bound": (self.bound in ("two-point", "quadratic"), "two-point | quadratic"),
+            "keep": (is_number(self.keep) and 0 < self.keep <= 1, "a share in (0, 1]"),
+            "task_weight": (is_number(self.task_weight) and self.task_weight >= 0, "a number >= 0"),
+            "bound_weight": (is_number(self.bound_weight) and self.bound_weight >= 0, "a number >= 0"),
+            "bound": (self.bound in get_args(Bound), " | ".join(get_args(Bound))),
             "price": (self.price in get_args(Price), " | ".join(get_args(Price))),
-            "alpha": (0 < self.alpha < 1, "a share in (0, 1)"),
-            "warmup": (0 <= self.warmup < 1, "a share in [0, 1)"),
-            "budget_rate": (self.budget_rate > 0, "a number > 0"),
-            "budget_weight": (self.budget_weight >= 0, "a number >= 0"),
+            "alpha": (is_number(self.alpha) and 0 < self.alpha < 1, "a share in (0, 1)"),
+            "warmup": (is_number(self.warmup) and 0 <= self.warmup < 1, "a share in [0, 1)"),
+            "budget_rate": (is_number(self.budget_rate) and self.budget_rate > 0, "a number > 0"),
+            "budget_weight": (is_number(self.budget_weight) and self.budget_weight >= 0, "a number >= 0"),
         }
         faults = [f"{k}: expected {what}, got {getattr(self, k)!r}" for k, (ok, what) in ranges.items() if not ok]
         if faults:
@@ -86,9 +97,10 @@ class Fit:
     learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
-        whole = [name for name in ("rounds", "examples", "steps", "batch_size") if getattr(self, name) < 1]
+        counts = {name: getattr(self, name) for name in ("rounds", "examples", "steps", "batch_size")}
+        whole = [name for name, value in counts.items() if not is_count(value)]
         faults = [f"{name}: expected an integer >= 1, got {getattr(self, name)!r}" for name in whole]
-        if not self.learning_rate > 0:
+        if not (is_number(self.learning_rate) and self.learning_rate > 0):
             faults.append(f"learning_rate: expected a number > 0, got {self.learning_rate!r}")
         if faults:
             raise ConfigError("Fit: " + "; ".join(faults))
