@@ -259,7 +259,7 @@ def judge_joint(
     """
     if len(kl) < LEAST:
         raise DataError(
-            f"judge_joint: expected at least {LEAST} inputs, got {len(kl)}: half of them calibrates kappa and half tests "
+            f"judge_joint: expected at least {LEAST} inputs, got {len(kl)}: half of them calibrates kappa, half tests "
             "it; raise conditions.examples, or give the split more"
         )
     half = len(kl) // 2
