@@ -259,8 +259,8 @@ def judge_joint(
     """
     if len(kl) < LEAST:
         raise DataError(
-            f"judge_joint: expected at least {LEAST} inputs, half to calibrate kappa and half to test it, got "
-            f"{len(kl)}; raise conditions.examples, or give the split more"
+            f"judge_joint: expected at least {LEAST} inputs, got {len(kl)}: half of them calibrates kappa, half tests "
+            "it; raise conditions.examples, or give the split more"
         )
     half = len(kl) // 2
     ratio = safe_ratio(kl.double(), bound.double())
