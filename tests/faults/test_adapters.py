@@ -142,3 +142,19 @@ def test_taking_a_fingerprint_changes_nothing() -> None:
     assert all(torch.equal(weights[name], weight) for name, weight in wrapped.named_parameters())
     assert torch.equal(answers(model), expected)
     assert model(**batch()).logits.shape[0] == 2
+
+
+def test_an_adapter_around_a_routed_sublayer_is_refused() -> None:
+    """PEFT trains a copy of each MLP, put in under routers; catches a copy that runs whatever is decided."""
+    model = adaskip.attach(llama(), adaskip.RouterConfig(unit="mlp"))
+    inputs = batch()
+    model(**inputs)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model.backbone, config).eval()
+    with pytest.raises(
+        BackboneError, match=r"layer 0: its LlamaMLP was put into a ModulesToSaveWrapper .* attach again"
+    ):
+        model(**inputs)
+    model.detach()
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(wrapped(**inputs).logits, llama()(**inputs).logits)
