@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adaskip.backbone import Backbone
 from adaskip.errors import BackboneError
-from adaskip.runtime.weights import PLAIN, effective_weights, find_packed
+from adaskip.runtime.weights import PLAIN, count_unreadable, effective_weights, find_packed
 
 PICKS = 8
 
@@ -80,16 +80,16 @@ def identify(backbone: Backbone) -> dict[str, Any]:
 
 def describe_unreadable(backbone: Backbone) -> str:
     """A sentence for whoever is about to train on weights that no fingerprint can be taken of; empty if all can be."""
-    readable = [weight is not None for _, weight in effective_weights(backbone.model)]
+    unreadable, total = count_unreadable(backbone.model)
     name, text = type(backbone.model).__name__, ""
     if (packed := find_packed(backbone.model)) is not None:
         text = (
             f"{name}: weights are packed ({type(packed).__name__}), so its routers cannot be checked against them when "
             "they are loaded; packed weights seldom pass a gradient: train on the model in full precision"
         )
-    elif not all(readable):
+    elif unreadable:
         text = (
-            f"{name}: {readable.count(False)} of {len(readable)} weights are quantised or sharded, and cannot be read "
+            f"{name}: {unreadable} of {total} weights are quantised or sharded, and cannot be read "
             "as numbers; routers can be trained, saved and loaded, but loading cannot check these weights"
         )
     return text

@@ -75,6 +75,7 @@ class Patches:
         self.calmed = [module for module in model.modules() if module.training]
         self.forwards: list[RoutedForward] = []
         self.handles: list[Any] = []
+        self.places: dict[nn.Module, tuple[nn.Module, str]] = {}
         model.requires_grad_(False).eval()
 
     def install(self, runtime: Runtime) -> None:
@@ -84,10 +85,36 @@ class Patches:
             for module, executor in runtime.sublayers(index):
                 self.forwards.append(RoutedForward(module, executor, runtime, whole=False))
         setattr(self.model, MARK, runtime)
+        self.places = {
+            child: (parent, key) for parent in self.model.modules() for key, child in parent._modules.items() if child
+        }
         self.handles = [
-            self.model.register_forward_pre_hook(_open, with_kwargs=True),
+            self.model.register_forward_pre_hook(self._open, with_kwargs=True),
             self.model.register_forward_hook(_close, with_kwargs=True, always_call=True),
         ]
+
+    def _open(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        runtime: Runtime = getattr(model, MARK)
+        for forward in self.forwards:
+            self._check(forward)
+        return (), runtime.open(name_arguments(type(model).forward, args, kwargs, "model"))
+
+    def _check(self, forward: RoutedForward) -> None:
+        """Refuse to run what somebody has taken out of the routing since attach; wrapping it is fine."""
+        module = forward.module
+        parent, key = self.places[module]
+        # part of a sublayer's result would bypass the decision, if an adapter stood around it now
+        moved = not forward.whole and parent._modules.get(key) is not module
+        current = module.__dict__.get("forward")
+        own = getattr(current, "__func__", None) is type(module).forward  # given back by whoever had wrapped it before
+        if moved or own or current is None or current is forward.inner:
+            what = f"was put into a {type(parent._modules.get(key)).__name__}" if moved else "got another forward"
+            raise BackboneError(
+                f"decoder layer {forward.executor.index}: its {type(module).__name__} {what} after adaskip was "
+                "attached, and would not follow the routing; detach() and attach again"
+            )
 
     def take_off(self) -> None:
         """Restore forwards, and what trained, unless somebody has decided anew what trains since attach."""
@@ -105,11 +132,6 @@ class Patches:
         if not adapted and not any(module.training for module in self.model.modules()):
             for module in self.calmed:
                 module.training = True
-
-
-def _open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    runtime: Runtime = getattr(model, MARK)
-    return (), runtime.open(name_arguments(type(model).forward, args, kwargs, "model"))
 
 
 def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -142,6 +142,11 @@ def load(folder: Any, backbone: Any, *, strict: bool, options: dict[str, Any]) -
     meta = read_config(folder)
     config = RouterConfig.from_dict(meta["router"])
     state, samples = _read(folder / WEIGHTS, meta)
+    if backbone is None and not meta["backbone"]["name"]:
+        raise CheckpointError(
+            f"{folder}: the routers' backbone was built in memory and has no name to load it by; pass it: "
+            "RoutedModel.from_pretrained(folder, backbone)"
+        )
     base = backbone if backbone is not None else load_backbone(meta["backbone"]["name"], **options)
     model = build(base, config, None, 0)
     try:

@@ -48,10 +48,20 @@ def _read(weight: Tensor, stored: list[tuple[str, Any]]) -> Tensor | None:
     if weight.is_meta:
         found = (_lookup(store, key) for key, store in reversed(stored))
         weight = next((value for value in found if value is not None), weight)
-    usual = type(weight) in (Tensor, nn.Parameter)  # quantisers and sharders have tensor classes of their own
-    if not usual or weight.is_meta or weight.dtype not in PLAIN or not weight.numel():
-        return None
-    return weight.detach()
+    return None if weight.is_meta or not _is_plain(weight) else weight.detach()
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is numbers; quantisers and sharders have tensor classes, precisions or sizes of their own."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN and bool(weight.numel())
+
+
+def count_unreadable(model: nn.Module) -> tuple[int, int]:
+    """How many weights are no numbers, and how many there are; nothing is merged, moved or read from disk for it."""
+    plain = [
+        _is_plain(weight) for part in model.modules() for weight in part._parameters.values() if weight is not None
+    ]
+    return plain.count(False), len(plain)
 
 
 def _lookup(store: Any, key: str) -> Tensor | None:

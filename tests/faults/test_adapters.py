@@ -105,6 +105,32 @@ def test_routers_of_an_adapted_model_on_the_merged_one(tmp_path) -> None:
     assert torch.equal(answers(adaskip.RoutedModel.from_pretrained(tmp_path, merged)), expected)
 
 
+ADAPTERS = {
+    "dora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "embedding": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "tokens": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+    "head": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_counts_as_merged(kind: str, tmp_path) -> None:
+    """Other adapters than LoRA are merged before deployment; catches a fingerprint made for one kind alone."""
+    wrapped = peft.get_peft_model(llama(), ADAPTERS[kind]()).eval()
+    with torch.no_grad():
+        for weight in wrapped.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    spread(adaskip.attach(wrapped)).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="another backbone: weights"):
+        adaskip.RoutedModel.from_pretrained(tmp_path, llama())
+    merged = peft.get_peft_model(llama(), ADAPTERS[kind]()).eval()
+    merged.load_state_dict(wrapped.state_dict())
+    adaskip.RoutedModel.from_pretrained(tmp_path, merged.merge_and_unload())
+
+
 def test_routers_of_a_model_on_its_adapted_self(tmp_path) -> None:
     """Routers meet base and LoRA; the same while LoRA does nothing, another backbone once it does."""
     routed().save_pretrained(tmp_path)
@@ -142,3 +168,19 @@ def test_taking_a_fingerprint_changes_nothing() -> None:
     assert all(torch.equal(weights[name], weight) for name, weight in wrapped.named_parameters())
     assert torch.equal(answers(model), expected)
     assert model(**batch()).logits.shape[0] == 2
+
+
+def test_an_adapter_around_a_routed_sublayer_is_refused() -> None:
+    """PEFT trains a copy of each MLP, put in under routers; catches a copy that runs whatever is decided."""
+    model = adaskip.attach(llama(), adaskip.RouterConfig(unit="mlp"))
+    inputs = batch()
+    model(**inputs)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model.backbone, config).eval()
+    with pytest.raises(
+        BackboneError, match=r"layer 0: its LlamaMLP was put into a ModulesToSaveWrapper .* attach again"
+    ):
+        model(**inputs)
+    model.detach()
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(wrapped(**inputs).logits, llama()(**inputs).logits)

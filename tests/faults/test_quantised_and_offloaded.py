@@ -144,3 +144,17 @@ def test_accelerate_prepares_a_routed_model() -> None:
     optimizer.step()
     assert accelerator.unwrap_model(prepared) is model
     assert any(not torch.equal(one, two) for one, two in zip(before, model.routers.parameters(), strict=True))
+
+
+def test_hooks_removed_under_routers() -> None:
+    """accelerate's hooks are removed after attach, and take our forwards with them; catches layers that run dense."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate offloads; it is no dependency")
+    base = accelerate.dispatch_model(llama(), {"": "cpu"}, force_hooks=True)
+    model = spread(adaskip.attach(base))
+    assert torch.equal(answers(model), answers(routed()))
+    accelerate.hooks.remove_hook_from_module(base, recurse=True)
+    with pytest.raises(BackboneError, match=r"layer \d: its LlamaDecoderLayer got another forward .* attach again"):
+        answers(model)
+    bare = model.detach()
+    assert torch.equal(answers(bare), answers(llama()))
+    assert torch.equal(answers(spread(adaskip.attach(bare))), answers(routed()))

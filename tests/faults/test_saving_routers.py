@@ -148,3 +148,10 @@ def test_thresholds_may_be_edited_by_hand(tmp_path) -> None:
     meta["router"]["threshold"] = -1.0
     config.write_text(json.dumps(meta))
     assert load(tmp_path).config == RouterConfig(threshold=-1.0)
+
+
+def test_a_backbone_without_a_name_has_to_be_passed(tmp_path) -> None:
+    """The backbone was built in memory; catches advice about the name of a repository."""
+    routed().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"built in memory .* RoutedModel\.from_pretrained\(folder, backbone\)"):
+        adaskip.RoutedModel.from_pretrained(tmp_path)
