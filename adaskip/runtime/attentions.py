@@ -103,8 +103,9 @@ class WeightRecord:
         self.sources, self.batch, self.past, self.length, self.as_tuple = sources, batch, past, length, as_tuple
         self.part: tuple[Segment, Tensor, Tensor | None] | None = None
         self._entries: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
 
-    def watch(self, patched: Collection[nn.Module], under_way: Callable[[], bool]) -> list[Any]:
+    def watch(self, patched: Collection[nn.Module], under_way: Callable[[], bool]) -> None:
         """Hook the sources that are not ``patched``; ``under_way`` tells whether a call belongs to this pass."""
 
         def hook(index: int) -> Callable[..., None]:
@@ -114,7 +115,7 @@ class WeightRecord:
 
             return note
 
-        return [
+        self._handles = [
             source.module.register_forward_hook(hook(index))
             for index, source in enumerate(self.sources)
             if source.module not in patched
@@ -158,7 +159,11 @@ class WeightRecord:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def complete(self, output: Any) -> Any:
-        """The model's output with one entry a layer, (b h q k)."""
+        """The model's output with one entry a layer, (b h q k); None if it failed. Nothing is watched any longer."""
+        for handle in self._handles:
+            handle.remove()
+        if output is None:
+            return None
         if output.get("attentions") is not None:
             device = output[0].device
             dtypes = [entry.dtype for entry in self._entries.values()]  # autocast may have changed it

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from adaskip.backbone import Backbone, count_head
 from adaskip.errors import ConfigError
@@ -36,7 +37,7 @@ class Facts:
     @property
     def _vocabulary(self) -> tuple[int, ...]:
         weight = getattr(self._backbone.model.get_output_embeddings(), "weight", None)
-        return () if weight is None else tuple(weight.shape)
+        return tuple(weight.shape) if isinstance(weight, Tensor) else ()  # a packed head's weight is a method
 
     def head(self) -> float:
         """FLOPs of the language-model head per position."""

@@ -62,7 +62,6 @@ class Runtime:
         self.request: Request | None = None
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
-        self._watching: list[Any] = []
 
     @property
     def hides_vision(self) -> bool:
@@ -182,16 +181,13 @@ class Runtime:
         as_tuple = not (self.backbone.model.config.return_dict if named is None else named)
         request.weights = WeightRecord(sources, *_sizes(request), as_tuple)
         own = {module for i, layer in enumerate(self.backbone.layers) for module in (layer, *dict(self.sublayers(i)))}
-        self._watching = request.weights.watch(own, lambda: self.request is request)
+        request.weights.watch(own, lambda: self.request is request)
         return {**inputs, "return_dict": True}
 
     def complete(self, output: Any) -> Any:
         """What the caller gets of the model's output."""
-        for handle in self._watching:
-            handle.remove()
-        self._watching = []
         weights = None if self.request is None else self.request.weights
-        return output if weights is None or output is None else weights.complete(output)
+        return output if weights is None else weights.complete(output)
 
     def close(self, failed: bool = False, heads: int = 0) -> None:
         """Publish the routing of the request that ends here, ``heads`` positions of which have got logits."""

@@ -147,11 +147,11 @@ def test_each_step_of_generation_is_a_row_of_the_whole(case: str) -> None:
 def test_assisted_decoding(name: str, skipped: list[int]) -> None:
     """Assisted decoding reads the entries: would catch IndexError and TypeError there, and entries that shift."""
     toy = make(name, "eager")
-    helper = make(name, "eager", seed=1).model
+    assistant = make(name, "eager", seed=1).model
     model = attach(toy.model, plan=SkipPlan.static(skipped))
     batch = toy.batch([6])
     plain = model.generate(**batch, **GREEDY, max_new_tokens=5)
-    assisted = model.generate(**batch, **GREEDY, max_new_tokens=5, assistant_model=helper)
+    assisted = model.generate(**batch, **GREEDY, max_new_tokens=5, assistant_model=assistant)
     assert torch.equal(assisted.sequences, plain.sequences)
     assert len(assisted.attentions) == len(plain.attentions)
     for step, expected in zip(assisted.attentions, plain.attentions, strict=True):
