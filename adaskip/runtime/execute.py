@@ -105,7 +105,8 @@ class Executor:
             text = () if self.group == "all" else (_text(request, skipped),)
             left = (_vision(request, skipped),) if self.kv == "kept" else ()
             request.memo[flags] = (text if kept is None else (kept, *text)), left
-        return request.memo[flags]
+        parts: tuple[tuple[Segment, ...], tuple[Segment, ...]] = request.memo[flags]
+        return parts
 
     def _tokens(self, request: Request, keep: Tensor) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
         """The same where every token (b t) decides for itself."""
@@ -125,7 +126,8 @@ class Executor:
         """The states among what the module returned."""
         several = isinstance(out, tuple | list)
         self.outputs = len(out) if several else 0
-        return out[0] if several else out
+        states: Tensor = out[0] if several else out
+        return states
 
     def _left(self, states: Tensor) -> Tensor:
         """What the module hands on for a token that leaves it."""
@@ -225,7 +227,8 @@ def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) ->
     key = (kind, None if rows is None else id(rows))
     if key not in request.memo:
         request.memo[key] = _places(marked, rows)
-    return request.memo[key]
+    segment: Segment = request.memo[key]
+    return segment
 
 
 def _places(marked: Tensor, rows: Tensor | None) -> Segment:

@@ -48,4 +48,5 @@ def try_tokens(routed: RoutedModel) -> None:
 def _logits(routed: RoutedModel, keep: Tensor, mode: Mode) -> Tensor:
     types = SUFFIX if routed.described.reads_ahead else {}
     with routed._set(scope="token", group="all", fixed=keep, mode=mode):
-        return dense_pass(routed.backbone, use_cache=False, **types).logits.float()
+        logits: Tensor = dense_pass(routed.backbone, use_cache=False, **types).logits.float()
+        return logits
