@@ -34,20 +34,14 @@ from adaskip.theory.bounds import (
     tv_from_kl,
     tv_from_range,
 )
+from tests.properties.inequalities import F64, no_more_than
 
-F64 = torch.float64
 MASS = [pytest.param(100_000, id="1e5"), pytest.param(1_000_000, id="1e6", marks=pytest.mark.slow)]
 DRAWN_DTYPES = [torch.float64, torch.float32, torch.float16]
-RELATIVE = 1e-9  # rounding allowance of a float64 evaluation; no inequality gets more than this
 
 
 def tensor(*values):
     return torch.tensor(values, dtype=F64)
-
-
-def no_more_than(low, high, slack=1e-25):
-    """low <= high up to rounding, and no NaN on either side."""
-    return bool((low <= high * (1 + RELATIVE) + slack).all())
 
 
 def draw_batches(n, seed=0, size=25_000):
