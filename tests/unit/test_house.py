@@ -74,6 +74,12 @@ def test_imports_point_left(path: Path) -> None:
     assert not wrong, f"{own} imports {wrong}, which lie to its right in {ORDER}"
 
 
+def test_the_guide_tells_the_order() -> None:
+    """A contributor reads it in CONTRIBUTING.md, where a module that was added later would be missing."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert re.findall(r"\w+", guide.split("Imports point left: ")[1].split(". A test")[0]) == ORDER
+
+
 def test_every_module_is_short() -> None:
     long = {str(p): n for p in MODULES if (n := len(p.read_text().splitlines())) > 400}
     assert not long
