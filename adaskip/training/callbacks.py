@@ -214,8 +214,8 @@ class ConditionCheck(lightning.Callback):
             "theory/violations": len(self.look.violations),
             "theory/held_layers": len(tuner.model.config.held),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+        for logger in trainer.loggers:  # under the number that Lightning gives what it logs of this very step
+            logger.log_metrics(numbers, step=max(0, trainer.global_step - 1))
         if not trainer.is_global_zero:
             return
         record = self.look.to_dict()

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.weights import find_packed
 from adaskip.theory import bounds
 from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import DRAWS, first_order
@@ -122,6 +123,11 @@ class RouterTuner(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Price what a skip costs, unless prices are at hand, and check that the objective has what it needs."""
+        if find_packed(self.model.backbone) is not None:
+            raise ConfigError(
+                "RouterTuner: the backbone's weights are packed by dynamic quantisation, through which no gradient "
+                "passes; train on the backbone as it was, then load the routers onto the packed one"
+            )
         inputs, self._inputs = self._inputs, None
         self._gaps.clear()  # a fit before this one may have been interrupted between two steps
         if self.prices is None and inputs is not None:
