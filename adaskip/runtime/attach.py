@@ -146,7 +146,10 @@ class RoutedModel(Handle):
 
     def _last(self) -> tuple[Routing, Ledger]:
         if self.runtime.routing is None or self.runtime.ledger is None:
-            raise ConfigError("model.routing: no routed request has run yet; call the model or generate first")
+            raise ConfigError(
+                "model.routing: no routed request has run yet in this thread; call the model or generate first, and "
+                "read model.routing in the thread that did"
+            )
         return self.runtime.routing, self.runtime.ledger
 
     @contextmanager

@@ -264,10 +264,10 @@ class Runtime:
         named = bind_arguments(layer, args, kwargs)
         first = next(iter(named)) if args else "hidden_states"
         states = named.pop(first)
-        if slot.request is None:
-            return self._run_again(index, layer, call, states, named)
         request = slot.request
-        if request.mode == "soft" and torch.is_grad_enabled():
+        if request is None:
+            return self._run_again(index, layer, call, states, named)
+        if torch.is_grad_enabled():
             self.reruns.note(request, named)
         return self._run(request, index, layer, call, states, named)
 
@@ -276,7 +276,7 @@ class Runtime:
     ) -> Any:
         """Run a layer for its gradient, after its pass: its sublayers must see the request under way meanwhile."""
         slot = self.state.here
-        request = (self.reruns.find(named) or slot.soft) if torch.is_grad_enabled() else None
+        request = self.reruns.find(named, slot.soft) if torch.is_grad_enabled() else None
         if request is None:
             raise BackboneError(
                 f"decoder layer {index} was called outside the model that adaskip was attached to; "
@@ -298,8 +298,7 @@ class Runtime:
         named: dict[str, Any],
     ) -> Any:
         replay, observer = request.options.replay, request.options.observer
-        executor = self.layers[index]
-        call = self._listen(request, index, layer, call)
+        executor, call = self.layers[index], self._listen(request, index, layer, call)
         if index + 1 < len(replay):
             return executor.wrap(replay[index + 1], request)
         if request.mode == "dense":
@@ -310,7 +309,7 @@ class Runtime:
             if self.unit == "block":
                 out = executor.execute(request, call, states, named, decision)
             else:
-                request.decision = decision
+                request.decisions[index] = decision
                 out = call(states, **named)
         if observer is not None:
             observer(index, states, states_of(out))
@@ -320,13 +319,16 @@ class Runtime:
         self, executor: Executor, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """The forward of a patched sublayer, inside its layer's."""
-        request = self.state.here.request
+        slot = self.state.here
+        named = bind_arguments(module, args, kwargs)
+        request = slot.request
+        if request is None and torch.is_grad_enabled():  # the layer's own forward runs again, without its routed one
+            request = self.reruns.find(named, slot.soft)
         if request is None or request.mode == "dense":
             return call(*args, **kwargs)
-        named = bind_arguments(module, args, kwargs)
         states = named.pop("hidden_states" if "hidden_states" in named else next(iter(named)))
         call = self._listen(request, executor.index, module, call)
-        return executor.execute(request, call, states, named, request.decision)
+        return executor.execute(request, call, states, named, request.decisions[executor.index])
 
     def _listen(self, request: Request, index: int, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call of a patched module, heard by whoever puts the attention's weights together."""

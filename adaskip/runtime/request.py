@@ -38,7 +38,7 @@ class Request:
     threshold: float = 0.0  # of the routers, and the layers that run whatever they say, as this request began
     held: tuple[int, ...] = ()
     rerun: Request | None = None  # what a layer follows that runs again for its gradient
-    decision: Any = None  # of the layer under way, for its sublayers
+    decisions: dict[int, Any] = field(default_factory=dict)  # of each layer, for its sublayers
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
     memo: dict[Any, Any] = field(default_factory=dict)
 

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from adaskip.errors import ConfigError
 from adaskip.runtime.request import Request
 
 
 class Reruns:
-    """Soft requests whose gradients are still to come, by the tensors that their layers were called with."""
+    """Requests whose gradients may still be to come, by the tensors that their layers were called with."""
 
     def __init__(self) -> None:
         self._by_tensor: dict[int, tuple[weakref.ref[Tensor], Request]] = {}
@@ -29,11 +31,17 @@ class Reruns:
         return Reruns, ()
 
     def note(self, request: Request, named: dict[str, Any]) -> None:
-        """Remember whose tensors these are, as long as they live, which is as long as a checkpoint needs them."""
+        """Remember whose tensors these are, as long as they live, which is as long as a checkpoint needs them.
+
+        Of dense passes too, so that none is taken for another's. A cache would be written twice: what has one is no
+        training. Dynamo can trace no weak reference, and needs none: it recomputes its graphs by itself.
+        """
+        if request.cache is not None or torch.compiler.is_dynamo_compiling():
+            return
         if request.rerun is None:
             # What this request holds must not hold the tensors, or they would never die: its memo does.
             options = replace(request.options, observer=None, replay=())
-            request.rerun = again = replace(request, memo={}, decision=None, options=options)
+            request.rerun = again = replace(request, memo={}, options=options)
             number = id(again)
             self._pending[number] = weakref.ref(again, lambda _: self._pending.pop(number, None))
         own = (request.prompt, request.tokens.valid, request.tokens.vision, request.options.prompt_mask)
@@ -45,14 +53,27 @@ class Reruns:
             dead = weakref.ref(tensor, lambda _, key=key: self._by_tensor.pop(key, None))  # type: ignore[misc]
             self._by_tensor[key] = dead, request.rerun
 
-    def find(self, named: dict[str, Any]) -> Request | None:
-        """Return the request that most of these tensors belong to; where none does, the only one there is."""
+    def find(self, named: dict[str, Any], last: Request | None) -> Request | None:
+        """Return the request that most of these tensors belong to; where none does, the only one there is.
+
+        Args:
+            named: arguments of a layer, or of a sublayer, which may get nothing beside its states.
+            last: the calling thread's last soft request, if its gradients are still to come.
+
+        Raises:
+            ConfigError: any of several requests could be meant.
+        """
         entries = [self._by_tensor.get(id(tensor)) for tensor in _tensors(named)]
         matches = [entry[1] for entry in entries if entry is not None]
         if matches:
             return max(matches, key=matches.count)
         pending = [request for reference in list(self._pending.values()) if (request := reference()) is not None]
-        return pending[0] if len(pending) == 1 else None
+        if len(pending) > 1:
+            raise ConfigError(
+                "gradient checkpointing: several training passes wait for their gradients, and a layer that runs again "
+                "gets nothing that tells whose it is; run backward() after every forward pass, in one thread at a time"
+            )
+        return pending[0] if pending else last
 
 
 def _tensors(named: dict[str, Any]) -> Iterator[Tensor]:
