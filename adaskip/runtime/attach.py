@@ -38,7 +38,9 @@ class RoutedModel(Handle):
     `from_pretrained`. ``model(...)`` and ``model.generate(...)`` take what the backbone's take, by position or by name.
 
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
-    skipped work is really left out. ``facts`` are figures measured on these routers; the model card shows them.
+    skipped work is really left out. Threads and tasks may share a model: `dense` and the like hold for the thread or
+    task that enters them, `routing` is of the thread that reads it; weights, ``train()`` and `set_threshold` are shared.
+    ``facts`` are figures measured on these routers; the model card shows them.
     ``certificate`` is what `adaskip calibrate` proved about the threshold, or None.
     """
 
