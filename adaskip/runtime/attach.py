@@ -39,7 +39,7 @@ class RoutedModel(Handle):
 
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
     skipped work is really left out. Threads and tasks may share a model: `dense` and the like hold for the thread or
-    task that enters them, `routing` is of the thread that reads it; weights, ``train()`` and `set_threshold` are shared.
+    task that enters them, `routing` is of the thread that reads it; all share weights, ``train()`` and `set_threshold`.
     ``facts`` are figures measured on these routers; the model card shows them.
     ``certificate`` is what `adaskip calibrate` proved about the threshold, or None.
     """
