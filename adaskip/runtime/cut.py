@@ -45,7 +45,8 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
     _check_injected(model, kept)
     plain = twin(_unrouted(model).described, kept).requires_grad_(False).eval()
     fixed = keep[:, None].expand(-1, ROWS)
-    with model._set(mode="skip", fixed=fixed, routing=None, ledger=None, request=None):
+    state = model.runtime.state
+    with state.aside(), state.using(mode="skip", fixed=fixed):
         routed = dense_pass(model.backbone).logits
     apart = (dense_pass(plain).logits - routed).abs().max()
     if not apart <= _CLOSE * routed.abs().max():

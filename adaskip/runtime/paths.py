@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.errors import BackboneError, ConfigError, DataError
+from adaskip.probe import in_this_thread
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.consolidate import Prices, consolidate
 from adaskip.runtime.greedy import greedy_options
@@ -246,7 +247,7 @@ def _prefill(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None = N
     def look(backbone: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         seen.update(given)
 
-    handle = model.backbone.register_forward_pre_hook(look, with_kwargs=True)
+    handle = model.backbone.register_forward_pre_hook(in_this_thread(look), with_kwargs=True)
     try:
         model.generate(**inputs, routing=keep, use_cache=True, **greedy_options(1))
     finally:
