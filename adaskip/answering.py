@@ -18,8 +18,8 @@ from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.train import RECIPE
-from adaskip.training.callbacks import to_device
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
+from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
 
 

@@ -143,7 +143,8 @@ def size_of(config: PreTrainedConfig) -> tuple[int, int]:
 def _pair_flops(config: Any) -> float:
     """What a query and a key cost an ordinary attention: the score, and the value's share in the result."""
     heads = config.num_attention_heads
-    return 4.0 * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    cost: float = 4.0 * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return cost
 
 
 def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Module, ...]]:

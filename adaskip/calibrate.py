@@ -23,8 +23,8 @@ from adaskip.stages import SILENT, Stages
 from adaskip.theory.profile import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
 from adaskip.train import records
-from adaskip.training.callbacks import to_device
 from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image, pictures_of
+from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
 
 STEPS = 40  # thresholds on the path
@@ -151,7 +151,7 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
         logits.append(model.runtime.routing.decided.cpu())  # type: ignore[union-attr]
     ordered = torch.cat(logits).double().sort().values  # `quantile` refuses more than 16 million values
     places = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)[:-1] * (len(ordered) - 1)
-    path = ordered[places.long()].unique().tolist()
+    path: list[float] = ordered[places.long()].unique().tolist()
     if len(path) < 2:
         raise ConfigError("calibrate: the routers give every layer and input one logit; train them before calibrating")
     return path

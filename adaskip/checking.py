@@ -16,8 +16,9 @@ from adaskip.theory.bands import early_exits, judge_bands, late_entries, measure
 from adaskip.theory.conditions import conclude
 from adaskip.theory.profile import Prices, calibrate_prices, measure
 from adaskip.train import records
-from adaskip.training.callbacks import ConditionCheck, to_device
+from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, loader
+from adaskip.training.inputs import to_device
 
 
 def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class RoutedLM(HFLM):
         if override is not None or self.batch_size != "auto":
             return override or int(self.batch_size)
         longest = list(rows[0][0]) if rows else [0]
-        return self._detect_batch_size([(None, longest, longest[:1])], 0)
+        size: int = self._detect_batch_size([(None, longest, longest[:1])], 0)
+        return size
 
     def _logits(self, rows: list[tuple[tuple[int, ...], int]]) -> Tensor:
         """(b t v) of a batch whose routers look at each row's context alone."""
@@ -102,7 +103,8 @@ class RoutedLM(HFLM):
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         precision = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
-            return self.routed(**inputs, prompt_mask=prompt.to(self.device), use_cache=False).logits
+            logits: Tensor = self.routed(**inputs, prompt_mask=prompt.to(self.device), use_cache=False).logits
+            return logits
 
     def _score(self, logits: Tensor, scored: list[int]) -> tuple[float, bool]:
         """The sum of the scored tokens' log-probabilities, and whether greedy decoding would have said them."""
@@ -113,6 +115,7 @@ class RoutedLM(HFLM):
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         self._model: Any = self.routed  # whose generate checks the options that routing depends on
         try:
-            return super()._model_generate(*args, **kwargs)
+            tokens: Tensor = super()._model_generate(*args, **kwargs)
+            return tokens
         finally:
             self._model = self.routed.backbone

@@ -24,6 +24,8 @@ _NAMES = {int: "an integer", float: "a number", str: "a string"}
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+Keys = tuple[str | int, ...]
+"""The path of a key inside a recipe."""
 
 
 class Section(BaseModel):
@@ -217,7 +219,7 @@ def faults(raw: dict[str, Any]) -> list[str]:
     What is found is taken out and the rest validated again, so that a wrong type does not hide a wrong range.
     """
     rest: dict[str, Any] = copy.deepcopy(raw)
-    found: dict[tuple, str] = {}
+    found: dict[Keys, str] = {}
     while True:
         try:
             Recipe.model_validate(rest)
@@ -239,7 +241,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.repeated: list[str] = []
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -287,9 +289,9 @@ def _absolute(text: str, folder: Path) -> str:
     return text
 
 
-def _explain(error: ValidationError, raw: dict[str, Any]) -> Iterator[tuple[tuple, str]]:
+def _explain(error: ValidationError, raw: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
     """(key path, text) of each fault; the members of a union count as one."""
-    expected: dict[tuple, list[str]] = {}
+    expected: dict[Keys, list[str]] = {}
     for item in error.errors(include_url=False):
         loc, kind = item["loc"], item["type"]
         if kind == "missing":
@@ -318,11 +320,11 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> Iterator[tuple[tupl
         yield keys, f"expected {' | '.join(dict.fromkeys(texts))}, got {_show(_reach(raw, keys)[1])}"
 
 
-def _schema(loc: Sequence) -> dict[str, Any]:
+def _schema(loc: Sequence[str | int]) -> dict[str, Any]:
     """The keys of the section at a path, with their types; none where there is no section."""
     kind: Any = Recipe
     for key in loc:
-        kind = _schema_of(kind)[key]
+        kind = _schema_of(kind)[str(key)]
     return _schema_of(kind)
 
 
@@ -332,16 +334,16 @@ def _schema_of(kind: Any) -> dict[str, Any]:
     return {name: info.annotation for name, info in getattr(kind, "model_fields", {}).items()}
 
 
-def _hint(loc: tuple) -> str:
+def _hint(loc: Keys) -> str:
     """The closest key of the same section, or else the same key in another one."""
     near = did_you_mean(str(loc[-1]), _schema(loc[:-1]))
     elsewhere = [f"{section}.{loc[-1]}" for section in _schema(()) if loc[-1] in _schema([section])]
     return near if near.startswith("did") or not elsewhere else f"did you mean {elsewhere[0]!r}?"
 
 
-def _reach(raw: Any, loc: Sequence) -> tuple[tuple, Any]:
+def _reach(raw: Any, loc: Sequence[str | int]) -> tuple[Keys, Any]:
     """The longest part of a path that exists in the values, and what is there."""
-    keys = []
+    keys: list[str | int] = []
     for key in loc:
         if key not in (raw if isinstance(raw, dict) else range(len(raw)) if isinstance(raw, list) else ()):
             break

@@ -147,7 +147,7 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
     """Nested sections as one mapping of dotted keys."""
     flat: dict[str, object] = {}
     for key, value in values.items():

@@ -13,9 +13,10 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
 from adaskip import report
@@ -31,10 +32,12 @@ from adaskip.stages import SILENT, Stages
 from adaskip.start import check_start, opened
 from adaskip.theory.prices import price
 from adaskip.theory.profile import LayerMeasures, Prices, measure
-from adaskip.training.callbacks import ConditionCheck, Look, to_device
+from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps, WholeFiles, checkpoint_callback
 from adaskip.training.data import Batch, Collator, Record, load_records, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
+from adaskip.training.inputs import to_device
+from adaskip.training.looks import Look
 from adaskip.training.module import RouterTuner
 from adaskip.training.steps import StepCount
 from adaskip.training.tracking import (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.own_data import data, language_model  # noqa: F401 - fixtures
+
 SPREAD = ("tests/contracts", "tests/properties")
 """Long rows of independent cases, which any process may take."""
 

@@ -173,7 +173,8 @@ def _config(model_type: str, names: dict[str, Any]) -> PreTrainedConfig:
     aliases = getattr(kind, "attribute_map", {}) or {}
     known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
     sizes = {(name if name in known else aliases.get(name, name)): value for name, value in names.items()}
-    return kind(**{name: value for name, value in sizes.items() if name in known})
+    config: PreTrainedConfig = kind(**{name: value for name, value in sizes.items() if name in known})
+    return config
 
 
 Picture = Callable[[int, torch.Generator], dict[str, Tensor]]

@@ -33,8 +33,7 @@ def write(run: str | Path) -> Path:
     Raises:
         DataError: no such folder, no `metrics.csv`, or a damaged file; the text names the file and the line.
 
-    >>> write("runs/digits-vlm")  # doctest: +SKIP
-    PosixPath('runs/digits-vlm/report.md')
+    ``write("runs/digits-vlm")`` writes, and returns, ``runs/digits-vlm/report.md``.
     """
     run = Path(run)
     files = read(run)

@@ -62,7 +62,7 @@ def keep_heat_map(rates: dict[str, list[float]], path: Path | None = None) -> Fi
             axes.text(column, row, f"{rate:.2f}", ha="center", va="center", color=ink, fontsize=8)
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
     bar.ax.tick_params(labelcolor=INK, labelsize=9, color=GREY)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return _saved(figure, path)
 
 

@@ -37,12 +37,14 @@ class RouterHead(nn.Module):
             after = fn(weight)
             return after if after.dtype == weight.dtype else weight.to(after.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        return self
 
     def forward(self, pooled: Tensor) -> Tensor:
         """float32 (b k d) -> float32 (b)."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.outer(self.features(pooled)).squeeze(-1).to(pooled.device)
+            logits: Tensor = self.outer(self.features(pooled)).squeeze(-1).to(pooled.device)
+            return logits
 
     def features(self, pooled: Tensor) -> Tensor:
         """float32 (b k d) -> float32 (b hidden): what the last layer reads."""

@@ -78,7 +78,8 @@ class AttentionCall:
             scores = scores + self.mask.index_select(2, chosen).float()
         sinks = self.options.get("s_aux")
         if sinks is None:
-            return scores.softmax(-1)
+            weights: Tensor = scores.softmax(-1)
+            return weights
         extra = rearrange(sinks.float(), "h -> 1 h 1 1").expand(*scores.shape[:3], 1)
         return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
 

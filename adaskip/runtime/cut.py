@@ -43,7 +43,7 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
     if not kept:
         raise ConfigError("cut: expected at least one layer to stay, got a path without any")
     _check_injected(model, kept)
-    plain = twin(_unrouted(model).described, kept).requires_grad_(False).eval()
+    plain: PreTrainedModel = twin(_unrouted(model).described, kept).requires_grad_(False).eval()
     fixed = keep[:, None].expand(-1, ROWS)
     state = model.runtime.state
     with state.aside(), state.using(mode="skip", fixed=fixed):

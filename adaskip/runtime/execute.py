@@ -105,7 +105,8 @@ class Executor:
             text = () if self.group == "all" else (_text(request, skipped),)
             left = (_vision(request, skipped),) if self.kv == "kept" else ()
             request.memo[flags] = (text if kept is None else (kept, *text)), left
-        return request.memo[flags]
+        parts: tuple[tuple[Segment, ...], tuple[Segment, ...]] = request.memo[flags]
+        return parts
 
     def _tokens(self, request: Request, keep: Tensor) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
         """The same where every token (b t) decides for itself."""
@@ -172,7 +173,8 @@ class Executor:
 
 def states_of(out: Any) -> Tensor:
     """The states among what a module returned."""
-    return out[0] if isinstance(out, tuple | list) else out
+    states: Tensor = out[0] if isinstance(out, tuple | list) else out
+    return states
 
 
 def _cache(request: Request) -> SkipCache | None:
@@ -228,7 +230,8 @@ def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) ->
     key = (kind, None if rows is None else id(rows))
     if key not in request.memo:
         request.memo[key] = _places(marked, rows)
-    return request.memo[key]
+    segment: Segment = request.memo[key]
+    return segment
 
 
 def _places(marked: Tensor, rows: Tensor | None) -> Segment:

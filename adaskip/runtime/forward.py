@@ -345,12 +345,14 @@ class Runtime:
             seen = states.detach().masked_fill(~rearrange(request.deciding, "b t -> b t 1"), 0.0).float()
             with torch.autocast(states.device.type, enabled=False):
                 logits = self.heads[index](rearrange(seen, "b t d -> (b t) 1 d"))
-            return rearrange(logits, "(b t) -> b t", b=len(states))
+            each: Tensor = rearrange(logits, "(b t) -> b t", b=len(states))
+            return each
         if "weights" not in request.memo:
             weights = mean_weights(request.tokens.kinds(request.prompt))
             request.memo["weights"] = weights, bool((weights == 0).all(1).any())
         with torch.autocast(states.device.type, enabled=False):
-            return self.heads[index](pool(states.detach(), *request.memo["weights"]))
+            logit: Tensor = self.heads[index](pool(states.detach(), *request.memo["weights"]))
+        return logit
 
     def _gate(self, request: Request, index: int, states: Tensor) -> Tensor:
         if request.fixed is not None:

@@ -52,5 +52,6 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int | No
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a cache holds."""
     if hasattr(cache, "nbytes"):
-        return cache.nbytes()
+        size: int = cache.nbytes()
+        return size
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))

@@ -32,7 +32,7 @@ class RoutedForward:
         self.module, self.executor, self.whole = module, executor, whole
         self.runtime: Runtime | None = runtime
         self.inner = module.__dict__.get("forward")  # one that the module had before: a hook of accelerate, compiled
-        module.forward = self  # type: ignore[method-assign,assignment]
+        module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module as its runtime says, or plainly once it is taken off."""
@@ -50,7 +50,7 @@ class RoutedForward:
             return
         del self.module.__dict__["forward"]
         if self.inner is not None:
-            self.module.forward = self.inner  # type: ignore[method-assign]
+            self.module.forward = self.inner
 
 
 class Patches:

@@ -88,7 +88,8 @@ class _Prompts:
     @property
     def padding(self) -> Tensor:
         """long (b): leading positions that are padding."""
-        return self.inputs["attention_mask"].long().argmax(1)
+        leading: Tensor = self.inputs["attention_mask"].long().argmax(1)
+        return leading
 
 
 @dataclass(frozen=True)

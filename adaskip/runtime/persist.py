@@ -238,7 +238,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "pass the folder that save_pretrained or `adaskip export` wrote, or RUN/router"
         )
     try:
-        meta = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if meta["format"] not in (1, FORMAT):
             raise CheckpointError(
                 f"{folder / CONFIG}: format {meta['format']}, this adaskip reads formats 1 to {FORMAT}; upgrade adaskip"

@@ -52,7 +52,8 @@ class Request:
         """Whether any row of this chunk holds a vision token."""
         if "vision" not in self.memo:
             self.memo["vision"] = self.tokens.has_vision
-        return self.memo["vision"]
+        some: bool = self.memo["vision"]
+        return some
 
 
 def read_cache(cache: Any, mode: Mode, use: bool) -> bool:
@@ -107,7 +108,8 @@ def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, len
     if labels is None:
         return tokens.valid
     supervised = (labels != -100).cumsum(1) > 0
-    return tokens.valid & ~supervised
+    prompt: Tensor = tokens.valid & ~supervised
+    return prompt
 
 
 def check_unpacked(tokens: Tokens, inputs: dict[str, Any]) -> None:

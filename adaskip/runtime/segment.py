@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -13,18 +13,20 @@ from torch import Tensor
 
 from adaskip.errors import BackboneError
 
+T = TypeVar("T")
 Memo = dict[Any, Any]
 """What the layers of one request share, see `once`."""
 
 MASKS = ("attention_mask", "causal_mask")
 
 
-def once(memo: Memo, name: str, sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+def once(memo: Memo, name: str, sources: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What ``make`` makes of these very objects, made once; equal results so stay one object from layer to layer."""
     key = (name, *(source if isinstance(source, int) else id(source) for source in sources))
     if key not in memo:
         memo[key] = (make(), sources)  # held, so that no other object takes over their ids
-    return memo[key][0]
+    made: T = memo[key][0]
+    return made
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def _logits(routed: RoutedModel, keep: Tensor, mode: Mode) -> Tensor:
     runtime.scope, runtime.group = "token", "all"  # on the runtime itself: while attaching, nobody else has it yet
     try:
         with runtime.state.using(fixed=keep, mode=mode), runtime.state.aside():
-            return dense_pass(routed.backbone, use_cache=False, **types).logits.float()
+            logits: Tensor = dense_pass(routed.backbone, use_cache=False, **types).logits
+            return logits.float()
     finally:
         runtime.scope, runtime.group = before

@@ -66,9 +66,10 @@ def count_unreadable(model: nn.Module) -> tuple[int, int]:
 
 def _lookup(store: Any, key: str) -> Tensor | None:
     try:
-        return store[key]
+        weight: Tensor = store[key]
     except KeyError:
         return None
+    return weight
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:
@@ -83,18 +84,23 @@ def _without_adapters(module: nn.Module) -> nn.Module:
 
     if isinstance(module, AuxiliaryTrainingWrapper):
         if module.disable_adapters:
-            return module.original_module
-        return _copied(module).unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            original: nn.Module = module.original_module
+            return original
+        whole: nn.Module = _copied(module).unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        )
+        return whole
     if not isinstance(module, BaseTunerLayer):
         return module
-    base = module.get_base_layer()
+    base: nn.Module = module.get_base_layer()
     read = all(_read(weight, []) is not None for weight in base.parameters())
     if module.disable_adapters or not read:
         return base
-    merged: Any = _copied(module)
+    merged: nn.Module = _copied(module)
     while isinstance(merged, BaseTunerLayer):  # adapters of several parameters of one module stand inside one another
         merged.merge()  # does nothing if it is merged already
-        merged = merged.base_layer  # type: ignore[attr-defined]
+        inner: Any = merged.base_layer
+        merged = inner
     return merged
 
 

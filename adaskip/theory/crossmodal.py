@@ -50,7 +50,8 @@ def _moved(removed: Tensor, output: Tensor, values: Tensor) -> Tensor:
     alone = left < 1e-6
     rest = (output - removed @ values) / left.masked_fill(alone, 1.0)
     change = torch.where(alone, output, torch.where(mass > 0, output - rest, 0.0))
-    return rearrange(change, "b h q e -> b q (h e)").norm(dim=-1)
+    norms: Tensor = rearrange(change, "b h q e -> b q (h e)").norm(dim=-1)
+    return norms
 
 
 class AttentionReading:

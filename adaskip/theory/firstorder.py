@@ -99,4 +99,5 @@ def score_products(
         slopes = torch.autograd.grad(log_p, reached, upstream, retain_graph=left > 0)
         products = [(g.float() * dh.float()).sum((1, 2)) for g, dh in zip(slopes, shifts, strict=True)]
         total += torch.stack(products, 1).double() ** 2
-    return total / draws / where.sum(1, keepdim=True)
+    mean: Tensor = total / draws / where.sum(1, keepdim=True)
+    return mean

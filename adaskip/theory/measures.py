@@ -152,7 +152,8 @@ def _unit(x: Tensor) -> Tensor:
     x = _accumulable(x)
     peak = x.abs().amax(-1, keepdim=True)  # dividing by it first, squares neither overflow nor vanish
     x = x / peak.where(peak > 0, 1.0)
-    return x / x.norm(dim=-1, keepdim=True).where(peak > 0, 1.0)
+    unit: Tensor = x / x.norm(dim=-1, keepdim=True).where(peak > 0, 1.0)
+    return unit
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

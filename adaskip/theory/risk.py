@@ -35,7 +35,8 @@ def binomial_pvalue(errors: ArrayLike, n: int, risk: float) -> Array:
     _check_shares(n, risk=risk)
     if not ((errors >= 0) & (errors <= n)).all():
         raise DataError(f"binomial_pvalue: expected 0 to n={n} errors, got {errors.min():g} to {errors.max():g}")
-    return stats.binom.cdf(errors, n, risk)
+    tails: Array = stats.binom.cdf(errors, n, risk)
+    return tails
 
 
 def hoeffding_bentkus_pvalue(mean_loss: ArrayLike, n: int, risk: float) -> Array:
@@ -55,7 +56,8 @@ def hoeffding_bentkus_pvalue(mean_loss: ArrayLike, n: int, risk: float) -> Array
     hoeffding = np.exp(-n * (special.rel_entr(low, risk) + special.rel_entr(1.0 - low, 1.0 - risk)))
     # n * mean of a sum that was exact may lie a rounding above the integer it was
     bentkus = np.e * stats.binom.cdf(np.ceil(n * mean - 1e-9 * n), n, risk)
-    return np.minimum(1.0, np.minimum(hoeffding, bentkus))
+    bound: Array = np.minimum(1.0, np.minimum(hoeffding, bentkus))
+    return bound
 
 
 def fixed_sequence(p_values: ArrayLike, delta: float) -> NDArray[np.intp]:
@@ -66,7 +68,8 @@ def fixed_sequence(p_values: ArrayLike, delta: float) -> NDArray[np.intp]:
     >>> int(fixed_sequence([0.01, 0.05, 0.2, 0.01], 0.1))
     2
     """
-    return np.cumprod(np.asarray(p_values) <= delta, axis=-1).sum(-1)
+    count: NDArray[np.intp] = np.cumprod(np.asarray(p_values) <= delta, axis=-1).sum(-1)
+    return count
 
 
 def smallest_sample(risk: float, delta: float) -> int:
@@ -212,11 +215,13 @@ def _bet(state: Array, loss: Array, t: int, risk: float) -> Array:
     if not ((loss >= 0) & (loss <= 1)).all():
         raise DataError(f"drift monitor: expected a loss in [0, 1], got {loss}")
     stakes = np.geomspace(0.1, 0.95 / risk, _BETS)
-    return np.logaddexp(state, -np.log(t * (t + 1.0))) + np.log1p(stakes * (loss[..., None] - risk))
+    bets: Array = np.logaddexp(state, -np.log(t * (t + 1.0))) + np.log1p(stakes * (loss[..., None] - risk))
+    return bets
 
 
 def _log_evidence(state: Array, t: int) -> Array:
-    return np.logaddexp(special.logsumexp(state, axis=-1) - np.log(_BETS), -np.log(t + 1.0))
+    evidence: Array = np.logaddexp(special.logsumexp(state, axis=-1) - np.log(_BETS), -np.log(t + 1.0))
+    return evidence
 
 
 def _check_shares(n: int, **shares: float) -> None:

@@ -108,7 +108,8 @@ def svcca(moments: Moments, kept: float = 0.99) -> float:
             f"{int(moments.n)} tokens; give more inputs"
         )
     correlation = torch.linalg.svdvals(whiten[0].T @ xy @ whiten[1])
-    return correlation.clamp(max=1.0)[:narrowest].mean().item()
+    mean: float = correlation.clamp(max=1.0)[:narrowest].mean().item()
+    return mean
 
 
 def dissimilarity(parts: list[Moments], name: str, level: float = 0.95) -> Interval:

@@ -233,7 +233,8 @@ class _Batch:
 
     def _run(self, **more: Any) -> Tensor:
         batch = self.batch
-        return self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False, **more).logits
+        logits: Tensor = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False, **more).logits
+        return logits
 
 
 def _spread(group: Tensor, count: int) -> Tensor:

@@ -165,7 +165,8 @@ class Collator:
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _bare_ids(self, texts: list[str]) -> list[list[int]]:
-        return taken(self.tokenizer, texts, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = taken(self.tokenizer, texts, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _answer_faults(self, records: Sequence[Record]) -> Iterable[str]:
         for start in range(0, len(records), _CHUNK):

@@ -14,9 +14,9 @@ from adaskip.errors import CheckpointError
 from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
 from adaskip.runtime.attach import RoutedModel
-from adaskip.training.callbacks import to_device
 from adaskip.training.data import Batch, Collator, Record, RoundSampler, in_order
 from adaskip.training.fit import FitState, fit_from_bounds
+from adaskip.training.inputs import to_device
 from adaskip.training.objective import Fit, Objective
 from adaskip.training.tracking import write_text
 

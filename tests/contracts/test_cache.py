@@ -11,8 +11,8 @@ from transformers import DynamicCache, StaticCache
 
 from adaskip.errors import DataError
 from adaskip.runtime.attach import RoutedModel
-from tests.contracts.test_runtime import GREEDY, routed, some_keep
 from tests.families import IMAGE, make
+from tests.routing import GREEDY, routed, some_keep
 
 KINDS = [("llama", "all"), ("mistral", "all"), ("gpt2", "all"), ("llava", "all"), ("llava", "vision")]
 

@@ -13,8 +13,8 @@ from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
-from tests.contracts.test_runtime import GREEDY
 from tests.families import LAYERS, TEXT, VISION, Toy
+from tests.routing import GREEDY
 
 PATH = torch.tensor([True, False, True, True])
 INJECTED = [name for name in ("qwen3_vl", "qwen3_vl_moe") if name in VISION]

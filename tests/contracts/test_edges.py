@@ -12,27 +12,12 @@ from transformers import DynamicCache
 
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import RouterConfig, SkipPlan
-from adaskip.runtime.attach import RoutedModel, attach
-from tests.contracts.test_runtime import GREEDY, decide, real, routed, some_keep
+from adaskip.runtime.attach import attach
 from tests.families import IMAGE, LAYERS, Toy, make
+from tests.routing import decide, real, routed, same_both_ways, some_keep
 
 TYPES = ["llama", "qwen2", "llava", "qwen2_vl"]
 VISUAL = ["llava", "qwen2_vl", "internvl", "gemma3"]
-
-
-def same_both_ways(model: RoutedModel, batch: dict[str, Tensor], **more: Any) -> Tensor:
-    """Skipping equals the soft mix and cached equals uncached; returns the logits."""
-    with torch.no_grad():
-        skipped = model(**batch, **more).logits
-        with model.soft():
-            soft = model(**batch, **more).logits
-    assert skipped.isfinite().all()
-    assert (real(soft, batch) - real(skipped, batch)).abs().max() <= 1e-4
-    options = {"max_new_tokens": 4, **GREEDY}
-    assert torch.equal(
-        model.generate(**batch, **more, **options), model.generate(**batch, **more, **options, use_cache=False)
-    )
-    return skipped
 
 
 @pytest.mark.parametrize("name", TYPES)

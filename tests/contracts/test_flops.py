@@ -23,8 +23,8 @@ from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.cost import CostModel, Flops
 from tests import families, toys
-from tests.contracts.test_runtime import GREEDY, LENGTHS, caches, some_keep
 from tests.families import EAGER_ONLY, LAYERS, TEXT, VISION
+from tests.routing import GREEDY, LENGTHS, caches, some_keep
 
 MIXED = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
 ALL = [(unit, "all", "absent") for unit in ("block", "attention", "mlp")]

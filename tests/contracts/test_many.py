@@ -14,8 +14,8 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.consolidate import consolidate, price
-from tests.contracts.test_runtime import GREEDY, count_tokens, routed
 from tests.families import LAYERS, Toy
+from tests.routing import GREEDY, count_tokens, routed
 
 NEW = {"max_new_tokens": 4, **GREEDY}
 KINDS = [("llama", "all"), ("mistral", "all"), ("gpt2", "all"), ("llava", "vision"), ("qwen2_vl", "all")]

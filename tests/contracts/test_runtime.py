@@ -3,73 +3,36 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from adaskip.errors import BackboneError
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import architectures, families
-from tests.families import EAGER_ONLY, IMAGE, LAYERS, PADDING_MOVES, REFUSED, TEXT, VISION, Toy
+from tests.families import EAGER_ONLY, IMAGE, LAYERS, PADDING_MOVES, REFUSED, TEXT, VISION
+from tests.routing import (
+    GREEDY,
+    LENGTHS,
+    caches,
+    count_tokens,
+    decide,
+    real,
+    routed,
+    slot_bytes,
+    some_keep,
+    text_tokens,
+)
 
-LENGTHS = [5, 9, 3, 9, 7]
-GREEDY = {"do_sample": False, "suppress_tokens": [*range(2, 16)]}  # a random model would write placeholders of pictures
 CASES = [
     pytest.param(name, group, attention, id=f"{name}-{group}-{attention}")
     for name in (*TEXT, *VISION)
     for group in (("all", "vision") if name in VISION else ("all",))
     for attention in (("eager",) if name in EAGER_ONLY else ("eager", "sdpa"))
 ]
-
-
-def routed(name: str, group: str, attention: str = "sdpa") -> tuple[Toy, RoutedModel]:
-    """A small model whose routers really decide, differently for each row."""
-    toy = families.make(name, attention)
-    return toy, decide(attach(toy.model, RouterConfig(group=group)))
-
-
-def decide(model: RoutedModel) -> RoutedModel:
-    """Give routers weights that make them differ."""
-    torch.manual_seed(1)
-    for head in model.routers:
-        nn.init.normal_(head.outer.weight, std=3.0)
-        nn.init.normal_(head.outer.bias, std=0.3)
-    return model
-
-
-def some_keep(batch: int) -> Tensor:
-    """bool (l b): mixed, with a layer nobody runs, first, and one that everybody runs."""
-    keep = torch.rand(LAYERS, batch, generator=torch.Generator().manual_seed(3)) > 0.5
-    keep[0], keep[2] = False, True
-    return keep
-
-
-def real(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    return logits[batch["attention_mask"].bool()]
-
-
-def text_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """bool (b t): real tokens that stand for no picture."""
-    return (batch["input_ids"] != IMAGE) & batch["attention_mask"].bool()
-
-
-def caches(toy: Toy) -> bool:
-    return "past_key_values" in inspect.signature(type(toy.model).forward).parameters
-
-
-@torch.no_grad()
-def slot_bytes(toy: Toy) -> list[int]:
-    """Bytes that one token takes in each layer of a plain cache."""
-    row = toy.batch([4])
-    cache = toy.model(**row, use_cache=True).past_key_values
-    cache = getattr(cache, "self_attention_cache", cache)
-    sizes = [x.keys.numel() * x.keys.element_size() + x.values.numel() * x.values.element_size() for x in cache.layers]
-    return [size // layer.keys.shape[-2] for size, layer in zip(sizes, cache.layers, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "group", "attention"), CASES)
@@ -217,19 +180,6 @@ class TestContract:
         assert all(w.grad is not None and w.grad.isfinite().all() for w in model.routers.parameters())
         assert any(w.grad.abs().sum() > 0 for w in model.routers.parameters())
         assert all(w.grad is None for w in model.backbone.parameters())
-
-
-def count_tokens(layer: nn.Module) -> dict[nn.Module, list[int]]:
-    """Tokens that go through each leaf module of a layer, in the order in which they are first called."""
-    seen: dict[nn.Module, list[int]] = {}
-
-    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        seen.setdefault(module, []).append(args[0].shape[0] * args[0].shape[1])
-
-    for module in layer.modules():
-        if not list(module.children()):
-            module.register_forward_hook(hook)
-    return seen
 
 
 @pytest.mark.parametrize("name", REFUSED)

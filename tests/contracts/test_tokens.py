@@ -15,8 +15,6 @@ from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
-from tests.contracts.test_runtime import GREEDY, LENGTHS, decide, real, slot_bytes
-from tests.contracts.test_units import check_saving, masked
 from tests.families import (
     IMAGE,
     LAYERS,
@@ -27,6 +25,7 @@ from tests.families import (
     VISION,
     Toy,
 )
+from tests.routing import GREEDY, LENGTHS, check_saving, decide, masked, real, slot_bytes
 
 Case = tuple[str, str, str]  # unit, group, kv
 CASES: list[Case] = [

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from adaskip.backbone import inspect_backbone
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
-from tests.contracts.test_runtime import GREEDY, LENGTHS, decide, real, slot_bytes, some_keep
 from tests.families import EAGER_ONLY, IMAGE, LAYERS, TEXT, UNIT_REFUSED, VISION, Toy
+from tests.routing import GREEDY, LENGTHS, check_saving, decide, masked, real, slot_bytes, some_keep
 
 Case = tuple[str, str, str]  # unit, group, kv
 TEXT_CASES: list[Case] = [("attention", "all", "absent"), ("mlp", "all", "absent")]
@@ -85,37 +82,6 @@ def test_contract(name: str, case: Case, attention: str) -> None:
     assert not any("forward" in m.__dict__ or "_adaskip" in m.__dict__ for m in bare.modules())
 
 
-@contextmanager
-def masked(model: RoutedModel, keep: Tensor, batch: dict[str, Tensor], unit: str, group: str) -> Iterator[None]:
-    """The reference: every module is computed for every token, and what was to be left out is overwritten."""
-    outside = torch.ones_like(batch["input_ids"]).bool() if group == "all" else batch["input_ids"] == IMAGE
-
-    def overwrite(index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-            states = out[0] if isinstance(out, tuple) else out
-            before = args[0] if args else kwargs["hidden_states"]
-            kept = keep[index] if keep.dim() == 3 else keep[index][:, None]
-            gone = (outside & ~kept)[..., None]
-            states = torch.where(gone, before if unit == "block" else torch.zeros_like(states), states)
-            return (states, *out[1:]) if isinstance(out, tuple) else states
-
-        return hook
-
-    parts = inspect_backbone(model.backbone, unit, "kept").sublayers if unit != "block" else ()
-    handles = []
-    for index, layer in enumerate(model.described.layers):
-        modules = {"block": (layer,)}
-        if parts:
-            modules |= {"attention": (parts[index].attention,), "mlp": parts[index].mlp}
-        for module in modules[unit]:
-            handles.append(module.register_forward_hook(overwrite(index), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 REFERENCES = [
     *((name, (unit, "all", "absent")) for name in ("llama", "gpt2", "falcon") for unit in ("attention", "mlp")),
     *(
@@ -139,16 +105,6 @@ def test_equals_computing_all_and_overwriting_what_was_to_be_left_out(name: str,
         with model.dense(), masked(model, keep, batch, case[0], case[1]):
             reference = model.backbone(**batch).logits
         assert (real(skipped, batch) - real(reference, batch)).abs().max() <= 1e-4
-
-
-def check_saving(model: RoutedModel, batch: dict[str, Tensor], keep: Tensor) -> None:
-    """The FLOPs that the routing claims to have saved are those that torch no longer counts."""
-    with FlopCounterMode(display=False) as dense, model.dense():
-        model.backbone(**batch, use_cache=False)
-    with FlopCounterMode(display=False) as routed:
-        model(**batch, routing=keep, use_cache=False)
-    saved = float((model.routing.dense - model.routing.executed).sum())
-    assert saved == dense.get_total_flops() - routed.get_total_flops() > 0
 
 
 @pytest.mark.parametrize(("name", "case"), REFERENCES, ids=str)

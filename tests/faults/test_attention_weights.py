@@ -9,8 +9,8 @@ import torch
 
 from adaskip import RoutedModel, RouterConfig, SkipPlan, attach, cut
 from adaskip.errors import ConfigError
-from tests.contracts.test_runtime import decide, some_keep
 from tests.families import IMAGE, LAYERS, make
+from tests.routing import decide, some_keep
 
 TYPES = ["llama", "gpt2", "falcon", "bert", "opt", "gpt_oss", "deepseek_v3", "llava"]
 TOKENWISE: dict[str, dict[str, Any]] = {

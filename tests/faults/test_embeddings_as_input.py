@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adaskip import RoutedModel, RouterConfig, SkipPlan, attach
-from tests.contracts.test_runtime import decide, real
 from tests.families import Toy, make
+from tests.routing import decide, real
 
 GENERATING = ["llava", "internvl", "vipllava"]
 FORWARD = [*GENERATING, "qwen2_vl", "gemma3", "paligemma"]  # the latter transformers lets only read embedded prompts

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import adaskip
 from adaskip.errors import DataError
-from tests.faults.test_prices_and_conditions import DATA, loader, trainer, weights
-from tests.unit.test_training import planted
+from tests.tuning import DATA, loader, planted, trainer, weights
 
 
 class Recorder(adaskip.RouterTuner):

@@ -26,8 +26,7 @@ from pathlib import Path
 import lightning, os, torch
 from torch.utils.data import DataLoader
 import adaskip
-from tests.unit.test_callbacks import GREEDY, eager
-from tests.unit.test_training import batches
+from tests.tuning import GREEDY, batches, eager
 
 DATA, WHOLE = batches(40), dict(batch_size=None)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from adaskip import RouterConfig, SkipPlan, attach
 from adaskip.errors import DataError
 from tests import toys
-from tests.contracts.test_runtime import decide, real
+from tests.routing import decide, real
 
 PACKED = {"position_ids": torch.cat([torch.arange(6), torch.arange(9)])[None], "use_cache": False}
 REFUSAL = r"expected one prompt a row, got several packed into one.*RouterConfig\(scope='token'\)"

@@ -11,8 +11,7 @@ import torch
 import adaskip
 from adaskip.routers.gates import straight_through
 from tests import toys
-from tests.faults.test_prices_and_conditions import DATA, loader, trainer, weights
-from tests.unit.test_training import planted
+from tests.tuning import DATA, loader, planted, trainer, weights, with_answers
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 TYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -65,8 +64,6 @@ def test_other_prices_train_in_other_precisions(kind: Any, precision: str, tmp_p
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
 def test_every_way_of_routing_trains(precision: str, config: adaskip.RouterConfig, family: str, tmp_path: Path) -> None:
     """Each way mixes states and gates of different types at a place of its own."""
-    from tests.faults.test_prices_and_conditions import with_answers
-
     toy = toys.make(family)
     rows = [with_answers(toy.batch([3, 5, 4, 6], seed=seed)) for seed in range(4)]
     tuner = adaskip.RouterTuner(adaskip.attach(toy.model, config), adaskip.Objective(keep=0.9, bound_weight=0.0))

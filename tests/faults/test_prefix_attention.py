@@ -9,8 +9,7 @@ import pytest
 from adaskip import RouterConfig, SkipPlan, attach
 from adaskip.errors import DataError
 from tests import families
-from tests.contracts.test_edges import same_both_ways
-from tests.contracts.test_runtime import decide, real
+from tests.routing import decide, real, same_both_ways
 
 CASES: dict[str, dict[str, Any]] = {
     "token": {"config": RouterConfig(scope="token")},

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,31 +16,7 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.theory.prices import price
 from adaskip.training.objective import Price
 from tests import toys
-from tests.unit.test_training import batches, planted
-
-WHOLE: dict[str, Any] = {"batch_size": None}  # the items are batches already
-DATA = batches(12)  # 0 to 3 train, 4 to 7 validate, 8 to 11 calibrate
-
-
-def loader(rows: list[dict[str, Any]]) -> DataLoader[Any]:
-    return DataLoader(rows, **WHOLE)  # type: ignore[arg-type]
-
-
-def trainer(tmp_path: Path, steps: int = 2, saves: bool = False, **options: Any) -> lightning.Trainer:
-    return lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=saves,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **options,
-    )
-
-
-def weights(tuner: adaskip.RouterTuner) -> torch.Tensor:
-    return torch.cat([weight.detach().flatten() for weight in tuner.model.routers.parameters()])
+from tests.tuning import DATA, batches, loader, planted, trainer, weights, with_answers
 
 
 def passes(model: adaskip.RoutedModel) -> list[str]:
@@ -247,15 +222,6 @@ def test_vision_that_is_absent_prices_attention_apart(tmp_path: Path) -> None:
     few = adaskip.RouterTuner(model, adaskip.Objective(keep=0.9), calibration=rows[:2])
     with pytest.raises(DataError, match=r"expected at least 12 inputs for alpha=0\.1, a fourth of which gives"):
         trainer(tmp_path).fit(few, loader(rows[3:5]))
-
-
-def with_answers(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The last token of each prompt is its answer."""
-    labels = torch.full_like(inputs["input_ids"], -100)
-    labels[:, -1] = inputs["input_ids"][:, -1]
-    prompt = inputs["attention_mask"].bool()
-    prompt[:, -1] = False
-    return {"inputs": inputs, "labels": labels, "prompt_mask": prompt, "kind": [""] * len(labels)}
 
 
 def test_what_is_no_batch_is_refused(tmp_path: Path) -> None:

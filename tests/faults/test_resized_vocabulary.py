@@ -10,8 +10,8 @@ import torch
 from adaskip import RouterConfig, SkipPlan, attach
 from adaskip.errors import ConfigError, DataError
 from tests import families
-from tests.contracts.test_runtime import decide
 from tests.families import make
+from tests.routing import decide
 
 
 @torch.no_grad()

@@ -17,8 +17,7 @@ import adaskip
 from adaskip.errors import ConfigError
 from adaskip.training.metrics import KeepByKind
 from adaskip.training.schedule import OneCycle
-from tests.faults.test_prices_and_conditions import DATA, loader, trainer, weights
-from tests.unit.test_training import planted
+from tests.tuning import DATA, loader, planted, trainer, weights
 
 
 def tuner(keep: float = 0.5, **options: Any) -> adaskip.RouterTuner:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adaskip import Objective, RouterConfig, RouterTuner, SkipPlan, attach
-from tests.contracts.test_runtime import decide
 from tests.families import make
+from tests.routing import decide
 
 CASES: dict[str, dict[str, Any]] = {
     "routers": {"config": RouterConfig(group="vision")},

@@ -1,7 +1,5 @@
 """Attempts to break every link of the chain: random mass, adversarial draws, closed forms, attained extremes."""
 
-import doctest
-import inspect
 import itertools
 import math
 from decimal import Decimal, localcontext
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adaskip.errors import ConfigError, DataError
-from adaskip.theory import bounds
 from adaskip.theory.bounds import (
     argmax_certified_kl,
     argmax_certified_margin,
@@ -37,20 +34,14 @@ from adaskip.theory.bounds import (
     tv_from_kl,
     tv_from_range,
 )
+from tests.properties.inequalities import F64, no_more_than
 
-F64 = torch.float64
 MASS = [pytest.param(100_000, id="1e5"), pytest.param(1_000_000, id="1e6", marks=pytest.mark.slow)]
 DRAWN_DTYPES = [torch.float64, torch.float32, torch.float16]
-RELATIVE = 1e-9  # rounding allowance of a float64 evaluation; no inequality gets more than this
 
 
 def tensor(*values):
     return torch.tensor(values, dtype=F64)
-
-
-def no_more_than(low, high, slack=1e-25):
-    """low <= high up to rounding, and no NaN on either side."""
-    return bool((low <= high * (1 + RELATIVE) + slack).all())
 
 
 def draw_batches(n, seed=0, size=25_000):
@@ -94,14 +85,6 @@ vectors = st.integers(2, 9).flatmap(
         lambda pair: tuple(map(torch.from_numpy, pair))
     )
 )
-
-
-def test_docstring_examples_run():
-    modules = {inspect.getmodule(getattr(bounds, name)) for name in bounds.__all__}
-    names = {"torch": torch} | {name: getattr(bounds, name) for name in bounds.__all__}
-    results = [doctest.testmod(module, extraglobs=names) for module in modules]
-    assert sum(result.attempted for result in results) >= 20
-    assert not any(result.failed for result in results)
 
 
 # Links 1, 2, 6b

@@ -27,7 +27,7 @@ from adaskip.theory.bounds import (
 )
 from adaskip.theory.conformal import conformal_quantile, conformal_rank, safe_ratio
 from adaskip.theory.measures import token_cosine_distance
-from tests.properties.test_bounds import F64, no_more_than
+from tests.properties.inequalities import F64, no_more_than
 
 MASS = [pytest.param(20_000, id="2e4"), pytest.param(1_000_000, id="1e6", marks=pytest.mark.slow)]
 

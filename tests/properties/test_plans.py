@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from adaskip.errors import ConfigError
 from adaskip.plan import KV, Group, RouterConfig, Scope, Unit
 from adaskip.runtime.attach import RoutedModel, attach
-from tests.contracts.test_runtime import GREEDY
 from tests.families import EAGER_ONLY, LAYERS, TOKEN_REFUSED, UNIT_REFUSED, VISION, Toy, make
+from tests.routing import GREEDY
 
 NAMES = ["bloom", "falcon", "gemma2", "llama", "llava", "mixtral", "mpt", "qwen2", "qwen2_vl"]
 

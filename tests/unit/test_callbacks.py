@@ -17,19 +17,7 @@ from adaskip.recipe import load
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.theory.profile import calibrate_prices, measure
 from adaskip.training.callbacks import DenseLogits, OnViolation, joint_cost
-from tests.unit.test_training import batches, planted
-
-GREEDY = -3.0  # a bias at which a router skips its layer for every input
-
-
-def eager(skips: dict[int, float]) -> adaskip.RoutedModel:
-    """A toy whose layer 2 is redundant, with routers that skip the given layers for every input."""
-    model = planted(0.0)
-    with torch.no_grad():
-        for layer, bias in skips.items():
-            model.routers[layer].outer.weight.zero_()
-            model.routers[layer].outer.bias.fill_(bias)
-    return model
+from tests.tuning import GREEDY, batches, eager, planted
 
 
 def fit(

@@ -1,4 +1,3 @@
-import doctest
 import math
 
 import pytest
@@ -14,12 +13,6 @@ from adaskip.theory.bounds import kl_exact
 from adaskip.theory.crossmodal import read_attention, remove_keys, value_weighted_mass
 from adaskip.theory.measures import attention_mass
 from tests import families, toys
-
-
-def test_docstring_examples_run():
-    result = doctest.testmod(crossmodal)
-    assert result.attempted >= 2
-    assert result.failed == 0
 
 
 def routed(name, attention):

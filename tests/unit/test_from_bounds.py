@@ -20,8 +20,8 @@ from adaskip.training import fit_run
 from adaskip.training.fit import FitState, fit_from_bounds, fit_round, read_logits
 from adaskip.training.objective import Fit
 from tests import toys
-from tests.recipes.test_own_data import SHORT, data, language_model  # noqa: F401 - fixtures
-from tests.unit.test_training import batches
+from tests.own_data import SHORT
+from tests.tuning import batches
 
 LAYERS, WIDTH = 4, 32
 
@@ -211,8 +211,8 @@ FIT = [
 
 @pytest.mark.parametrize("steps", [0, 4])
 def test_a_run_from_bounds_is_complete_and_resumes(
-    language_model: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    language_model: Path,
+    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     steps: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -110,3 +111,13 @@ def test_only_backbone_knows_model_internals() -> None:
             continue
         code = "\n".join(ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute))
         assert not [name for name in inner if f".{name}" in code], path
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share stands in a module of its own, so that one of them can go without breaking others."""
+    wrong = {
+        str(path.relative_to(ROOT)): names
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if (names := re.findall(r"^ *(?:from|import) (tests\.(?:\w+\.)*test_\w+)", path.read_text("utf-8"), re.M))
+    }
+    assert not wrong

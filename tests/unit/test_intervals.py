@@ -1,4 +1,3 @@
-import doctest
 import math
 
 import pytest
@@ -16,13 +15,6 @@ from adaskip.theory.intervals import (
     share_lost,
     wilson,
 )
-
-
-def test_docstring_examples_run():
-    result = doctest.testmod(intervals)
-    assert result.attempted >= 6
-    assert result.failed == 0
-
 
 # Means
 

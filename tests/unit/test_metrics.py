@@ -1,4 +1,3 @@
-import doctest
 import math
 import os
 
@@ -7,7 +6,7 @@ import torch
 import torch.multiprocessing as mp
 
 from adaskip.errors import DataError
-from adaskip.theory import measures, metrics
+from adaskip.theory import measures
 from adaskip.theory.bounds import kl_exact
 from adaskip.theory.metrics import (
     AttentionMass,
@@ -20,12 +19,6 @@ from adaskip.theory.metrics import (
     UsableInformationLost,
     ValueWeightedMass,
 )
-
-
-def test_docstring_examples_run():
-    result = doctest.testmod(metrics)
-    assert result.attempted >= 4
-    assert result.failed == 0
 
 
 def data(n=64, t=5, d=4, dtype=torch.float32):

@@ -16,7 +16,7 @@ from adaskip.theory.prices import first_order, first_order_of, mean_correlation,
 from adaskip.theory.profile import measure
 from adaskip.training.objective import Price
 from tests import toys
-from tests.unit.test_training import batches, planted
+from tests.tuning import batches, planted
 
 LAYERS = 4
 

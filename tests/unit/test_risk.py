@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
-
 import numpy as np
 import pytest
 from scipy import stats
 
 from adaskip.errors import ConfigError, DataError
-from adaskip.theory import risk
 from adaskip.theory.risk import (
     DriftMonitor,
     binomial_pvalue,
@@ -19,12 +16,6 @@ from adaskip.theory.risk import (
     learn_then_test,
     smallest_sample,
 )
-
-
-def test_docstring_examples_run():
-    result = doctest.testmod(risk)
-    assert result.attempted >= 8
-    assert result.failed == 0
 
 
 def test_the_binomial_p_value_is_scipys():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
-from typing import Any
 
 import lightning
 import pytest
@@ -22,30 +20,7 @@ from adaskip.theory.profile import Prices, calibrate_prices, compare, exact_matc
 from adaskip.training.data import RoundSampler
 from adaskip.training.metrics import KeepByKind
 from tests import toys
-
-
-def batches(count: int, rows: int = 8) -> list[dict[str, Any]]:
-    """Prompts of tokens 10..89 whose answer repeats the first token."""
-    found = []
-    toy = toys.Toy(None, images=False, qwen=False)  # type: ignore[arg-type]
-    for i in range(count):
-        inputs = toy.batch([random.Random(i * rows + j).randint(3, 7) for j in range(rows)], seed=i)
-        first = inputs["input_ids"][torch.arange(rows), (inputs["attention_mask"] == 0).sum(1)]
-        prompt = inputs["attention_mask"].bool()
-        labels = torch.cat([torch.full_like(inputs["input_ids"], -100), first[:, None]], 1)
-        inputs = {
-            "input_ids": torch.cat([inputs["input_ids"], first[:, None]], 1),
-            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
-        }
-        found.append(
-            {
-                "inputs": inputs,
-                "labels": labels,
-                "prompt_mask": torch.nn.functional.pad(prompt, (0, 1)),
-                "kind": ["even" if int(t) % 2 == 0 else "odd" for t in first],
-            }
-        )
-    return found
+from tests.tuning import batches, planted
 
 
 def test_pooling_sees_only_its_tokens() -> None:
@@ -160,16 +135,6 @@ def test_measure_equals_brute_force() -> None:
         assert torch.allclose(found.kl[8:, layer].double(), brute["kl"], atol=1e-5)
         assert torch.allclose(found.s[8:, layer].double(), brute["s"], atol=1e-4)
     assert (found.kl > 0).all()
-
-
-def planted(scale: float) -> Any:
-    """A toy whose layer 2 writes (almost) nothing."""
-    toy = toys.make("llama", seed=5)
-    layer = toy.model.model.layers[2]
-    with torch.no_grad():
-        layer.self_attn.o_proj.weight.mul_(scale)
-        layer.mlp.down_proj.weight.mul_(scale)
-    return adaskip.attach(toy.model)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4])

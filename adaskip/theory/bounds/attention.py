@@ -17,6 +17,7 @@ def key_removal(attention: Tensor, values: Tensor, removed: Tensor) -> Tensor:
     (..., k) bool, broadcasting -> (..., d). NaN where no kept key has mass. Raises DataError if the keys differ in
     number.
 
+    >>> import torch
     >>> key_removal(torch.tensor([0.25, 0.75]), torch.tensor([[4.0], [0.0]]), torch.tensor([True, False])).tolist()
     [-1.0]
     """

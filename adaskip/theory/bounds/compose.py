@@ -18,6 +18,7 @@ def compose(shifts: Sequence[LogitShift]) -> LogitShift:
     Layers go one after the other; increment i is `logit_shift(Z_{i-1}, Z_i, reference=Z_0)`. Single-layer shifts from
     the dense model are no path: their sum bounds nothing. Raises ConfigError without increments.
 
+    >>> from adaskip.theory.bounds import logit_shift
     >>> step = logit_shift(torch.zeros(2), torch.tensor([1.0, -1.0]))
     >>> compose([step, step]).u.item()
     2.0

@@ -46,6 +46,7 @@ def cosine_band(distances: Tensor) -> Tensor:
 
     The metric is sqrt(1 - cos), so L neighbours at d may end up L^2 d apart. (..., L) -> (...).
 
+    >>> import torch
     >>> round(cosine_band(torch.tensor([0.01, 0.01, 0.01])).item(), 4)
     0.09
     """

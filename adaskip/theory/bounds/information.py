@@ -37,4 +37,5 @@ def fano(p_error: Real, K: int) -> Tensor:
     if K < 2:
         raise ConfigError(f"fano: expected K >= 2 codes, got {K}")
     p = f64(p_error)
-    return torch.special.entr(p) + torch.special.entr(1.0 - p) + p * math.log(K - 1)
+    bound: Tensor = torch.special.entr(p) + torch.special.entr(1.0 - p) + p * math.log(K - 1)
+    return bound
