@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import CheckpointError
-from adaskip.runtime.persist import CARD, CONFIG, WEIGHTS, read_config
+from adaskip.runtime.description import CARD, CONFIG, WEIGHTS, read_config
 
 
 def router_folder(run: Path) -> Path:

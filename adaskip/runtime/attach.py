@@ -251,8 +251,7 @@ class RoutedModel(Handle):
 
     def set_threshold(self, threshold: float) -> None:
         """Run a layer where its router's logit exceeds ``threshold``; saved with the routers, voids a certificate."""
-        self.config = replace(self.config, threshold=threshold)
-        self.runtime.config = self.config
+        self.config = self.runtime.config = replace(self.config, threshold=threshold)
         self.certificate = None
 
     def hold(self, layers: Iterable[int]) -> None:
@@ -261,9 +260,9 @@ class RoutedModel(Handle):
         Raises:
             ConfigError: a layer the model does not have.
         """
-        self.config = replace(self.config, held=tuple(layers))
-        _check_held(self.config, len(self.described.layers))
-        self.runtime.config = self.config
+        config = replace(self.config, held=layers)  # type: ignore[arg-type]
+        _check_held(config, len(self.described.layers))
+        self.config = self.runtime.config = config
         self.certificate = None
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -360,7 +359,10 @@ def build(model: PreTrainedModel, config: RouterConfig | None, plan: SkipPlan | 
     model = unwrap(model)
     config = config or RouterConfig()
     if getattr(model, MARK, None) is not None:
-        raise BackboneError(f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first")
+        raise BackboneError(
+            f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first, or, if there is "
+            "none, as for a copy, adaskip.detach(model)"
+        )
     decides = config if plan is None else plan
     backbone, group = inspect_backbone(model, decides.unit, decides.kv), decides.group
     _check_held(config, len(backbone.layers))
