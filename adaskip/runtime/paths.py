@@ -210,8 +210,6 @@ def _prefill(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None = N
         raise DataError("generate_many: a prompt ends with a vision token; put text after the picture")
     cache, positions = fill_cache(model, inputs, keep)
     spent = model.routing.executed
-    if positions is not None and positions.shape[-2] != cache.batch:
-        positions = positions.expand(*positions.shape[:-2], cache.batch, -1)
     assert spent is not None
     assert cache.routing is not None
     return _Prompts(inputs, positions, cache, cache.routing.keep.cpu(), spent)

@@ -13,6 +13,7 @@ from adaskip.errors import BackboneError
 from adaskip.probe import plain_tokens
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.greedy import greedy_options
+from adaskip.runtime.join import Part, join
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
@@ -31,7 +32,8 @@ def try_resuming(model: RoutedModel) -> bool:
     """Generate a little at once, and again from a cache of all tokens but the last, without and with padding.
 
     Returns:
-        Whether padding on the left changes nothing. In some models it moves the places of the tokens behind it.
+        Whether padding on the left changes nothing. In some models it moves the places of the tokens behind it, or
+        away from those of their keys.
 
     Raises:
         BackboneError: the model keeps no cache, or the logits without padding differ, so answers that go on from a
@@ -63,11 +65,20 @@ def _try(model: RoutedModel) -> tuple[float, float]:
         if name in takes:
             inputs[name] = torch.zeros_like(ids)
     runs = torch.ones(len(model.described.layers), len(ids), dtype=torch.bool)
-    padded = {name: nn.functional.pad(value, (_PADDING, 0)) for name, value in inputs.items()}
-    padded["input_ids"][:, :_PADDING] = model.backbone.generation_config.pad_token_id or 0
     whole = _generate(model, inputs, routing=runs)
-    resumed = [_generate(model, one, past_key_values=fill_cache(model, one, runs)[0]) for one in (inputs, padded)]
-    return _gap(whole, resumed[0]), _gap(whole, resumed[1])
+    resumed = _generate(model, inputs, past_key_values=fill_cache(model, inputs, runs)[0])
+    # as a group is made: beside longer prompts, keys that were computed without padding get some before them
+    longer = {name: torch.cat([value[:, :_PADDING], value], 1) for name, value in inputs.items()}
+    (short_cache, short_places), (long_cache, long_places) = (fill_cache(model, one, runs) for one in (inputs, longer))
+    pairs = {name: (inputs[name], longer[name]) for name in inputs}
+    if short_places is not None and long_places is not None:
+        pairs["position_ids"] = short_places, long_places
+    # both are (... b t): the shorter rows are padded, and stand above the longer ones
+    group = {name: torch.cat([nn.functional.pad(a, (_PADDING, 0)), b], -2) for name, (a, b) in pairs.items()}
+    rows = torch.arange(len(ids))
+    cache = join([Part(short_cache, rows, 0), Part(long_cache, rows, 0)])
+    padded = _generate(model, group, past_key_values=cache)
+    return _gap(whole, resumed), _gap(whole, (padded[0][: len(ids)], [logits[: len(ids)] for logits in padded[1]]))
 
 
 def fill_cache(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None) -> tuple[SkipCache, Tensor | None]:
@@ -95,7 +106,10 @@ def fill_cache(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None) 
             f"generate_many: {type(model.backbone).__name__} keeps no cache that could go on with others; call generate"
         )
     cache.crop(-1)
-    return cache, seen.get("position_ids")
+    places = seen.get("position_ids")
+    if places is not None and places.shape[-2] != cache.batch:
+        places = places.expand(*places.shape[:-2], cache.batch, -1)
+    return cache, places
 
 
 def _gap(whole: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> float:

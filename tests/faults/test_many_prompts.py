@@ -45,15 +45,17 @@ def test_a_limit_of_prompt_and_answer_is_each_prompts_own() -> None:
         model.generate_many(items, max_length=20)
 
 
-@pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 5.0}, {"min_length": 11, "eos_token_id": 70}, {"no_repeat_ngram_size": 1}]
-)
-def test_options_that_read_whole_rows(options: dict[str, Any]) -> None:
+def test_options_that_read_whole_rows() -> None:
     """Somebody asks for a penalty that counts the prompt; catches padding of the group that is counted too."""
     model, items = three()
-    model.backbone.generation_config.pad_token_id = alone(model, items[1], **GREEDY)[1]
-    options = GREEDY | options
-    assert many(model, items, **options) == [alone(model, item, **options) for item in items]
+    own = model.backbone.generation_config
+    for options in ({"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}):
+        own.pad_token_id = alone(model, items[2], **options, **GREEDY)[0]
+        assert many(model, items, **options, **GREEDY) == [alone(model, item, **options, **GREEDY) for item in items]
+    options = {"min_length": 11, "eos_token_id": alone(model, items[2], **GREEDY)[0]}
+    expected = [alone(model, item, **options, **GREEDY) for item in items]
+    assert len(expected[2]) == 6
+    assert many(model, items, **options, **GREEDY) == expected
 
 
 def test_without_a_cache() -> None:
@@ -104,7 +106,7 @@ def test_another_way_to_generate_in_the_configuration() -> None:
         model.generate_many(items, **GREEDY)
 
 
-@pytest.mark.parametrize("name", ["mpt", "bart", "roberta", "llama"])
+@pytest.mark.parametrize("name", ["mpt", "bart", "roformer", "roberta", "llama"])
 def test_models_that_use_no_cache_or_count_padding(name: str) -> None:
     """A model's configuration turns the cache off, or padding moves its tokens; catches answers that are nobody's."""
     toy = families.make(name)
