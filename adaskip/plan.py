@@ -60,7 +60,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         faults = _unknown(self)
         faults += _convert(self, {"hidden": _count, "keep_bias": _number, "threshold": _number, "held": _layers})
-        if not faults and self.hidden < 1:
+        if isinstance(self.hidden, int) and self.hidden < 1:
             faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
         if faults:
             raise ConfigError("RouterConfig: " + "; ".join(faults))
