@@ -267,8 +267,8 @@ def _decode(model: RoutedModel, rows: Mapping[int, _Row], decoding: Decoding) ->
             nothing = [torch.zeros_like(source.inputs["input_ids"]) for source, _ in parts]
             given = [(source.inputs.get(name, zero), part) for (source, part), zero in zip(parts, nothing, strict=True)]
             inputs[name] = _stack(given, width, filling)
-    if parts[0][0].positions is not None:
-        places = [(source.positions, part) for source, part in parts if source.positions is not None]
+    if any(source.positions is not None for source, _ in parts):
+        places = [(_places(source), part) for source, part in parts]
         inputs["position_ids"] = _stack(places, width, 0)
     options = dict(decoding.options)
     if (allowed := decoding.allowed) is not None:  # it knows the prompts, not the rows of this group
@@ -296,6 +296,12 @@ def _decode(model: RoutedModel, rows: Mapping[int, _Row], decoding: Decoding) ->
             kv_bytes=int(held[column]),
         )
     return found
+
+
+def _places(source: _Prompts) -> Tensor:
+    """long (... b t): those that came with the prompts, or else what the mask says."""
+    counted = (source.inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    return counted if source.positions is None else source.positions
 
 
 def _stack(values: list[tuple[Tensor, Part]], width: int, filling: int) -> Tensor:

@@ -85,7 +85,8 @@ def fill_cache(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None) 
     """Read prompts as `generate` would, and stop before the first token.
 
     Returns:
-        The cache of all tokens but the last, and the places that the model was given, long (... b t).
+        The cache of all tokens but the last, and the places of the tokens, long (... b t), where the mask alone does
+        not say them.
 
     Raises:
         BackboneError: the model keeps no cache.
@@ -107,6 +108,10 @@ def fill_cache(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None) 
         )
     cache.crop(-1)
     places = seen.get("position_ids")
+    if inputs.get("position_ids") is not None:
+        places = inputs["position_ids"]
+    elif places is not None and places.dim() < 3:
+        return cache, None  # of the mask alone: generate makes them anew, and some models then change what is passed
     if places is not None and places.shape[-2] != cache.batch:
         places = places.expand(*places.shape[:-2], cache.batch, -1)
     return cache, places

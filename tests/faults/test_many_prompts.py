@@ -106,7 +106,7 @@ def test_another_way_to_generate_in_the_configuration() -> None:
         model.generate_many(items, **GREEDY)
 
 
-@pytest.mark.parametrize("name", ["mpt", "bart", "roformer", "roberta", "llama"])
+@pytest.mark.parametrize("name", ["mpt", "bart", "roformer", "roberta", "paligemma", "llama"])
 def test_models_that_use_no_cache_or_count_padding(name: str) -> None:
     """A model's configuration turns the cache off, or padding moves its tokens; catches answers that are nobody's."""
     toy = families.make(name)
