@@ -19,6 +19,7 @@ from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
 from adaskip.runtime.arguments import name_arguments
 from adaskip.runtime.cost import Flops, Ledger
+from adaskip.runtime.decoding import check_options
 from adaskip.runtime.fingerprint import describe_unreadable
 from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
@@ -89,19 +90,12 @@ class RoutedModel(Handle):
             **inputs: what the processor or tokenizer returned, and options of ``generate``.
 
         Raises:
-            ConfigError: an option that would let the routers see only a part of the prompt.
+            ConfigError: an option that would let routers see only a part of the prompt, or another prompt beside it.
         """
         self._check_attached()
         generate = type(self.backbone).generate  # type: ignore[attr-defined]
         inputs = name_arguments(generate, args, inputs, "model.generate")
-        options = inputs.get("generation_config") or self.backbone.generation_config
-        if inputs.get("prefill_chunk_size") or getattr(options, "prefill_chunk_size", None):
-            raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
-        implementation = inputs.get("cache_implementation") or getattr(options, "cache_implementation", None)
-        if implementation not in (None, "dynamic", "hybrid"):  # hybrid: an old name of what transformers does unasked
-            raise ConfigError(
-                f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
-            )
+        check_options(self, inputs)
         ids = inputs.get("input_ids", inputs.get("inputs"))
         tokens = ids if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         length = tokens.shape[1] if tokens is not None else None
@@ -251,8 +245,7 @@ class RoutedModel(Handle):
 
     def set_threshold(self, threshold: float) -> None:
         """Run a layer where its router's logit exceeds ``threshold``; saved with the routers, voids a certificate."""
-        self.config = replace(self.config, threshold=threshold)
-        self.runtime.config = self.config
+        self.config = self.runtime.config = replace(self.config, threshold=threshold)
         self.certificate = None
 
     def hold(self, layers: Iterable[int]) -> None:
@@ -261,9 +254,9 @@ class RoutedModel(Handle):
         Raises:
             ConfigError: a layer the model does not have.
         """
-        self.config = replace(self.config, held=tuple(layers))
-        _check_held(self.config, len(self.described.layers))
-        self.runtime.config = self.config
+        config = replace(self.config, held=layers)  # type: ignore[arg-type]
+        _check_held(config, len(self.described.layers))
+        self.config = self.runtime.config = config
         self.certificate = None
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -360,7 +353,10 @@ def build(model: PreTrainedModel, config: RouterConfig | None, plan: SkipPlan | 
     model = unwrap(model)
     config = config or RouterConfig()
     if getattr(model, MARK, None) is not None:
-        raise BackboneError(f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first")
+        raise BackboneError(
+            f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first, or, if there is "
+            "none, as for a copy, adaskip.detach(model)"
+        )
     decides = config if plan is None else plan
     backbone, group = inspect_backbone(model, decides.unit, decides.kv), decides.group
     _check_held(config, len(backbone.layers))

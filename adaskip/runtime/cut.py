@@ -36,8 +36,9 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
 
     Raises:
         ConfigError: no such path, or one that leaves more of a layer than nothing.
-        BackboneError: the model's layers do something else when they stand elsewhere.
+        BackboneError: the model's layers do something else when they stand elsewhere, or it was detached.
     """
+    model._check_attached()
     keep = _path(model, path)
     kept = keep.nonzero().flatten().tolist()
     if not kept:

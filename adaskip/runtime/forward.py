@@ -83,9 +83,8 @@ class Runtime:
         return (self.group == "vision" or self.scope == "token") and self.unit != "mlp"
 
     def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
-        names = {"block": 0, "attention": 1}
-        named = self.backbone.sublayers[index].cache_names[names[unit]] if self.kv == "kept" else ""
-        return Executor(index, unit, self.group, self.kv, outputs, named)
+        names = self.backbone.sublayers[index].cache_names if self.kv == "kept" else ("", "")
+        return Executor(index, unit, self.group, self.kv, outputs, names[0 if unit == "block" else 1])
 
     def sublayers(self, index: int) -> list[tuple[nn.Module, Executor]]:
         """What of a layer is routed where not the layer itself is, with what runs it."""
@@ -101,8 +100,7 @@ class Runtime:
         """Read the call's inputs; returns them as the model should see them."""
         # Taken once for the whole pass: nothing that is set meanwhile, here or in another thread, changes it midway.
         slot, options, config = self.state.here, self.state.take(), self.config
-        mode = options.mode
-        slot.soft = None
+        mode, slot.soft = options.mode, None
         sources = self.facts.requested_sources(mode, inputs)
         given = inputs.get("past_key_values")
         if mode == "dense" and isinstance(given, SkipCache) and given.length:

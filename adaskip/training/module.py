@@ -16,11 +16,12 @@ from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.weights import find_packed
 from adaskip.theory import bounds
+from adaskip.theory.batches import check_batch
 from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import DRAWS, first_order
 from adaskip.theory.profile import IGNORED, Prices, compare, exact_match
 from adaskip.training.data import Batch, answer_positions
-from adaskip.training.inputs import check_batch, fingerprints, from_rank_zero
+from adaskip.training.inputs import fingerprints, from_rank_zero
 from adaskip.training.metrics import KeepByKind
 from adaskip.training.objective import Objective, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
