@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
     from adaskip.runtime.cut import cut as cut
+    from adaskip.runtime.patch import detach as detach
     from adaskip.theory.redundancy import profile as profile
     from adaskip.training.batches import RoundBatches as RoundBatches
     from adaskip.training.callbacks import ConditionCheck as ConditionCheck
@@ -52,6 +53,7 @@ _HOMES = {
     "SkipPlan": "plan",
     "attach": "runtime.attach",
     "cut": "runtime.cut",
+    "detach": "runtime.patch",
     "profile": "theory.redundancy",
 }
 __all__ = sorted(_HOMES)

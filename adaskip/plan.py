@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields
+from numbers import Real
+from operator import index
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -55,9 +58,9 @@ class RouterConfig:
     held: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "held", tuple(sorted(set(self.held))))
         faults = _unknown(self)
-        if self.hidden < 1:
+        faults += _convert(self, {"hidden": _count, "keep_bias": _number, "threshold": _number, "held": _layers})
+        if isinstance(self.hidden, int) and self.hidden < 1:
             faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
         if faults:
             raise ConfigError("RouterConfig: " + "; ".join(faults))
@@ -75,6 +78,8 @@ class RouterConfig:
     def from_dict(cls, values: dict[str, Any]) -> RouterConfig:
         """The inverse of `to_dict`; unknown keys are an error."""
         valid = [f.name for f in fields(cls)]
+        if not isinstance(values, dict):
+            raise ConfigError(f"RouterConfig: expected a dictionary of fields, got {values!r}")
         if unknown := [key for key in values if key not in valid]:
             raise ConfigError(
                 "RouterConfig: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown)
@@ -100,6 +105,64 @@ def _unknown(config: RouterConfig | SkipPlan) -> list[str]:
         if allowed and value not in allowed:
             faults.append(f"{name}: expected {' | '.join(allowed)}, got {value!r}; {did_you_mean(str(value), allowed)}")
     return faults
+
+
+def _convert(config: RouterConfig | SkipPlan, kinds: dict[str, Callable[[Any], Any]]) -> list[str]:
+    """Give fields their plain Python values; the text of those that cannot be read."""
+    faults = []
+    for name, read in kinds.items():
+        try:
+            object.__setattr__(config, name, read(getattr(config, name)))
+        except (TypeError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+    return faults
+
+
+def _number(value: Any) -> float:
+    """A finite float out of Python's, numpy's or a tensor's single number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = value.item() if getattr(value, "shape", None) == () else value
+    # numbers.Real knows numpy's floats as well; True is an int to Python, and a slip here
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    """An int out of Python's, numpy's or a tensor's single whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = value.item() if getattr(value, "shape", None) == () else value
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"expected an integer, got {value!r}")
+
+
+def _count_or_none(value: Any) -> int | None:
+    return None if value is None else _count(value)
+
+
+def _layers(values: Any) -> tuple[int, ...]:
+    """Numbers of layers, each once, in order.
+
+    Raises:
+        ValueError: no list of whole numbers.
+    """
+    values = values.tolist() if isinstance(values, Tensor) else values
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"expected layer numbers such as [1, 3], got {values!r}")
+    try:
+        return tuple(sorted({_count(value) for value in values}))
+    except ValueError as error:
+        raise ValueError(f"expected layer numbers such as [1, 3]; one of them: {error}") from None
 
 
 def _check_kv(where: str, scope: Scope, unit: Unit, group: Group, kv: KV) -> None:
@@ -141,14 +204,16 @@ class SkipPlan:
     kv: KV = "absent"
 
     def __post_init__(self) -> None:
-        if faults := _unknown(self):
+        faults = _unknown(self)
+        faults += _convert(self, {"skip": _layers, "enter": _count, "leave": _count_or_none})
+        if faults:
             raise ConfigError("SkipPlan: " + "; ".join(faults))
         _check_kv("SkipPlan", "prompt", self.unit, self.group, self.kv)
 
     @classmethod
     def static(cls, skip: Iterable[int], group: Group = "all", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
         """Leave out exactly these layers."""
-        return cls(skip=tuple(sorted(set(skip))), group=group, unit=unit, kv=kv)
+        return cls(skip=skip, group=group, unit=unit, kv=kv)  # type: ignore[arg-type]
 
     @classmethod
     def late_entry(cls, layers: int, group: Group = "vision", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:

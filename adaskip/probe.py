@@ -8,6 +8,7 @@ same shape, look only back, and keep nothing between tokens but its own keys and
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,16 @@ def dense_pass(model: PreTrainedModel, **more: Any) -> Any:
             module.training = mode
 
 
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the hook deaf to passes that other threads run through the same modules meanwhile."""
+    own = threading.get_ident()
+
+    def hear(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == own else None
+
+    return hear
+
+
 def plain_tokens(model: PreTrainedModel) -> Tensor:
     """long (2 5): rows that differ in the last token only; no id that the configuration gives a meaning."""
     config = model.config.get_text_config(decoder=True)
@@ -134,11 +145,11 @@ class _Watch:
 
     def __enter__(self) -> None:
         for index, layer in enumerate(self.layers):
-            self._handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(self._after(index), with_kwargs=True))
+            self._handles.append(layer.register_forward_pre_hook(in_this_thread(self._before(index)), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(in_this_thread(self._after(index)), with_kwargs=True))
         for name, module in self.model.named_modules():
             if name and next(module.parameters(), None) is not None:
-                self._handles.append(module.register_forward_hook(self._head(name)))
+                self._handles.append(module.register_forward_hook(in_this_thread(self._head(name))))
 
     def __exit__(self, *raised: Any) -> None:
         for handle in self._handles:

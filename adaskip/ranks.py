@@ -12,6 +12,14 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
+def launched() -> tuple[int, int]:
+    """How many processes torchrun has started on this machine, and on how many machines; (1, 1) without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 1, 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return local, int(os.environ.get("WORLD_SIZE", local)) // local
+
+
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
     text = str(error).lower()

@@ -12,9 +12,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.ranks import is_first_process
+from adaskip.ranks import is_first_process, launched
 from adaskip.recipe import RESOLVED, Recipe, dump, load
-from adaskip.training.checkpoints import CHECKPOINTS, checkpoints, newest_checkpoint
+from adaskip.training.checkpoints import CHECKPOINTS, checkpoints, keep_newest, newest_checkpoint
 from adaskip.training.fit_run import ROUTERS
 from adaskip.training.tracking import CONDITIONS, METRICS, environment, write_text
 
@@ -31,9 +31,11 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
     A folder in which an earlier start failed before its first step counts as new: for a start and for a resume.
 
     Raises:
-        ConfigError: the folder holds a run, or another run than this recipe's; or W&B has no key.
+        ConfigError: the folder holds a run, or another run than this recipe's; W&B has no key; or torchrun has started
+            another number of processes than the recipe asks for.
         CheckpointError: there is no run to go on with.
     """
+    _check_launch(recipe)
     if not is_first_process():
         return
     _check_tracking(recipe)
@@ -74,6 +76,7 @@ def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | 
         ) from None
     try:
         checkpoint, step = newest_checkpoint(folder) if resume else (None, 0)
+        keep_newest(folder, checkpoint)
         if not has_progress(folder):
             _forget_failed_start(folder)
             write_text(folder / RESOLVED, dump(recipe))
@@ -150,6 +153,18 @@ def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _check_launch(recipe: Recipe) -> None:
+    """Compare what torchrun has started with what the recipe asks for: each process would train for itself."""
+    started, _ = launched()
+    devices = recipe.trainer.devices
+    asked = len(devices) if isinstance(devices, list) else devices
+    if started > 1 and asked != "auto" and str(asked) != str(started):
+        raise ConfigError(
+            f"trainer.devices: torchrun has started {started} processes on this machine, and the recipe asks for "
+            f"{asked}; leave it out, or type trainer.devices={started}"
+        )
 
 
 def _check_tracking(recipe: Recipe) -> None:

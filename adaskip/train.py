@@ -13,6 +13,8 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
@@ -21,7 +23,7 @@ from adaskip import report
 from adaskip.amounts import enough_to_train
 from adaskip.budget import hold_budget, lightest
 from adaskip.errors import CheckpointError
-from adaskip.ranks import is_first_process, is_lost_process
+from adaskip.ranks import is_first_process, is_lost_process, launched
 from adaskip.recipe import RESOLVED, Recipe
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
@@ -153,7 +155,7 @@ def _train(
         truncate_lines(folder / CONDITIONS, step)
     every = recipe.trainer.checkpoint_every
     batches = training_loader(splits["train"], collate, size, every * size, recipe.seed, recipe.trainer.workers)
-    trainer = _trainer(recipe, folder, step, [conditions, RoundsBySteps(batches, every)])
+    trainer = _trainer(recipe, folder, step, [conditions, RoundsBySteps(batches, every, step)])
     validation = loader(splits["validation"], collate, size)
     laps.lap("price")
     if recipe.method == "from-bounds" and checkpoint is None:
@@ -239,9 +241,11 @@ def _trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> li
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for noise in (".*many workers.*", ".*LeafSpec.*", ".*eval mode at the start of training.*"):
         warnings.filterwarnings("ignore", noise)
+    local, machines = launched()
     return lightning.Trainer(
         accelerator=section.accelerator,
-        devices=section.devices,
+        devices=local if local > 1 and section.devices == "auto" else section.devices,
+        num_nodes=machines,
         strategy=section.strategy,
         precision=section.precision,  # type: ignore[arg-type]
         max_steps=section.steps,
@@ -253,12 +257,19 @@ def _trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> li
         log_every_n_steps=10,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[WholeFiles()],
+        plugins=[WholeFiles(), *_cluster()],
         enable_progress_bar=bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
+
+
+def _cluster() -> list[SLURMEnvironment]:
+    """SLURM without Lightning's own way to requeue: it writes a checkpoint in mid-round that a resume would prefer."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def own_device(recipe: Recipe) -> torch.device | None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from adaskip.probe import ROWS, TOKENS, ToldCache, dense_pass
+from adaskip.probe import ROWS, TOKENS, ToldCache, dense_pass, in_this_thread
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class _Meter:
 
     def __enter__(self) -> None:
         for module in {module for layer in self.layers for module in layer.modules()}:
-            self._handles.append(module.register_forward_pre_hook(self._enter))
-            self._handles.append(module.register_forward_hook(self._leave))
+            self._handles.append(module.register_forward_pre_hook(in_this_thread(self._enter)))
+            self._handles.append(module.register_forward_hook(in_this_thread(self._leave)))
 
     def __exit__(self, *raised: Any) -> None:
         for handle in self._handles:

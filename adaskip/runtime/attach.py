@@ -19,11 +19,12 @@ from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
 from adaskip.runtime.arguments import name_arguments
 from adaskip.runtime.cost import Flops, Ledger
+from adaskip.runtime.decoding import check_options
 from adaskip.runtime.fingerprint import describe_unreadable
-from adaskip.runtime.forward import Observer, Runtime
+from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
+from adaskip.runtime.options import Mode, Observer
 from adaskip.runtime.patch import MARK, Patches, unwrap
-from adaskip.runtime.request import Mode
 from adaskip.runtime.trial import try_tokens
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ class RoutedModel(Handle):
     `from_pretrained`. ``model(...)`` and ``model.generate(...)`` take what the backbone's take, by position or by name.
 
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
-    skipped work is really left out. ``facts`` are figures measured on these routers; the model card shows them.
+    skipped work is really left out. Threads and tasks may share a model: `dense` and the like hold for the thread or
+    task that enters them, `routing` is of the thread that reads it; all share weights, ``train()`` and `set_threshold`.
+    ``facts`` are figures measured on these routers; the model card shows them.
     ``certificate`` is what `adaskip calibrate` proved about the threshold, or None.
     """
 
@@ -73,7 +76,9 @@ class RoutedModel(Handle):
         """
         self._check_attached()
         inputs = name_arguments(type(self.backbone).forward, args, inputs, "model")
-        with self._set(mode=self._mode(), fixed=self._given(routing), prompt_mask=prompt_mask):
+        around = self.runtime.state.options
+        own = {"mode": self._mode(around.mode), "fixed": self._given(routing), "prompt_mask": prompt_mask}
+        with self.runtime.state.calling(around, prompt_length=None, prompt_ids=None, **own):
             return self.backbone(**inputs)
 
     def generate(self, *args: Any, routing: Routing | Tensor | None = None, **inputs: Any) -> Any:
@@ -85,24 +90,18 @@ class RoutedModel(Handle):
             **inputs: what the processor or tokenizer returned, and options of ``generate``.
 
         Raises:
-            ConfigError: an option that would let the routers see only a part of the prompt.
+            ConfigError: an option that would let routers see only a part of the prompt, or another prompt beside it.
         """
         self._check_attached()
         generate = type(self.backbone).generate  # type: ignore[attr-defined]
         inputs = name_arguments(generate, args, inputs, "model.generate")
-        options = inputs.get("generation_config") or self.backbone.generation_config
-        if inputs.get("prefill_chunk_size") or getattr(options, "prefill_chunk_size", None):
-            raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
-        implementation = inputs.get("cache_implementation") or getattr(options, "cache_implementation", None)
-        if implementation not in (None, "dynamic", "hybrid"):  # hybrid: an old name of what transformers does unasked
-            raise ConfigError(
-                f"generate: cache_implementation={implementation!r} cannot hold skipped layers; leave it out"
-            )
+        check_options(self, inputs)
         ids = inputs.get("input_ids", inputs.get("inputs"))
         tokens = ids if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         length = tokens.shape[1] if tokens is not None else None
         mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
-        with torch.no_grad(), self._set(mode=mode, fixed=self._given(routing), prompt_length=length, prompt_ids=ids):
+        options = {"mode": mode, "fixed": self._given(routing), "prompt_length": length, "prompt_ids": ids}
+        with torch.no_grad(), self.runtime.state.using(prompt_mask=None, **options):
             return self.backbone.generate(**inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
@@ -113,10 +112,12 @@ class RoutedModel(Handle):
 
     @property
     def routing(self) -> Routing:
-        """The last request's decisions with their cost, read-only.
+        """The decisions of the calling thread's last request with their cost, read-only.
+
+        Each thread sees its own: read it where `generate` ran, before the next request (or ``await``) there.
 
         Raises:
-            ConfigError: nothing has run yet.
+            ConfigError: nothing has run yet in this thread.
         """
         routing, ledger = self._last()
         executed, dense = (ledger.spent(self.runtime.cost, along).decoder for along in (routing, None))
@@ -141,19 +142,22 @@ class RoutedModel(Handle):
 
     def _last(self) -> tuple[Routing, Ledger]:
         if self.runtime.routing is None or self.runtime.ledger is None:
-            raise ConfigError("model.routing: no routed request has run yet; call the model or generate first")
+            raise ConfigError(
+                "model.routing: no routed request has run yet in this thread; call the model or generate first, and "
+                "read model.routing in the thread that did"
+            )
         return self.runtime.routing, self.runtime.ledger
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
-        """Inside: exactly the original model."""
-        with self._set(mode="dense"):
+        """Inside, for this thread or task: exactly the original model."""
+        with self.runtime.state.using(mode="dense"):
             yield self.backbone
 
     @contextmanager
     def soft(self) -> Iterator[None]:
         """Inside: the training execution (every layer computed, mixed by gates), also in ``eval()``."""
-        with self._set(mode="soft"):
+        with self.runtime.state.using(mode="soft"):
             yield
 
     @contextmanager
@@ -162,19 +166,19 @@ class RoutedModel(Handle):
 
         Around the whole layer also where the unit is one of its sublayers.
         """
-        with self._set(observer=observer):
+        with self.runtime.state.using(observer=observer):
             yield
 
     @contextmanager
     def explore(self, noise: torch.Generator, temperature: float = 1.0) -> Iterator[None]:
         """Inside: as `soft`, with gates drawn at random from their logits; ``temperature`` is the slope's."""
-        with self._set(mode="soft", noise=noise, temperature=temperature):
+        with self.runtime.state.using(mode="soft", noise=noise, temperature=temperature):
             yield
 
     @contextmanager
     def keep_all(self) -> Iterator[None]:
         """Inside: the routers look and every layer runs, whatever they say."""
-        with self._set(config=replace(self.config, threshold=KEEP_ALL)):
+        with self.runtime.state.using(threshold=KEEP_ALL):
             yield
 
     def gates(self) -> list[Tensor]:
@@ -183,9 +187,10 @@ class RoutedModel(Handle):
         Raises:
             ConfigError: the last pass was not one, or ran without gradients.
         """
-        if self.runtime.request is None or not self.runtime.request.gates:
+        soft = self.runtime.state.here.soft
+        if soft is None or not soft.gates:
             raise ConfigError("gates: no soft pass with gradients on is at hand; call the model inside soft() first")
-        return self.runtime.request.gates
+        return soft.gates
 
     @contextmanager
     def replay(self, states: list[Tensor]) -> Iterator[None]:
@@ -194,7 +199,7 @@ class RoutedModel(Handle):
         ``states`` are what `observe` saw before layer 0, then after layers 0, 1, ...; used to rerun only the decoder's
         suffix.
         """
-        with self._set(replay=states):
+        with self.runtime.state.using(replay=states):
             yield
 
     def read_tokens(self, inputs: dict[str, Any]) -> Tokens:
@@ -233,26 +238,14 @@ class RoutedModel(Handle):
             raise ConfigError(f"routing: expected keep of shape {shape}, got {tuple(keep.shape)}")
         return keep
 
-    def _mode(self) -> Mode:
-        if self.runtime.mode != "skip":
-            return self.runtime.mode
+    def _mode(self, around: Mode) -> Mode:
+        if around != "skip":
+            return around
         return "soft" if self.training and torch.is_grad_enabled() else "skip"
-
-    @contextmanager
-    def _set(self, **values: Any) -> Iterator[None]:
-        before = {name: getattr(self.runtime, name) for name in values}
-        for name, value in values.items():
-            setattr(self.runtime, name, value)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(self.runtime, name, value)
 
     def set_threshold(self, threshold: float) -> None:
         """Run a layer where its router's logit exceeds ``threshold``; saved with the routers, voids a certificate."""
-        self.config = replace(self.config, threshold=threshold)
-        self.runtime.config = self.config
+        self.config = self.runtime.config = replace(self.config, threshold=threshold)
         self.certificate = None
 
     def hold(self, layers: Iterable[int]) -> None:
@@ -261,9 +254,9 @@ class RoutedModel(Handle):
         Raises:
             ConfigError: a layer the model does not have.
         """
-        self.config = replace(self.config, held=tuple(layers))
-        _check_held(self.config, len(self.described.layers))
-        self.runtime.config = self.config
+        config = replace(self.config, held=layers)  # type: ignore[arg-type]
+        _check_held(config, len(self.described.layers))
+        self.config = self.runtime.config = config
         self.certificate = None
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -360,7 +353,10 @@ def build(model: PreTrainedModel, config: RouterConfig | None, plan: SkipPlan | 
     model = unwrap(model)
     config = config or RouterConfig()
     if getattr(model, MARK, None) is not None:
-        raise BackboneError(f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first")
+        raise BackboneError(
+            f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first, or, if there is "
+            "none, as for a copy, adaskip.detach(model)"
+        )
     decides = config if plan is None else plan
     backbone, group = inspect_backbone(model, decides.unit, decides.kv), decides.group
     _check_held(config, len(backbone.layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,18 +89,60 @@ def repeat_heads(keys: Tensor, heads: int) -> Tensor:
     return keys.repeat_interleave(heads // keys.shape[1], 1)
 
 
+class _Visits(threading.local):
+    """The visitors of the calling thread, the outermost first."""
+
+    def __init__(self) -> None:
+        self.stack: list[Callable[..., Any]] = []
+
+
+_visits = _Visits()
+_lock = threading.Lock()
+_interceptions = 0
+_own = AttentionInterface.get_interface
+
+
+def _get_interface(
+    self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
+) -> Callable[..., Any]:
+    kernel = _own(self, attn_implementation, default)
+    for visit in _visits.stack:
+        kernel = partial(visit, kernel)
+    return kernel
+
+
+@contextmanager
+def _patched_interface() -> Iterator[None]:
+    """Inside: transformers' interface, one for the whole process, asks the calling thread's visitors.
+
+    The first thread that comes replaces it, and the last that leaves gives it back.
+    """
+    global _interceptions, _own
+    with _lock:
+        if _interceptions == 0:
+            _own = AttentionInterface.get_interface
+            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+        _interceptions += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _interceptions -= 1
+            if _interceptions == 0:
+                AttentionInterface.get_interface = _own  # type: ignore[method-assign]
+
+
 @contextmanager
 def intercept_attention(layers: Sequence[nn.Module], visitor: Visitor) -> Iterator[None]:
     """Inside: every attention of these decoder layers goes to ``visitor``, which returns what the layer gets.
 
     Works wherever the model asks transformers' attention interface for its kernel (eager, SDPA, ...); a vision tower's
-    attention is let through. The interface is one for the whole process, so use one thread.
+    attention is let through. The visitor sees the passes of its own thread only.
 
     Raises:
         BackboneError: on leaving, if no layer, or one more often than another, has asked the interface.
     """
     place = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
-    own = AttentionInterface.get_interface
     seen = [0] * len(layers)
 
     def visit(
@@ -122,16 +165,12 @@ def intercept_attention(layers: Sequence[nn.Module], visitor: Visitor) -> Iterat
             )
         return visitor(AttentionCall(index, module, kernel, query, key, value, attention_mask, options))
 
-    def get_interface(
-        self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        return partial(visit, own(self, attn_implementation, default))
-
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        AttentionInterface.get_interface = own  # type: ignore[method-assign]
+    with _patched_interface():
+        _visits.stack.append(visit)
+        try:
+            yield
+        finally:
+            _visits.stack.remove(visit)
     if len({count for count in seen if count}) != 1:
         raise BackboneError(
             "attention cannot be read: expected every decoder layer to ask transformers' attention interface for its "

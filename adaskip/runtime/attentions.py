@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from adaskip.errors import ConfigError
-from adaskip.probe import ROWS, TOKENS, dense_pass
+from adaskip.probe import ROWS, TOKENS, dense_pass, in_this_thread
 from adaskip.runtime.segment import Segment
 
 
@@ -55,8 +55,9 @@ def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[S
     def count(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         counts[layer] = len(out) if isinstance(out, tuple) else 0
 
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    handles += [module.register_forward_hook(watch) for layer in layers for module in layer.modules()]
+    handles = [layer.register_forward_hook(in_this_thread(count)) for layer in layers]
+    watching = in_this_thread(watch)
+    handles += [module.register_forward_hook(watching) for layer in layers for module in layer.modules()]
     try:
         entries = dense_pass(model, output_attentions=True, return_dict=True).get("attentions") or ()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from adaskip.errors import DataError
 from adaskip.plan import Flags, Routing
 from adaskip.runtime.cost import Ledger, Slots
 from adaskip.runtime.segment import Memo, Segment, once
@@ -289,6 +291,20 @@ class SkipCache(Cache):
         self.ledger: Ledger | None = None
         self.rows: dict[Flags, tuple[Segment, Tensor]] = {}  # that keep a layer, and that skip it
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """Keys and values (b h n d) layer by layer, as of a `DynamicCache`.
+
+        Raises:
+            DataError: something was skipped, so that they have no such shape.
+        """
+        for number, layer in enumerate(self.layers):
+            if not layer.filled or layer.rows is not None or layer.index is not None:
+                raise DataError(
+                    f"SkipCache: layer {number} does not hold every row and position, so its keys have no common "
+                    "shape; pass the cache on as it is, or use one of a request inside model.dense()"
+                )
+            yield layer.keys, layer.values, None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen so far, whichever layers they ran."""
         return self.length
@@ -330,9 +346,10 @@ class SkipCache(Cache):
         """Forget the last ``-tokens_to_remove`` positions (a number <= 0)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected a number <= 0 of tokens to remove, got {tokens_to_remove}")
-        self.length += tokens_to_remove
+        removed = min(-tokens_to_remove, self.length)  # of a shorter cache all, as of a `DynamicCache`
+        self.length -= removed
         if self.ledger is not None:
-            self.ledger.crop(-tokens_to_remove)
+            self.ledger.crop(removed)
         self.routing = None if self.routing is None else self.routing.crop(self.length)
         memo: Memo = {}
         for layer in self.layers:

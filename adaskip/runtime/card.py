@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -13,16 +14,18 @@ def write_card(meta: dict[str, Any], parameters: int) -> str:
         parameters: of all routers.
     """
     backbone, router = meta["backbone"], meta["router"]
+    # a card is for others, to whom a folder of this machine says nothing
+    base = Path(backbone["name"]).name if Path(backbone["name"]).is_absolute() else backbone["name"]
     facts = (
         "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in meta["facts"].items()) or "- none recorded"
     )
     return f"""---
 library_name: adaskip
-base_model: {backbone["name"]}
+base_model: {base}
 tags: [layer-skipping, router]
 ---
 
-# Layer-skipping routers for {backbone["name"]}
+# Layer-skipping routers for {base}
 
 One small router per decoder layer ({parameters:,} parameters in all) decides {_decides(router)} may leave out,
 of each of the {backbone["layers"]} layers: {_UNITS[router["unit"]]}.

@@ -36,8 +36,9 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
 
     Raises:
         ConfigError: no such path, or one that leaves more of a layer than nothing.
-        BackboneError: the model's layers do something else when they stand elsewhere.
+        BackboneError: the model's layers do something else when they stand elsewhere, or it was detached.
     """
+    model._check_attached()
     keep = _path(model, path)
     kept = keep.nonzero().flatten().tolist()
     if not kept:
@@ -45,7 +46,8 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
     _check_injected(model, kept)
     plain: PreTrainedModel = twin(_unrouted(model).described, kept).requires_grad_(False).eval()
     fixed = keep[:, None].expand(-1, ROWS)
-    with model._set(mode="skip", fixed=fixed, routing=None, ledger=None, request=None):
+    state = model.runtime.state
+    with state.aside(), state.using(mode="skip", fixed=fixed):
         routed = dense_pass(model.backbone).logits
     apart = (dense_pass(plain).logits - routed).abs().max()
     if not apart <= _CLOSE * routed.abs().max():

@@ -60,8 +60,8 @@ class Executor:
             vision = rearrange(request.tokens.vision, "b t -> b t 1")
             weight = torch.where(vision, weight, 1.0)  # what vision does here is no other token's business
         elif not by_token and self.group == "vision":
-            left = self._run_segment(request, call, states, named, _text(request), left)
-        run = self.states(out)  # of another precision than the states where autocast runs a sublayer
+            left, _ = self._run_segment(request, call, states, named, _text(request), left)
+        run = states_of(out)  # of another precision than the states where autocast runs a sublayer
         mixed = torch.lerp(left.to(run.dtype), run, weight.to(run.dtype))
         return (mixed, *out[1:]) if isinstance(out, tuple | list) else mixed
 
@@ -80,14 +80,14 @@ class Executor:
             layer.open(*states.shape[:2])
             for segment in left:
                 self._project(request, layer, call, states, named, segment)
-        after = self._left(states)
+        after, form = self._left(states), None
         for segment in run:
-            after = self._run_segment(request, call, states, named, segment, after)
+            after, form = self._run_segment(request, call, states, named, segment, after)
         if layer is not None and (run or left):
             layer.commit(request.offset, states.shape[1], states.shape[0], request.memo)
             if request.scratch is not None:
                 request.scratch.layers[self.index] = KeptLayer()
-        return self.wrap(after, request)
+        return self.wrap(after, request, form)
 
     def _layer(self, request: Request) -> SkipLayer | None:
         """Where this module's keys and values go; what is kept must be brought together even if nothing is cached."""
@@ -115,19 +115,12 @@ class Executor:
             return (WHOLE,), ()
         return _gather(request.tokens.valid & keep), _gather(idle) if self.kv == "kept" else ()
 
-    def wrap(self, states: Tensor, request: Request) -> Any:
-        """States in the form in which the module returns them; some layers return more where weights are asked for."""
-        outputs = self.outputs
+    def wrap(self, states: Tensor, request: Request, form: int | None = None) -> Any:
+        """States as the module returns them: as it just did (``form``), else as it does when nothing more is asked."""
+        outputs = self.outputs if form is None else form
         if self.unit == "block" and request.weights is not None:
             outputs = request.weights.sources[self.index].outputs
         return (states, *[None] * (outputs - 1)) if outputs else states
-
-    def states(self, out: Any) -> Tensor:
-        """The states among what the module returned."""
-        several = isinstance(out, tuple | list)
-        self.outputs = len(out) if several else 0
-        states: Tensor = out[0] if several else out
-        return states
 
     def _left(self, states: Tensor) -> Tensor:
         """What the module hands on for a token that leaves it."""
@@ -135,10 +128,14 @@ class Executor:
 
     def _run_segment(
         self, request: Request, call: Call, states: Tensor, named: dict[str, Any], segment: Segment, into: Tensor
-    ) -> Tensor:
-        """Gather the segment, run the module on it, scatter the result into a copy of ``into``."""
+    ) -> tuple[Tensor, int | None]:
+        """Gather the segment, run the module on it, scatter the result into a copy of ``into``; and what it returned.
+
+        The latter as a number of values, 0 for a bare tensor, None if there was nothing to run. It is the request's
+        and not kept here, for another thread may ask the same module for more.
+        """
         if segment.tokens is not None and not segment.tokens.shape[1]:
-            return into
+            return into, None
         layer = self._layer(request)
         whole = segment.tokens is None and (layer is None or layer.follows_on(segment, request.offset))
         positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.memo)
@@ -151,7 +148,7 @@ class Executor:
         out = call(
             take(states, segment, batch_axis=0), **cut(named, segment, len(states), positions, keys, request.memo)
         )
-        return _scatter(self.states(out), segment, into)
+        return _scatter(states_of(out), segment, into), len(out) if isinstance(out, tuple | list) else 0
 
     def _project(
         self,
@@ -172,6 +169,12 @@ class Executor:
                 take(states, segment, batch_axis=0),
                 **cut(named, segment, len(states), positions, positions, request.memo),
             )
+
+
+def states_of(out: Any) -> Tensor:
+    """The states among what a module returned."""
+    states: Tensor = out[0] if isinstance(out, tuple | list) else out
+    return states
 
 
 def _cache(request: Request) -> SkipCache | None:

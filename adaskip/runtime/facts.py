@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from adaskip.backbone import Backbone, count_head
 from adaskip.errors import ConfigError
 from adaskip.probe import reads_ahead
-from adaskip.runtime.attentions import Source, find_sources
+from adaskip.runtime.attentions import Source, asks, find_sources
+from adaskip.runtime.options import Mode
 
 
 class Facts:
@@ -60,6 +62,24 @@ class Facts:
             with self._untouched():
                 self._sources[key] = find_sources(self._backbone.model, self._backbone.layers)
         return self._sources[key]
+
+    def requested_sources(self, mode: Mode, inputs: dict[str, Any]) -> tuple[Source, ...]:
+        """Where the layers' attention weights come from, if the caller asks for them and the kernel gives any."""
+        if mode == "dense":
+            return ()
+        if asks(inputs, "output_router_logits", self.configs):
+            raise ConfigError(
+                "output_router_logits: transformers collects one entry for every call of experts, which is not one a "
+                "layer where layers are skipped; leave it out, or ask inside model.dense()"
+            )
+        if not asks(inputs, "output_attentions", self.configs):
+            return ()
+        if mode == "soft":
+            raise ConfigError(
+                "output_attentions: in training mode both branches of every layer are computed and mixed, so there is "
+                "no one attention to return; leave it out, or call the model in eval()"
+            )
+        return self.weight_sources()
 
     def check_kernel(self) -> None:
         """Refuse single tokens in another kernel than the one in which they were tried.

@@ -9,13 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip.errors import BackboneError
+from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.arguments import name_arguments
+from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Runtime
+from adaskip.runtime.handle import Handle
 
 MARK = "_adaskip"
 """The attribute by which a routed model knows its runtime."""
+PATCHES = "_adaskip_patches"
+"""The attribute by which it knows what was changed of it, in a copy too, which has no handle."""
+
+_MIXED = ("adapter_names", "alora_offsets")
+"""What PEFT hands its layers for each row of a batch, from outside the model's arguments."""
 
 
 class RoutedForward:
@@ -85,6 +92,7 @@ class Patches:
             for module, executor in runtime.sublayers(index):
                 self.forwards.append(RoutedForward(module, executor, runtime, whole=False))
         setattr(self.model, MARK, runtime)
+        setattr(self.model, PATCHES, self)
         self.places = {
             child: (parent, key) for parent in self.model.modules() for key, child in parent._modules.items() if child
         }
@@ -99,6 +107,9 @@ class Patches:
         runtime: Runtime = getattr(model, MARK)
         for forward in self.forwards:
             self._check(forward)
+        gathers = runtime.mode == "skip" and (runtime.planned is None or runtime.group == "vision")
+        if gathers and "peft" in sys.modules and not _continues(kwargs):
+            _check_unmixed(model)
         return (), runtime.open(name_arguments(type(model).forward, args, kwargs, "model"))
 
     def _check(self, forward: RoutedForward) -> None:
@@ -122,7 +133,8 @@ class Patches:
             forward.take_off()
         for handle in self.handles:
             handle.remove()
-        self.model.__dict__.pop(MARK, None)
+        for mark in (MARK, PATCHES):
+            self.model.__dict__.pop(mark, None)
         weights = dict(self.model.named_parameters())
         adapted = not self.names >= weights.keys()  # an adapter was put in, and decides what trains
         if not adapted and not any(weight.requires_grad for weight in weights.values()):
@@ -140,6 +152,52 @@ def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     logits = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3), None)  # (b t v); a loss has no axes
     getattr(model, MARK).close(failed=output is None, heads=0 if logits is None else logits.shape[1])
     return output
+
+
+def _continues(kwargs: dict[str, Any]) -> bool:
+    """Whether the request's first call has been looked at already."""
+    return isinstance(kwargs.get("past_key_values"), SkipCache) and kwargs["past_key_values"].length > 0
+
+
+def _check_unmixed(model: nn.Module) -> None:
+    """Refuse rows that go through adapters of their own: a layer that some rows skip would give them to others.
+
+    Raises:
+        DataError: PEFT has been given something for each row.
+    """
+    found = ""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            named = hook.keywords if isinstance(hook, partial) else {}
+            if name := next((name for name in _MIXED if named.get(name) is not None), ""):
+                found = name
+                # PEFT takes its hooks back at the end of a call, but not of one that fails, as this one will
+                module._forward_pre_hooks.pop(key)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if found:
+        raise DataError(
+            f"{found}: expected one adapter for all rows, since rows that skip a layer would shift the others to the "
+            "wrong adapters; choose one with set_adapter and call once for each, or ask inside model.dense()"
+        )
+
+
+def detach(model: Any) -> PreTrainedModel:
+    """Take adaskip off a model and return the Hugging Face object, also where no `RoutedModel` is at hand.
+
+    A copy of ``routed.backbone`` is such a model. Does what ``RoutedModel.detach()`` does.
+
+    Args:
+        model: the Hugging Face object, a PEFT model around it, or a `RoutedModel`.
+
+    Raises:
+        BackboneError: it carries no adaskip.
+    """
+    inner = model.backbone if isinstance(model, Handle) else unwrap(model)
+    patches = getattr(inner, PATCHES, None)
+    if patches is None:
+        raise BackboneError(f"detach: {type(inner).__name__} carries no adaskip, so nothing can be taken off")
+    patches.take_off()
+    return inner
 
 
 def unwrap(model: Any) -> PreTrainedModel:

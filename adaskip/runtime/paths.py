@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adaskip.errors import BackboneError, ConfigError, DataError
+from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.consolidate import Prices, consolidate
-from adaskip.runtime.greedy import greedy_options
+from adaskip.runtime.decoding import Decoding, read_options
+from adaskip.runtime.items import TOKENS, padding, read_items, split
 from adaskip.runtime.join import Part, join
 from adaskip.runtime.measure import clock
+from adaskip.runtime.resume import fill_cache, try_resuming
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
 Path = tuple[bool, ...]
 """Of each layer, whether it runs."""
-
-_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-_REFUSED = ("past_key_values", "assistant_model", "streamer", "return_dict_in_generate", "custom_generate", "routing")
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ class _Prompts:
     @property
     def padding(self) -> Tensor:
         """long (b): leading positions that are padding."""
-        leading: Tensor = self.inputs["attention_mask"].long().argmax(1)
-        return leading
+        return padding(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ class _Row:
 
     @property
     def length(self) -> int:
+        """Tokens of the prompt that the cache holds: all but the last."""
         return self.prompts.cache.length - int(self.prompts.padding[self.row])
 
 
@@ -139,17 +138,25 @@ def generate_many(
             a prompt whose path grows is prefilled anew, which its FLOPs include. Items with pictures then hold one
             prompt each.
         measure: also decode along the paths asked for, to tell which share of the answers consolidation changed.
-        **options: of ``generate``, such as ``max_new_tokens``.
+        **options: of ``generate``, such as ``max_new_tokens``. With those that read or count whole rows, such as
+            ``max_length`` or ``repetition_penalty``, only prompts of one length are decoded together.
 
     Raises:
-        ConfigError: an option that asks for more than one row a prompt, or for a cache of its own.
-        DataError: an item without ``input_ids``, or a prompt that ends with a vision token.
-        BackboneError: the model keeps no cache.
+        ConfigError: an option that asks for more than one row a prompt, for a cache of its own, or for code of yours
+            that would be told a group's rows.
+        DataError: an item that is no model input, a prompt that ends with a vision token or fills ``max_length``.
+        BackboneError: the model keeps no cache, or does not go on from one as it should.
     """
-    _check(model, group_size, options)
-    items = [_aligned(item) for item in prompts]
+    _check(model, group_size)
+    decoding = read_options(model, options)
+    items = read_items(prompts)
+    for number, item in enumerate(items):
+        for leading in padding(item).tolist():
+            decoding.check_room(number, item["input_ids"].shape[1] - leading)
+    if items and not try_resuming(model):
+        decoding = replace(decoding, whole=True)
     if paths is not None:
-        items = [one for item in items for one in _apart(item)]
+        items = [*split(items)]
 
     begun = clock()
     rows = [
@@ -159,25 +166,24 @@ def generate_many(
     ]
     first: dict[int, _Row] = {}  # those that were prefilled anew, as they were
     if paths is not None and rows:
-        new = _option(model, options, "max_new_tokens", 20)
-        for number, path in enumerate(_snap(model, rows, paths, new).T):
+        for number, path in enumerate(_snap(model, rows, paths, decoding).T):
             if not torch.equal(path, rows[number].asked):
                 row = first[number] = rows[number]
                 fresh = _prefill(model, row.prompts.inputs, path[:, None])
                 rows[number] = _Row(fresh, 0, row.asked, float(row.prompts.spent[0]))
     prefilled = clock()
-    groups = _groups(rows, group_size)
+    groups = _groups(dict(enumerate(rows)), group_size, decoding.whole)
     answers: dict[int, Answer] = {}
     for group in groups:
-        answers |= zip(group, _decode(model, [rows[number] for number in group], options), strict=True)
+        answers |= _decode(model, {number: rows[number] for number in group}, decoding)
     decoded = clock()
 
     changed = None
     if measure and paths is not None:
-        numbers, changed = [*first], 0.0
-        for group in _groups([*first.values()], group_size):
-            for i, answer in zip(group, _decode(model, [first[numbers[i]] for i in group], options), strict=True):
-                changed += (not torch.equal(answer.tokens, answers[numbers[i]].tokens)) / len(rows)
+        changed = 0.0
+        for group in _groups(first, group_size, decoding.whole):
+            for number, answer in _decode(model, {number: first[number] for number in group}, decoding).items():
+                changed += (not torch.equal(answer.tokens, answers[number].tokens)) / len(rows)
     return Answers(
         answers=tuple(answers[number] for number in range(len(rows))),
         groups=tuple((rows[group[0]].path, len(group)) for group in groups),
@@ -187,54 +193,14 @@ def generate_many(
     )
 
 
-def _option(model: RoutedModel, options: dict[str, Any], name: str, default: Any = None) -> Any:
-    """As ``generate`` has it: what was said, else what the given generation config says, else the model's own."""
-    configs = (options.get("generation_config"), model.backbone.generation_config)
-    told = (options.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in told if value is not None), default)
-
-
-def _check(model: RoutedModel, group_size: int, options: dict[str, Any]) -> None:
+def _check(model: RoutedModel, group_size: int) -> None:
+    model._check_attached()
     if model.runtime.mode == "dense":
         raise ConfigError("generate_many: inside dense() there is only one path; call generate")
     if model.runtime.scope == "token":
         raise ConfigError("generate_many: under scope 'token' a prompt has no path of its own; call generate")
-    if refused := [name for name in _REFUSED if options.get(name) is not None]:
-        raise ConfigError(f"generate_many: {', '.join(refused)} does not go with many prompts; call generate")
-    for name in ("num_beams", "num_return_sequences"):
-        if _option(model, options, name, 1) > 1:
-            raise ConfigError(f"generate_many: {name} asks for several rows a prompt; call generate")
     if group_size < 1:
         raise ConfigError(f"generate_many: group_size: expected at least 1 prompt, got {group_size}")
-
-
-def _aligned(item: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's inputs with padding on the left, where generating is defined, and a mask."""
-    ids = item.get("input_ids")
-    if ids is None:
-        raise DataError(f"generate_many: expected input_ids in each item, got {', '.join(item) or 'nothing'}")
-    inputs = {"attention_mask": torch.ones_like(ids), **item}
-    order = inputs["attention_mask"].long().argsort(dim=1, stable=True)
-
-    def turned(value: Tensor) -> Tensor:  # (... b t), or of one row for all
-        whole = (*value.shape[:-2], *order.shape)
-        return value.expand(whole).gather(-1, order.expand(whole))
-
-    return {name: turned(value) if name in (*_TOKENS, "position_ids") else value for name, value in inputs.items()}
-
-
-def _apart(inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """One item a prompt, so that one can be prefilled anew without the others."""
-    count = len(inputs["input_ids"])
-    if count > 1 and (other := [name for name in inputs if name not in _TOKENS]):
-        raise ConfigError(
-            f"generate_many: paths: expected one prompt an item where there is more than tokens ({', '.join(other)}), "
-            f"got {count}"
-        )
-    begin = inputs["attention_mask"].long().argmax(1).tolist()
-    if count == 1:
-        return [inputs]
-    return [{name: value[i : i + 1, begin[i] :] for name, value in inputs.items()} for i in range(count)]
 
 
 def _prefill(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None = None) -> _Prompts:
@@ -242,35 +208,20 @@ def _prefill(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None = N
     vision = model.read_tokens(inputs).vision
     if vision is not None and vision[:, -1].any():
         raise DataError("generate_many: a prompt ends with a vision token; put text after the picture")
-    seen: dict[str, Any] = {}
-
-    def look(backbone: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        seen.update(given)
-
-    handle = model.backbone.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        model.generate(**inputs, routing=keep, use_cache=True, **greedy_options(1))
-    finally:
-        handle.remove()
-    cache = seen.get("past_key_values")
-    if not isinstance(cache, SkipCache) or cache.routing is None:
-        raise BackboneError(
-            f"generate_many: {type(model.backbone).__name__} keeps no cache that could go on with others; call generate"
-        )
-    spent, positions = model.routing.executed, seen.get("position_ids")
-    if positions is not None and positions.shape[-2] != cache.batch:
-        positions = positions.expand(*positions.shape[:-2], cache.batch, -1)
-    cache.crop(-1)
+    cache, positions = fill_cache(model, inputs, keep)
+    spent = model.routing.executed
     assert spent is not None
+    assert cache.routing is not None
     return _Prompts(inputs, positions, cache, cache.routing.keep.cpu(), spent)
 
 
-def _snap(model: RoutedModel, rows: list[_Row], at_most: int, new: int) -> Tensor:
-    """bool (l n): at most so many paths, by what prompts and ``new`` tokens each would cost."""
+def _snap(model: RoutedModel, rows: list[_Row], at_most: int, decoding: Decoding) -> Tensor:
+    """bool (l n): at most so many paths, by what prompts and answers as long as they may be would cost."""
     prompt, answer = [], []
     for row in rows:
         ledger = row.prompts.cache.ledger
         assert ledger is not None
+        new = decoding.limit(row.length + 1)
         before, after = replace(ledger, decoded=1), replace(ledger, decoded=1 + new)  # 1: the token that was cropped
         one, both = before.flops(model.runtime.cost), after.flops(model.runtime.cost)
         prompt.append(one)
@@ -283,11 +234,11 @@ def _snap(model: RoutedModel, rows: list[_Row], at_most: int, new: int) -> Tenso
     return consolidate(asked, at_most, columns(prompt), columns(answer))
 
 
-def _groups(rows: Sequence[_Row], size: int) -> list[list[int]]:
-    """Numbers of rows that go the same path, at most so many together, of like length."""
-    by_path: dict[Path, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_path.setdefault(row.path, []).append(number)
+def _groups(rows: Mapping[int, _Row], size: int, whole: bool) -> list[list[int]]:
+    """Numbers of prompts that go the same path, at most so many together, of like length; ``whole``: of the same."""
+    by_path: dict[tuple[Path, int], list[int]] = {}
+    for number, row in rows.items():
+        by_path.setdefault((row.path, row.length if whole else 0), []).append(number)
     found = []
     for members in by_path.values():
         members.sort(key=lambda number: rows[number].length)
@@ -295,9 +246,9 @@ def _groups(rows: Sequence[_Row], size: int) -> list[list[int]]:
     return found
 
 
-def _decode(model: RoutedModel, rows: list[_Row], options: dict[str, Any]) -> list[Answer]:
-    """The answers of rows that go the same path, from one batch in which nothing is gathered."""
-    order = sorted(range(len(rows)), key=lambda i: id(rows[i].prompts))
+def _decode(model: RoutedModel, rows: Mapping[int, _Row], decoding: Decoding) -> dict[int, Answer]:
+    """The answers to prompts that go the same path, by number, from one batch in which nothing is gathered."""
+    order = sorted(rows, key=lambda number: id(rows[number].prompts))
     parts: list[tuple[_Prompts, Part]] = []
     for i in order:
         source, place = rows[i].prompts, torch.tensor([rows[i].row])
@@ -310,20 +261,22 @@ def _decode(model: RoutedModel, rows: list[_Row], options: dict[str, Any]) -> li
     cache = join([part for _, part in parts])
     width = cache.length + 1
     inputs: dict[str, Any] = {}
-    for name in _TOKENS:
+    for name in TOKENS:
         if any(name in source.inputs for source, _ in parts):  # who lacks it has text alone
             filling = model.backbone.generation_config.pad_token_id or 0 if name == "input_ids" else 0
             nothing = [torch.zeros_like(source.inputs["input_ids"]) for source, _ in parts]
             given = [(source.inputs.get(name, zero), part) for (source, part), zero in zip(parts, nothing, strict=True)]
             inputs[name] = _stack(given, width, filling)
-    if parts[0][0].positions is not None:
-        places = [(source.positions, part) for source, part in parts if source.positions is not None]
+    if any(source.positions is not None for source, _ in parts):
+        places = [(_places(source), part) for source, part in parts]
         inputs["position_ids"] = _stack(places, width, 0)
+    options = dict(decoding.options)
+    if (allowed := decoding.allowed) is not None:  # it knows the prompts, not the rows of this group
+        options["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(order[row], seen)
     ids = model.generate(**inputs, past_key_values=cache, **options)[:, width:]
     (run, left), held = model.flops(), model.routing.kv_bytes
     assert held is not None
-    ends = _option(model, options, "eos_token_id")
-    ends = torch.tensor(ends if isinstance(ends, list | tuple) else [] if ends is None else [ends], device=ids.device)
+    ends = torch.tensor(decoding.ends, device=ids.device)
     found: dict[int, Answer] = {}
     for column, i in enumerate(order):
         row, path = rows[i], torch.tensor(rows[i].path)
@@ -342,7 +295,13 @@ def _decode(model: RoutedModel, rows: list[_Row], options: dict[str, Any]) -> li
             dense=float(run[:, column].sum()),
             kv_bytes=int(held[column]),
         )
-    return [found[i] for i in range(len(rows))]
+    return found
+
+
+def _places(source: _Prompts) -> Tensor:
+    """long (... b t): those that came with the prompts, or else what the mask says."""
+    counted = (source.inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    return counted if source.positions is None else source.positions
 
 
 def _stack(values: list[tuple[Tensor, Part]], width: int, filling: int) -> Tensor:

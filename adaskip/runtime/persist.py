@@ -26,13 +26,12 @@ from adaskip.demo.backbone import EMBEDDED, FOLDER
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import RouterConfig
 from adaskip.runtime.card import write_card
+from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, read_config, sign
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check, check_digest, fingerprint
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
-CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"
-FORMAT = 2
 SAMPLES = "backbone."
 """What the values that identify the backbone are called in the weights file; no router has such a name."""
 
@@ -95,27 +94,27 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     """Write a model's routers; each file appears whole or not at all.
 
     Raises:
-        ConfigError: a plan has no routers.
+        ConfigError: a plan has no routers; routers or facts that no file could hold.
         CheckpointError: the folder cannot be written.
     """
     if model.routers is None:
         raise ConfigError("save_pretrained: this model follows a hand-written plan and has no routers to save")
+    _check_readable(model.routers)
     folder, taken = Path(folder), fingerprint(model.described)
     meta: dict[str, Any] = {
         "format": FORMAT,
         "adaskip": __version__,
         "backbone": {
-            "name": model.backbone.config._name_or_path,
+            "name": _name(model.backbone.config._name_or_path),
             **taken.identity,
             "weights": taken.digest(),
             "quantised": taken.quantised,
         },
         "router": model.config.to_dict(),
-        "facts": model.facts,
-        "certificate": model.certificate,
+        "trained": sign(model.config.to_dict()),
+        "facts": _plain("facts", model.facts),
+        "certificate": _plain("certificate", model.certificate),
     }
-    if Path(meta["backbone"]["name"]) == FOLDER:
-        meta["backbone"]["name"] = EMBEDDED
     weights = {name: value.detach().cpu().contiguous() for name, value in model.routers.state_dict().items()}
     count = sum(value.numel() for value in weights.values())
     content = _pack(weights, taken.samples)
@@ -134,6 +133,50 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     return folder
 
 
+def _name(named: str) -> str:
+    """By what the backbone is found again, from another folder too."""
+    if Path(named) == FOLDER:
+        return EMBEDDED
+    return str(Path(named).resolve()) if named and Path(named).is_dir() else named
+
+
+def _plain(name: str, values: Any) -> Any:
+    """What JSON can hold of a model's facts; tensors and numpy's numbers become Python's."""
+
+    def convert(value: Any) -> Any:
+        if callable(getattr(value, "tolist", None)):
+            return value.tolist()
+        raise TypeError(f"a {type(value).__name__}")
+
+    try:
+        if not isinstance(values, dict | None):
+            raise TypeError(f"a {type(values).__name__} instead of a dictionary")
+        return json.loads(json.dumps(values, default=convert))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"save_pretrained: model.{name}: expected numbers, texts, lists and dictionaries, got {error}; convert it, "
+            "or take it out"
+        ) from error
+
+
+def _check_readable(routers: nn.Module) -> None:
+    for name, value in routers.state_dict().items():
+        if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+            raise ConfigError(
+                f"save_pretrained: the routers are quantised or sharded ({name}: {type(value).__name__} of "
+                f"{value.dtype}), and cannot be written; quantise the backbone alone: quantize_(model.backbone, ...)"
+            )
+
+
+def _load_named(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return load_backbone(name, **options)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: {error}; if it has moved, load it yourself: RoutedModel.from_pretrained(folder, backbone)"
+        ) from error
+
+
 def load(folder: Any, backbone: Any, *, strict: bool, options: dict[str, Any]) -> RoutedModel:
     """Read routers and attach them; see `RoutedModel.from_pretrained`."""
     from adaskip.runtime.attach import build
@@ -141,18 +184,18 @@ def load(folder: Any, backbone: Any, *, strict: bool, options: dict[str, Any]) -
     folder, backbone = _sort(folder, backbone, options)
     meta = read_config(folder)
     config = RouterConfig.from_dict(meta["router"])
-    state, samples = _read(folder / WEIGHTS, meta)
+    state, samples = read_weights(folder / WEIGHTS, meta)
     if backbone is None and not meta["backbone"]["name"]:
         raise CheckpointError(
             f"{folder}: the routers' backbone was built in memory and has no name to load it by; pass it: "
             "RoutedModel.from_pretrained(folder, backbone)"
         )
-    base = backbone if backbone is not None else load_backbone(meta["backbone"]["name"], **options)
+    base = backbone if backbone is not None else _load_named(folder, meta["backbone"]["name"], options)
     model = build(base, config, None, 0)
     try:
         assert model.routers is not None
         _check(meta, samples, model, strict)
-        model.facts, model.certificate = meta.get("facts", {}), meta.get("certificate")
+        model.facts, model.certificate = meta.get("facts") or {}, meta.get("certificate")
         _check_shapes(folder / WEIGHTS, state, model.routers.state_dict())
         model.routers.load_state_dict(state)
     except BaseException:  # whatever it is, the model is handed back as it was
@@ -205,8 +248,12 @@ def _pack(weights: dict[str, Tensor], samples: dict[str, Sample]) -> bytes:
     return pack({**weights, **values}, metadata={"format": "pt", "backbone": json.dumps(shapes)})
 
 
-def _read(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Sample]]:
-    """The routers' weights, and the values that identify their backbone (none in format 1)."""
+def read_weights(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Sample]]:
+    """The routers' weights, and the values that identify their backbone (none in format 1).
+
+    Raises:
+        CheckpointError: the file is damaged, or not the one that the configuration speaks of.
+    """
     try:
         if meta.get("routers") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             raise CheckpointError(
@@ -220,34 +267,6 @@ def _read(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str
         raise CheckpointError(f"{path}: damaged or not of this configuration ({error})") from error
     samples = {n: Sample(tuple(shape or ()), tensors.pop(f"{SAMPLES}{n}", None)) for n, shape in shapes.items()}
     return tensors, samples
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of saved routers.
-
-    Raises:
-        CheckpointError: the folder holds none, or a damaged one.
-    """
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: expected a folder of saved routers, got a file; pass {folder.parent}")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        there = "" if folder.exists() else "no such folder here; of a Hugging Face repository first: hf download ID; "
-        raise CheckpointError(
-            f"{folder}: {there}expected saved routers, found no {' and no '.join(missing)} (missing); "
-            "pass the folder that save_pretrained or `adaskip export` wrote, or RUN/router"
-        )
-    try:
-        meta: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if meta["format"] not in (1, FORMAT):
-            raise CheckpointError(
-                f"{folder / CONFIG}: format {meta['format']}, this adaskip reads formats 1 to {FORMAT}; upgrade adaskip"
-            )
-        if not isinstance(meta["router"], dict) or not isinstance(meta["backbone"]["name"], str):
-            raise KeyError("router")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: damaged ({error}); export the routers again") from error
-    return meta
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,19 @@ from adaskip.errors import DataError
 from adaskip.plan import Flags
 from adaskip.runtime.attentions import WeightRecord
 from adaskip.runtime.cache import SkipCache
-
-Mode = Literal["dense", "soft", "skip"]
+from adaskip.runtime.options import Mode, Options
 
 _TAKEN = "_adaskip_taken"
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """Everything one forward pass knows beside the hidden states."""
 
     mode: Mode
     tokens: Tokens
     prompt: Tensor  # bool (b t): real tokens that stand before the first supervised or generated one
+    options: Options
     cache: SkipCache | None = None
     scratch: SkipCache | None = None  # where kept keys meet the queries of an uncached request
     fixed: Tensor | None = None  # bool (l b), scope token (l b t): decisions made beforehand
@@ -35,7 +35,10 @@ class Request:
     keep: list[Tensor] = field(default_factory=list)  # bool (b) each, scope token (b t)
     logits: list[Tensor] = field(default_factory=list)  # float32, likewise
     gates: list[Tensor] = field(default_factory=list)  # float32 (b) each
-    decision: Any = None  # of the layer under way, for its sublayers
+    threshold: float = 0.0  # of the routers, and the layers that run whatever they say, as this request began
+    held: tuple[int, ...] = ()
+    rerun: Request | None = None  # what a layer follows that runs again for its gradient
+    decisions: dict[int, Any] = field(default_factory=dict)  # of each layer, for its sublayers
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
     memo: dict[Any, Any] = field(default_factory=dict)
 
@@ -81,6 +84,14 @@ def read_cache(cache: Any, mode: Mode, use: bool) -> bool:
     if cache is not None:
         setattr(cache, _TAKEN, True)
     return cache is not None or bool(use)
+
+
+def embedded_ids(options: Options, inputs: dict[str, Any]) -> Tensor | None:
+    """Return long (b t): the ids given to ``generate`` beside its prompt's ``inputs_embeds``; None without them."""
+    ids, states = options.prompt_ids, inputs.get("inputs_embeds")
+    if ids is None or states is None or ids.shape[1:] != states.shape[1:2] or len(states) % len(ids):
+        return None
+    return ids.repeat_interleave(len(states) // len(ids), 0)  # rows are repeated for beams and samples
 
 
 def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, length: int | None) -> Tensor:

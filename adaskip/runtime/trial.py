@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaskip.errors import BackboneError
 from adaskip.probe import ROWS, SUFFIX, TOKENS, dense_pass
-from adaskip.runtime.request import Mode
+from adaskip.runtime.options import Mode
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
@@ -47,6 +47,12 @@ def try_tokens(routed: RoutedModel) -> None:
 
 def _logits(routed: RoutedModel, keep: Tensor, mode: Mode) -> Tensor:
     types = SUFFIX if routed.described.reads_ahead else {}
-    with routed._set(scope="token", group="all", fixed=keep, mode=mode):
-        logits: Tensor = dense_pass(routed.backbone, use_cache=False, **types).logits.float()
-        return logits
+    runtime = routed.runtime
+    before = runtime.scope, runtime.group
+    runtime.scope, runtime.group = "token", "all"  # on the runtime itself: while attaching, nobody else has it yet
+    try:
+        with runtime.state.using(fixed=keep, mode=mode), runtime.state.aside():
+            logits: Tensor = dense_pass(routed.backbone, use_cache=False, **types).logits
+            return logits.float()
+    finally:
+        runtime.scope, runtime.group = before

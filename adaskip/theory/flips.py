@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import ConfigError
+from adaskip.probe import in_this_thread
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
 from adaskip.theory.profile import IGNORED, per_input
@@ -104,7 +105,8 @@ def _survey_batch(model: RoutedModel, batch: dict[str, Any], task_weight: float)
         states.extend([after] if states else [before, after])
 
     assert model.routers is not None
-    hooks = [head.register_forward_pre_hook(lambda _, args: pooled.append(args[0])) for head in model.routers]
+    pool = in_this_thread(lambda _, args: pooled.append(args[0]))
+    hooks = [head.register_forward_pre_hook(pool) for head in model.routers]
     try:
         with model.observe(watch):
             path = model(**arguments).logits[:, :-1][predicted]

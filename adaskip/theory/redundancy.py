@@ -15,6 +15,7 @@ from adaskip.plan import Group, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.stages import SILENT, Advance, Stages
 from adaskip.theory import bounds
+from adaskip.theory.batches import count, take
 from adaskip.theory.claims import Claim, judge_claims
 from adaskip.theory.conditions import judge
 from adaskip.theory.conformal import smallest_sample
@@ -130,17 +131,18 @@ def profile(
         stages: hears what is under way.
 
     Raises:
-        DataError: too few inputs (said before anything is measured), inputs that predict nothing or lack the group,
-            activations that are not finite.
+        DataError: no batches with answers or too few inputs (said before anything is measured), inputs that predict
+            nothing or lack the group, activations that are not finite.
         BackboneError: the model cannot be routed, or its attention cannot be read.
 
     Example:
         ``adaskip.profile(base, loader(records, adaskip.Collator(processor), 32)).to_dict()["layers"]``
     """
-    kept = list(batches)
-    if (count := sum(len(batch["labels"]) for batch in kept)) < (needed := smallest_profile(alpha)):
+    kept = take(batches, None, "profile")
+    if (inputs := count(kept)) < (needed := smallest_profile(alpha)):
         raise DataError(
-            f"profile: expected at least {needed} inputs, of which a quarter calibrates at alpha={alpha:g}, got {count}"
+            f"profile: expected at least {needed} inputs, of which a quarter calibrates at alpha={alpha:g}, "
+            f"got {inputs}"
         )
     found: list[GroupProfile] = []
     accuracy, n = math.nan, 0
@@ -152,7 +154,7 @@ def profile(
             if wanted is None:
                 wanted = ("all", "vision") if model.described.vision_ids else ("all",)
             layers = len(model.described.layers)
-            with stages(f"measuring {layers} layers on {count} inputs, group {group}", count) as advance:
+            with stages(f"measuring {layers} layers on {inputs} inputs, group {group}", inputs) as advance:
 
                 def tick(done: int, group: Group = group, advance: Advance = advance) -> None:
                     advance(done)

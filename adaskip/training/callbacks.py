@@ -17,10 +17,11 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError, did_you_mean
 from adaskip.runtime.attach import RoutedModel
+from adaskip.theory.batches import count, take
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
 from adaskip.theory.profile import LayerMeasures, Prices, measure
 from adaskip.training.data import Batch
-from adaskip.training.inputs import count, from_rank_zero, take, to_device
+from adaskip.training.inputs import from_rank_zero, to_device
 from adaskip.training.looks import DenseLogits, Look, describe_skip, joint_cost
 from adaskip.training.module import RouterTuner
 from adaskip.training.objective import is_count, is_number
@@ -214,8 +215,8 @@ class ConditionCheck(lightning.Callback):
             "theory/violations": len(self.look.violations),
             "theory/held_layers": len(tuner.model.config.held),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+        for logger in trainer.loggers:  # under the number that Lightning gives what it logs of this very step
+            logger.log_metrics(numbers, step=max(0, trainer.global_step - 1))
         if not trainer.is_global_zero:
             return
         record = self.look.to_dict()

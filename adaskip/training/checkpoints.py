@@ -14,6 +14,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from adaskip.errors import CheckpointError
+
 CHECKPOINTS = "checkpoints"
 KEPT = 2
 
@@ -40,24 +42,43 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class RoundsBySteps(lightning.Callback):
-    """Number rounds of records and logged steps by the optimiser steps that are done.
+    """Begin every round of records where the optimiser steps that are done say, also after a resume.
 
-    Lightning goes through the last finished epoch of a resumed run once more, without a batch, and counts that: its own
-    numbers would leave out a round of records, and log every later step one too high.
+    Lightning takes the epoch of a resumed run for unfinished. It goes through it once more, with one batch of it or
+    with none, as validation happens to fall, and counts that: rounds, logged steps and checkpoints would shift by one
+    with every resume. A checkpoint of ours always stands at the end of a round, so its epoch is marked as finished.
 
     Args:
         loader: of the training records; its sampler, or its batch sampler, has ``set_epoch``.
         steps: steps of a round.
+        done: steps that are done when training starts.
     """
 
-    def __init__(self, loader: DataLoader[Any], steps: int) -> None:
+    def __init__(self, loader: DataLoader[Any], steps: int, done: int = 0) -> None:
         chooses: Any = loader.batch_sampler if hasattr(loader.batch_sampler, "set_epoch") else loader.sampler
         self.sampler, self.steps = chooses, steps
+        self.sampler.set_epoch(done // steps)  # workers fetch before the first epoch is said to start
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Mark every epoch that the checkpoint has seen as finished."""
+        rounds = checkpoint["global_step"] // self.steps
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, rounds))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Overrule the numbers that Lightning has just set; the loader is asked for its first batch after this."""
+        """Start the round as a run that was never interrupted would start it."""
+        if trainer.global_step % self.steps:
+            raise CheckpointError(
+                f"{trainer.default_root_dir}: expected a round of {self.steps} steps to begin at a multiple of it, got "
+                f"step {trainer.global_step}; its checkpoints are of another run: start anew, output=another-folder"
+            )
+        loop = trainer.fit_loop.epoch_loop
+        loop.restarting = False
+        loop._batches_that_stepped = trainer.global_step  # what loggers are told
         self.sampler.set_epoch(trainer.global_step // self.steps)
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def checkpoint_callback(folder: Path) -> ModelCheckpoint:
@@ -70,6 +91,7 @@ def checkpoint_callback(folder: Path) -> ModelCheckpoint:
         folder / CHECKPOINTS,
         filename="{step:08d}",
         auto_insert_metric_name=False,
+        enable_version_counter=False,  # a run that was moved writes its own steps again
         monitor="step",
         mode="max",
         save_top_k=KEPT,
@@ -96,3 +118,17 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             _log.warning("%s: damaged (%s); going on from the checkpoint before it", path, reason)
     return None, 0
+
+
+def keep_newest(folder: Path, newest: Path | None) -> None:
+    """Remove what a resumed run does not go on from: damaged files, parts of files, all but the one before the newest.
+
+    Lightning never removes the checkpoint that it has resumed from; without this every resume would leave one more.
+    """
+    if newest is None:
+        return
+    whole = checkpoints(folder)
+    kept = whole[whole.index(newest) :][:KEPT]
+    for path in (folder / CHECKPOINTS).iterdir():
+        if path not in kept:
+            path.unlink()

@@ -13,6 +13,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.flips import Flips, survey_flips
 from adaskip.training.data import Batch
 from adaskip.training.objective import Fit, Objective
+from adaskip.training.schedule import OneCycle
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ def fit_round(
     flips = flips.to(next(routers.parameters()).device)
     draws = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=fit.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=fit.learning_rate, total_steps=fit.steps, pct_start=0.1, anneal_strategy="cos"
-    )
+    schedule = OneCycle(optimizer, fit.learning_rate, fit.steps)
     held = torch.tensor([i in model.config.held for i in range(len(routers))], device=flips.cost.device)
     multiplier, figures = start, {}
     with torch.enable_grad():

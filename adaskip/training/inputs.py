@@ -1,63 +1,26 @@
-"""Batches that are read again and again: taken from a loader, told apart, moved, the same on every process."""
+"""Batches that are read again and again: told apart, moved, the same on every process."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning
 import torch
 from torch import Tensor
 
-from adaskip.errors import AdaSkipError, DataError
+from adaskip.errors import AdaSkipError
 from adaskip.theory.profile import IGNORED
 from adaskip.training.data import Batch
 
 T = TypeVar("T")
-NEEDED = ("inputs", "labels", "prompt_mask")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The same batch with every tensor on a device."""
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return moved | {"inputs": {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch["inputs"].items()}}
-
-
-def check_batch(batch: Any, where: str, needed: tuple[str, ...] = NEEDED) -> None:
-    """Refuse what is no batch of prompts with answers.
-
-    Raises:
-        DataError: says what the batch lacks.
-    """
-    found = list(batch) if isinstance(batch, dict) else type(batch).__name__
-    if not isinstance(batch, dict) or any(name not in batch for name in needed):
-        raise DataError(
-            f"{where}: expected batches with {', '.join(needed)}, as adaskip.Collator(processor) makes them, got "
-            f"{found}; pass collate_fn=adaskip.Collator(processor) to the loader"
-        )
-
-
-def take(batches: Iterable[Batch], limit: int | None, where: str) -> list[Batch]:
-    """The first batches that hold ``limit`` inputs together, or all of them.
-
-    Raises:
-        DataError: an item is no batch.
-    """
-    if not isinstance(batches, Iterable) or isinstance(batches, dict):
-        raise DataError(f"{where}: expected a loader or a list of batches, got {type(batches).__name__}")
-    found: list[Batch] = []
-    for batch in batches:
-        check_batch(batch, where)
-        found.append(batch)
-        if limit is not None and count(found) >= limit:
-            break
-    return found
-
-
-def count(batches: Iterable[Batch]) -> int:
-    """How many inputs the batches hold."""
-    return sum(len(batch["labels"]) for batch in batches)
 
 
 def fingerprints(batches: Iterable[Batch]) -> list[str]:

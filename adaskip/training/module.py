@@ -14,12 +14,14 @@ from torchmetrics import MeanMetric
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.weights import find_packed
 from adaskip.theory import bounds
+from adaskip.theory.batches import check_batch
 from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import DRAWS, first_order
 from adaskip.theory.profile import IGNORED, Prices, compare, exact_match
 from adaskip.training.data import Batch, answer_positions
-from adaskip.training.inputs import check_batch, fingerprints, from_rank_zero
+from adaskip.training.inputs import fingerprints, from_rank_zero
 from adaskip.training.metrics import KeepByKind
 from adaskip.training.objective import Objective, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
@@ -122,6 +124,11 @@ class RouterTuner(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Price what a skip costs, unless prices are at hand, and check that the objective has what it needs."""
+        if find_packed(self.model.backbone) is not None:
+            raise ConfigError(
+                "RouterTuner: the backbone's weights are packed by dynamic quantisation, through which no gradient "
+                "passes; train on the backbone as it was, then load the routers onto the packed one"
+            )
         inputs, self._inputs = self._inputs, None
         self._gaps.clear()  # a fit before this one may have been interrupted between two steps
         if self.prices is None and inputs is not None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
+from adaskip.theory.batches import count, take
 from adaskip.theory.prices import needed, price
 from adaskip.theory.profile import Prices
 from adaskip.training.data import Batch
-from adaskip.training.inputs import count, take, to_device
+from adaskip.training.inputs import to_device
 from adaskip.training.objective import Objective
 
 LIMIT = 256

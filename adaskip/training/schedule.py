@@ -19,7 +19,9 @@ class OneCycle(OneCycleLR):
     """One cycle of `torch.optim.lr_scheduler.OneCycleLR`; a run that goes on keeps its last rate."""
 
     def __init__(self, optimizer: Optimizer, peak: float, steps: int) -> None:
-        super().__init__(optimizer, max_lr=peak, total_steps=steps, pct_start=0.1, anneal_strategy="cos")
+        # the parent divides by the length of the rise, 0.1 * steps - 1: at ten steps it would be none
+        rise = 0.1 if steps != 10 else 0.15
+        super().__init__(optimizer, max_lr=peak, total_steps=steps, pct_start=rise, anneal_strategy="cos")
 
     def get_lr(self) -> list[float | Tensor]:
         """The rates of this step."""

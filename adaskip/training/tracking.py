@@ -29,7 +29,7 @@ class MetricsFile(Logger):
 
     Args:
         folder: of the run.
-        after: forget lines beyond this step; what a resumed run will write again.
+        after: so many steps are done; forget the lines of later ones, which a resumed run will write again.
     """
 
     def __init__(self, folder: Path, after: int = 0) -> None:
@@ -59,9 +59,9 @@ class MetricsFile(Logger):
 
 
 def truncate_table(path: Path, after: int) -> None:
-    """Keep the header and the whole lines of ``step,...`` up to a step."""
+    """Keep the header and the whole lines of the first ``after`` steps, which are numbered from 0."""
     lines = own_lines(path.read_text(encoding="utf-8")) if path.exists() else []
-    kept = [line for line in lines[1:] if line.count(",") >= 2 and int(line.split(",", 1)[0]) <= after]
+    kept = [line for line in lines[1:] if line.count(",") >= 2 and int(line.split(",", 1)[0]) < after]
     write_text(path, "\n".join(["step,name,value", *kept]) + "\n")
 
 

@@ -60,6 +60,7 @@ def test_a_group_is_decoded_whole() -> None:
     keep = torch.ones(LAYERS, 1, dtype=torch.bool)
     keep[1] = False
     model = attach(model.detach(), plan=SkipPlan.static([1]))
+    model.generate_many(items[:1], **NEW)  # the first time the model itself is tried
     seen = [count_tokens(layer) for layer in model.described.layers]
     many = model.generate_many(items, group_size=3, **NEW)
     assert many.groups == (((True, False, True, True), 3), ((True, False, True, True), 2))

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-STEPS, EVERY = 16, 4
+STEPS, EVERY = 16, 4  # a checkpoint every four steps
 SHORT = [
     f"trainer.steps={STEPS}",
     "trainer.batch_size=8",
     f"trainer.checkpoint_every={EVERY}",
-    f"trainer.validate_every={EVERY}",
+    "trainer.validate_every=3",
     "trainer.progress=false",
     "conditions.every=6",
     "conditions.examples=12",

@@ -110,3 +110,19 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     other.wait()
     with opened(recipe(folder), folder, False) as (checkpoint, step):
         assert (checkpoint, step) == (None, 0)
+
+
+def test_torchrun_and_the_recipe_must_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: processes of torchrun that each train alone and write over one another's files."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"torchrun has started 2 processes .* asks for 1; .*trainer.devices=2"):
+        train(recipe(tmp_path / "run", "trainer.devices=1"))
+
+
+def test_slurm_requeues_nothing_behind_our_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: a checkpoint in mid-round, written at SLURM's signal, that a resume prefers to the run's own."""
+    assert adaskip.train._cluster() == []
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "5"}.items():
+        monkeypatch.setenv(name, value)
+    assert [cluster.auto_requeue for cluster in adaskip.train._cluster()] == [False]

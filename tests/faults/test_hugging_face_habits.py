@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -149,3 +150,19 @@ def test_only_routers_train() -> None:
     assert not any(weight.requires_grad for weight in model.backbone.parameters())
     assert all(weight.requires_grad for weight in model.routers.parameters())
     assert not any(weight.requires_grad for weight in model.requires_grad_(False).parameters())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("prefill_chunk_size", 4, "only the first chunk"), ("cache_implementation", "static", "cannot hold skipped"),
+     ("guidance_scale", 1.5, "a second prompt")],
+)  # fmt: skip
+def test_options_are_refused_wherever_they_stand(option: str, value: Any, message: str) -> None:
+    """The model's own configuration says it, beside one that is given; catches routes of a part of the prompt."""
+    model = routed()
+    ids = torch.arange(3, 12)[None]
+    with pytest.raises(ConfigError, match=message):
+        model.generate(ids, max_new_tokens=2, **{option: value})
+    setattr(model.generation_config, option, value)
+    with pytest.raises(ConfigError, match=message):
+        model.generate(ids, GenerationConfig(max_new_tokens=2))

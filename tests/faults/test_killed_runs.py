@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from adaskip.recipe import load
 from adaskip.train import train
-from adaskip.training.checkpoints import checkpoints, newest_checkpoint
+from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
 from adaskip.training.module import RouterTuner
 from tests.faults.runs import EVERY, SHORT, STEPS, kill, numbers
 
@@ -63,6 +63,23 @@ def test_a_run_killed_in_mid_training_goes_on(
     assert (folder / "conditions.jsonl").read_text() == (whole / "conditions.jsonl").read_text()
 
 
+@pytest.mark.parametrize("settings", [["trainer.validate_every=4"], ["trainer.validate_every=50", "trainer.workers=2"]])
+def test_killed_twice_whenever_it_validates(tmp_path: Path, steps: list[int], settings: list[str]) -> None:
+    """Would catch: a resume that trains a step too many or too few as validation falls on a checkpoint or not."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    train(load("digits-vlm", [*SHORT, *settings, f"output={whole}"]))
+    kill("in step", 6, ["train", "digits-vlm", *SHORT, *settings, f"output={folder}"])
+    kill("in step", 9, ["train", str(folder / "recipe.resolved.yaml"), "--resume"])
+    steps.clear()
+    train(load(folder / "recipe.resolved.yaml"), resume=True)
+    assert steps == list(range(8, STEPS))
+    expected, resumed = (load_file(run / "router" / "router.safetensors") for run in (whole, folder))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert numbers(folder) == numbers(whole)
+    # the two newest, and the one that the last resume went on from; not one more for every resume
+    assert [int(path.stem) for path in checkpoints(folder)] == [STEPS, STEPS - EVERY, 8]
+
+
 def test_a_run_keeps_its_two_newest_checkpoints(whole: Path) -> None:
     """Would catch: a disk that fills, or one checkpoint that is overwritten in place."""
     assert [int(path.stem) for path in checkpoints(whole)] == [STEPS, STEPS - EVERY]
@@ -79,3 +96,6 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path, caplog
         copy.write_bytes(path.read_bytes()[: None if path.stem == "00000012" else 5000])
     assert newest_checkpoint(folder) == (folder / "checkpoints" / "00000012.ckpt", 12)
     assert "00000016.ckpt: damaged" in caplog.text
+    (folder / "checkpoints" / "00000020.ckpt.part").touch()
+    keep_newest(folder, newest_checkpoint(folder)[0])
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["00000012.ckpt"]

@@ -116,11 +116,11 @@ def test_no_answer_at_all_has_length_one(own: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no prompt"),
+        ("", "the file is empty"),
         ('{"prompt": "w1"}\n\n[1]', "line 3: expected an object"),
-        ('{"prompt": "w1", "image": 3}', "line 1: image: expected a path"),
-        ('{"prompt": "w1"}\n{"prompt": " "}', "line 2: the prompt is empty"),
-        (b"\xff\xfe", "expected UTF-8 text"),
+        ('{"prompt": "w1", "image": 3}', "line 1: image is 3; expected a path"),
+        ('{"prompt": "w1"}\n{"prompt": " "}', "line 2: .*prompt is empty"),
+        (b"\xff\xfe", "is UTF-16; expected UTF-8"),
     ],
 )
 def test_many_prompts_with_a_bad_line(own: Path, tmp_path: Path, text: str | bytes, message: str) -> None:

@@ -96,7 +96,7 @@ def test_weights_of_another_shape(tmp_path) -> None:
     """The configuration was edited by hand; catches a traceback, and a model that stays patched."""
     routed().save_pretrained(tmp_path)
     config = tmp_path / "adaskip_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"router": {"hidden": 32}}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"router": {"hidden": 32}, "trained": None}))
     model = llama()
     with pytest.raises(
         CheckpointError, match=r"not of this configuration: 0\.inner\.bias: expected \(32,\), got \(64,\), and 11"

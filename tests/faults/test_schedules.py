@@ -218,3 +218,14 @@ def test_kinds_may_be_numbers_and_unknown() -> None:
         "2.5": [1, 1],
         "other": [0.5, 0],
     }
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
+def test_a_schedule_of_any_length_works(steps: int) -> None:
+    """`trainer.steps=10`: torch's one-cycle schedule divides by the length of a rise of a tenth, less one."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = OneCycle(optimizer, 0.1, steps)
+    for _ in range(steps + 2):
+        assert 0 < optimizer.param_groups[0]["lr"] <= 0.1
+        optimizer.step()
+        schedule.step()

@@ -17,6 +17,7 @@ from adaskip.training.checkpoints import checkpoints
 from tests.faults.runs import KILLER, SHORT, STEPS, environment, numbers
 
 TWO = [*SHORT, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.batch_size=4"]
+JOINED = [*SHORT, "trainer.accelerator=cpu", "trainer.batch_size=4"]  # how many there are is torchrun's to say
 COMMAND = [sys.executable, str(KILLER), "train"]
 LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
 TORCHRUN = [sys.executable, *LAUNCHER, str(KILLER), "train"]
@@ -64,7 +65,7 @@ def test_a_process_that_dies_is_said_by_the_other_and_the_run_goes_on(
     """Would catch: a process that waits for a dead one, and a resume of two processes that is not the same run."""
     folder = tmp_path / "run"
     started = time.monotonic()
-    done = run([*TORCHRUN, "digits-vlm", *TWO, f"output={folder}"], MOMENT="in step", STEP="10", VICTIM="1")
+    done = run([*TORCHRUN, "digits-vlm", *JOINED, f"output={folder}"], MOMENT="in step", STEP="10", VICTIM="1")
     assert done.returncode != 0
     assert time.monotonic() - started < 150
     assert "another process of this run has ended" in done.stderr
