@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,9 +173,9 @@ def _check_tracking(recipe: Recipe) -> None:
     """Ask for the W&B key before minutes of pricing, not after them."""
     if recipe.tracking.wandb != "online":
         return
-    import wandb
-
-    if not wandb.login(prompt=False):
+    # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
+    question = "import sys, wandb; sys.exit(not wandb.login(prompt=False))"
+    if subprocess.run([sys.executable, "-c", question], capture_output=True, check=False).returncode:
         raise ConfigError(
             "tracking.wandb: online needs a W&B API key, and none is configured; type `wandb login`, "
             "or keep the run on this machine: tracking.wandb=offline"

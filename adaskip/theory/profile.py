@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -149,6 +150,11 @@ def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~where).all(1)
 
 
+def _of_group(values: Tensor) -> Tensor:
+    """Measures of each input, 0 where it has no token of the group: a skip that nothing makes changes nothing."""
+    return values.nan_to_num(0.0, posinf=math.inf)
+
+
 @torch.no_grad()
 def measure(
     model: RoutedModel,
@@ -179,8 +185,8 @@ def measure(
             # what a layer returned, not what the next one got: some models add to the states in between
             states.extend([after] if states else [before, after])  # noqa: B023 - read within this very batch
             group = model.group_mask()
-            geometry["cosine"].append(measures.cosine_distance(before, after, group))  # noqa: B023
-            geometry["rho"].append(measures.relative_change(before, after, group))  # noqa: B023
+            geometry["cosine"].append(_of_group(measures.cosine_distance(before, after, group)))  # noqa: B023
+            geometry["rho"].append(_of_group(measures.relative_change(before, after, group)))  # noqa: B023
 
         reading = read_attention(model, model.read_tokens(batch["inputs"])) if attention else nullcontext()
         with model.dense(), model.observe(watch), reading as read:

@@ -206,7 +206,8 @@ class RouterTuner(lightning.LightningModule):
         rho: list[Tensor] = []
 
         def watch(index: int, before: Tensor, after: Tensor) -> None:
-            rho.append(relative_change(before, after, self.model.group_mask()))
+            # a row without a token of the group (no picture) has nothing that a skip could cost
+            rho.append(relative_change(before, after, self.model.group_mask()).nan_to_num(0.0, posinf=torch.inf))
 
         prices = self.prices if self.objective.bound_weight else None
         if prices is not None and self.objective.price == "fisher":

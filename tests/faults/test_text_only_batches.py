@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adaskip import Objective, RouterConfig, RouterTuner, SkipPlan, attach
+from adaskip.theory.profile import Prices, measure
 from tests.families import make
 from tests.routing import decide
 
@@ -48,7 +49,8 @@ def test_a_training_step(scope: Any) -> None:
     """The sampler draws a batch of questions without pictures: would catch a run that stops there."""
     toy = make("llava")
     model = attach(toy.model, RouterConfig(group="vision", scope=scope))
-    tuner = RouterTuner(model, Objective(keep=0.5), steps=2)
+    prices = Prices(*[torch.ones(len(model.routers), dtype=torch.float64)] * 3, alpha=0.1)  # type: ignore[arg-type]
+    tuner = RouterTuner(model, Objective(keep=0.5), prices, steps=2)
     text = torch.randint(16, 80, (2, 6), generator=torch.Generator().manual_seed(0))
     labels = text.clone()
     labels[:, :4] = -100
@@ -64,4 +66,17 @@ def test_a_training_step(scope: Any) -> None:
     )  # fmt: skip
     trainer.fit(tuner, torch.utils.data.DataLoader([batch, batch], batch_size=None))  # type: ignore[arg-type]
     assert trainer.global_step == 2
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
     assert (model.routing.keep_rate == 1).all()
+
+
+def test_layers_are_measured_beside_text() -> None:
+    """Prices come from rows with and without pictures: would catch NaN that reaches every price and the loss."""
+    toy = make("llava")
+    model = attach(toy.model, RouterConfig(group="vision"))
+    text = torch.randint(16, 80, (2, 6), generator=torch.Generator().manual_seed(0))
+    labels = text.clone()
+    labels[:, :4] = -100
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    found = measure(model, [{"inputs": inputs, "prompt_mask": labels == -100, "labels": labels}], attention=True)
+    assert all(bool((values == 0).all()) for values in (found.rho, found.cosine, found.kl, found.s, found.mass))
