@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning's own launcher, srun
 
@@ -24,3 +28,31 @@ def is_lost_process(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
     text = str(error).lower()
     return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer"))
+
+
+class _Said(logging.Handler):
+    """Say a sentence on standard error when Lightning reports a child process that has ended."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(logging.INFO)
+        self.sentence = sentence
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write at once: the process is killed right after this."""
+        print(f"adaskip: {self.sentence}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def says_when_lost(sentence: str) -> Iterator[None]:
+    """Inside, the death of a process that Lightning has started is said in these words.
+
+    Lightning watches its children every few seconds and, when one is dead, kills this process with SIGKILL: if it looks
+    before the next collective fails here, no exception is left to say anything.
+    """
+    log = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    said = _Said(sentence)
+    log.addHandler(said)
+    try:
+        yield
+    finally:
+        log.removeHandler(said)

@@ -23,7 +23,7 @@ from adaskip import report
 from adaskip.amounts import enough_to_train
 from adaskip.budget import hold_budget, lightest
 from adaskip.errors import CheckpointError
-from adaskip.ranks import is_first_process, is_lost_process, launched
+from adaskip.ranks import is_first_process, is_lost_process, launched, says_when_lost
 from adaskip.recipe import RESOLVED, Recipe
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
@@ -105,15 +105,17 @@ def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict
     with opened(recipe, folder, resume) as (checkpoint, step):
         if resume:
             stages.note(f"{folder}: going on from step {step}")
+        lost = (
+            f"{folder}: another process of this run has ended, see what it says above; "
+            f"go on with: adaskip train {folder / RESOLVED} --resume"
+        )
         try:
-            return _train(recipe, folder, model, collate, splits, checkpoint, step, laps, stages)
+            with says_when_lost(lost):
+                return _train(recipe, folder, model, collate, splits, checkpoint, step, laps, stages)
         except RuntimeError as error:
             if not is_lost_process(error):
                 raise
-            raise CheckpointError(
-                f"{folder}: another process of this run has ended, see what it says above; "
-                f"go on with: adaskip train {folder / RESOLVED} --resume"
-            ) from error
+            raise CheckpointError(lost) from error
 
 
 def _train(

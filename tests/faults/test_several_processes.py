@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adaskip.ranks import says_when_lost
 from adaskip.training.checkpoints import checkpoints
 from tests.faults.runs import KILLER, SHORT, STEPS, environment, numbers
 
@@ -88,3 +90,12 @@ def test_either_process_of_the_command_line_may_die(tmp_path: Path, victim: str)
     assert "another process of this run has ended" in done.stderr
     assert f"adaskip train {folder / 'recipe.resolved.yaml'} --resume" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_is_killed_for_a_dead_one_says_so_first(capfd: pytest.CaptureFixture[str]) -> None:
+    """Lightning looks before the collective fails, and kills: would catch an end without a word on what to do."""
+    log = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    with says_when_lost("go on with --resume"):
+        log.info("Child process with PID 1 terminated with code -9.")
+    log.info("nobody listens any more")
+    assert capfd.readouterr().err.count("adaskip: go on with --resume") == 1
