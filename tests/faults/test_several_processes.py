@@ -70,7 +70,8 @@ def test_a_process_that_dies_is_said_by_the_other_and_the_run_goes_on(
     done = run([*TORCHRUN, "digits-vlm", *JOINED, f"output={folder}"], MOMENT="in step", STEP="10", VICTIM="1")
     assert done.returncode != 0
     assert time.monotonic() - started < 150
-    assert "another process of this run has ended" in done.stderr
+    # the broken collective says it, or the signal that torchrun sends the survivor, whichever comes first
+    assert f"go on with: adaskip train {folder / 'recipe.resolved.yaml'} --resume" in done.stderr
     assert [int(path.stem) for path in checkpoints(folder)] == [8, 4]
     resumed = run([*TORCHRUN, str(folder / "recipe.resolved.yaml"), "--resume"])
     assert resumed.returncode == 0, resumed.stderr
