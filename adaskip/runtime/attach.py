@@ -19,7 +19,6 @@ from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
 from adaskip.runtime.arguments import name_arguments
 from adaskip.runtime.cost import Flops, Ledger
-from adaskip.runtime.decoding import check_options
 from adaskip.runtime.fingerprint import describe_unreadable
 from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
@@ -93,16 +92,8 @@ class RoutedModel(Handle):
             ConfigError: an option that would let routers see only a part of the prompt, or another prompt beside it.
         """
         self._check_attached()
-        generate = type(self.backbone).generate  # type: ignore[attr-defined]
-        inputs = name_arguments(generate, args, inputs, "model.generate")
-        check_options(self, inputs)
-        ids = inputs.get("input_ids", inputs.get("inputs"))
-        tokens = ids if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        length = tokens.shape[1] if tokens is not None else None
-        mode: Mode = "dense" if self.runtime.mode == "dense" else "skip"
-        options = {"mode": mode, "fixed": self._given(routing), "prompt_length": length, "prompt_ids": ids}
-        with torch.no_grad(), self.runtime.state.using(prompt_mask=None, **options):
-            return self.backbone.generate(**inputs)  # type: ignore[operator]
+        with self.runtime.state.using(fixed=self._given(routing)):
+            return self.backbone.generate(*args, **inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
         """Answer prompts together that took the same path, as `adaskip.runtime.paths.generate_many` says."""

@@ -6,12 +6,14 @@ import sys
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.arguments import name_arguments
 from adaskip.runtime.cache import SkipCache
+from adaskip.runtime.decoding import check_options
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
@@ -60,6 +62,58 @@ class RoutedForward:
             self.module.forward = self.inner
 
 
+class RoutedGenerate:
+    """The ``generate`` of a routed model, whoever calls it: the handle, a pipeline, a PEFT model around the backbone.
+
+    It tells the routers where the prompt ends, which no single pass can know that reads a sequence without a cache.
+
+    Args:
+        model: the Hugging Face object.
+        runtime: what its patched modules share.
+    """
+
+    def __init__(self, model: PreTrainedModel, runtime: Runtime) -> None:
+        self.model = model
+        self.runtime: Runtime | None = runtime
+        self.inner = model.__dict__.get("generate")  # one that somebody had put there before
+        model.generate = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate along the routing of the prompt, or plainly once it is taken off.
+
+        Raises:
+            ConfigError: an option that would let routers see only a part of the prompt, or another prompt beside it.
+        """
+        call = self.inner or partial(type(self.model).generate, self.model)  # type: ignore[attr-defined]
+        if self.runtime is None:
+            return call(*args, **kwargs)
+        options = name_arguments(type(self.model).generate, args, kwargs, "model.generate")  # type: ignore[attr-defined]
+        dense = self.runtime.mode == "dense"
+        if not dense:
+            check_options(self.model, options)
+        ids = options.get("input_ids", options.get("inputs"))
+        prompt = ids if options.get("inputs_embeds") is None else options["inputs_embeds"]
+        with (
+            torch.no_grad(),
+            self.runtime.state.using(
+                mode="dense" if dense else "skip",
+                prompt_mask=None,
+                prompt_length=None if prompt is None else prompt.shape[1],
+                prompt_ids=ids,
+            ),
+        ):
+            return call(**options)
+
+    def take_off(self) -> None:
+        """Give the model its own ``generate`` back."""
+        self.runtime = None
+        if self.model.__dict__.get("generate") is not self:
+            return
+        del self.model.__dict__["generate"]
+        if self.inner is not None:
+            self.model.generate = self.inner
+
+
 class Patches:
     """Everything that attach changed of one model.
 
@@ -81,6 +135,7 @@ class Patches:
         ]
         self.calmed = [module for module in model.modules() if module.training]
         self.forwards: list[RoutedForward] = []
+        self.generate: RoutedGenerate | None = None
         self.handles: list[Any] = []
         self.places: dict[nn.Module, tuple[nn.Module, str]] = {}
         model.requires_grad_(False).eval()
@@ -91,6 +146,8 @@ class Patches:
             self.forwards.append(RoutedForward(layer, runtime.layers[index], runtime, whole=True))
             for module, executor in runtime.sublayers(index):
                 self.forwards.append(RoutedForward(module, executor, runtime, whole=False))
+        if hasattr(type(self.model), "generate"):
+            self.generate = RoutedGenerate(self.model, runtime)
         setattr(self.model, MARK, runtime)
         setattr(self.model, PATCHES, self)
         self.places = {
@@ -131,6 +188,8 @@ class Patches:
         """Restore forwards, and what trained, unless somebody has decided anew what trains since attach."""
         for forward in self.forwards:
             forward.take_off()
+        if self.generate is not None:
+            self.generate.take_off()
         for handle in self.handles:
             handle.remove()
         for mark in (MARK, PATCHES):

@@ -148,7 +148,7 @@ def generate_many(
         BackboneError: the model keeps no cache, or does not go on from one as it should.
     """
     _check(model, group_size)
-    decoding = read_options(model, options)
+    decoding = read_options(model.backbone, options)
     items = read_items(prompts)
     for number, item in enumerate(items):
         for leading in padding(item).tolist():

@@ -39,6 +39,57 @@ def test_generate_by_position() -> None:
         model.generate(ids, GenerationConfig(**GREEDY, prefill_chunk_size=2))
 
 
+@pytest.mark.parametrize("options", [{"use_cache": False}, {}], ids=["no cache", "cache"])
+def test_generate_of_the_backbone(options: dict[str, Any]) -> None:
+    """Somebody hands model.backbone to a tool that generates without a cache; catches routes decided anew by every
+    token, from the answer so far."""
+    model, inputs = routed(), batch(7, 12)
+    expected = model.generate(**inputs, **GREEDY, **options)
+    decisions = model.routing.keep
+    assert not decisions.all()
+    assert torch.equal(model.backbone.generate(**inputs, **GREEDY, **options), expected)
+    assert torch.equal(model.routing.keep, decisions)
+    found = pipeline("text-generation", model=model.backbone, tokenizer=tokenizer())(
+        "abc, def", return_tensors=True, **GREEDY, **options
+    )
+    ids = tokenizer()("abc, def", return_tensors="pt")["input_ids"]
+    assert found[0]["generated_token_ids"] == model.generate(ids, **GREEDY, **options)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"prefill_chunk_size": 2}, "only the first chunk"),
+        ({"cache_implementation": "static"}, "cannot hold skipped layers"),
+        ({"guidance_scale": 2.0}, "a second prompt"),
+    ],
+)
+def test_what_generate_of_the_backbone_cannot_do(options: dict[str, Any], text: str) -> None:
+    """The same options on model.backbone.generate; catches wrong answers and texts about a layer deep inside. Inside
+    dense() and after detach() the model can do whatever it could."""
+    model, inputs = routed(), batch(7)
+    with pytest.raises(ConfigError, match=text):
+        model.backbone.generate(**inputs, **GREEDY, **options)
+    expected = llama().generate(**inputs, **GREEDY, **options)
+    with model.dense():
+        assert torch.equal(model.backbone.generate(**inputs, **GREEDY, **options), expected)
+        assert torch.equal(model.generate(**inputs, **GREEDY, **options), expected)
+    base = model.detach()
+    assert "generate" not in vars(base)
+    assert torch.equal(base.generate(**inputs, **GREEDY, **options), expected)
+
+
+def test_a_copy_of_the_backbone_generates_by_itself() -> None:
+    """Somebody copies the routed backbone; catches a copy whose generate runs the first one's weights."""
+    model, inputs = routed(), batch(7)
+    twin = copy.deepcopy(model.backbone)
+    expected = model.generate(**inputs, **GREEDY)
+    with torch.no_grad():
+        model.backbone.get_output_embeddings().weight.mul_(-1.0)
+    assert torch.equal(twin.generate(**inputs, **GREEDY), expected)
+    assert not torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
 def test_slips_of_the_call() -> None:
     """Somebody forgets the stars, passes text, or an argument twice; catches an AttributeError deep in a layer."""
     model, inputs = routed(), batch()
