@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaskip.errors import AdaSkipError as AdaSkipError
+    from adaskip.generate.cut import cut as cut
     from adaskip.plan import RouterConfig as RouterConfig
     from adaskip.plan import Routing as Routing
     from adaskip.plan import SkipPlan as SkipPlan
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
-    from adaskip.runtime.cut import cut as cut
     from adaskip.runtime.patch import detach as detach
     from adaskip.theory.redundancy import profile as profile
     from adaskip.training.batches import RoundBatches as RoundBatches
@@ -52,7 +52,7 @@ _HOMES = {
     "Routing": "plan",
     "SkipPlan": "plan",
     "attach": "runtime.attach",
-    "cut": "runtime.cut",
+    "cut": "generate.cut",
     "detach": "runtime.patch",
     "profile": "theory.redundancy",
 }

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from adaskip.demo.digits import KINDS
-from adaskip.opened import open_run
 from adaskip.policies.static import Scored, Search, best
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.intervals import bootstrap_mean, paired_difference
 from adaskip.theory.profile import exact_match
-from adaskip.train import train
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
+from adaskip.verbs.run import open_run
+from adaskip.verbs.train import train
 
 TEXT_ONLY = ("arithmetic", "repeat")
 RECIPES = {"all": "digits-vlm", "vision": "digits-vlm-vision"}
@@ -130,7 +130,7 @@ def main() -> None:
         spent = statistics.fmean(float(r["keep"].mean()) for r in results)
         affordable = [plan for plan in plans if plan.keep >= spent - 0.005]
         rival = min(affordable, key=lambda plan: plan.keep)
-        static = answers(run.model, batches, keep=rival.plan.keep(len(run.model.described.layers)))
+        static = answers(run.model, batches, keep=rival.plan.keep(len(run.model.spec.layers)))
         gain, loss = paired_difference(routed, static["right"]), paired_difference(dense["right"], routed)
         rates = torch.stack([r["keep"] for r in results])
         rows.append(

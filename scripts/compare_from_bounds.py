@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.opened import open_run
 from adaskip.recipe import Recipe, load
 from adaskip.theory.intervals import paired_difference
 from adaskip.theory.profile import exact_match
-from adaskip.train import records, train
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
+from adaskip.verbs.run import open_run
+from adaskip.verbs.train import records, train
 
 
 def finished(name: str, method: str, settings: list[str], folder: Path) -> Path:

@@ -19,7 +19,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from adaskip.opened import open_run
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
@@ -28,9 +27,10 @@ from adaskip.theory.flips import survey_flips
 from adaskip.theory.measures import spearman
 from adaskip.theory.prices import Kind, first_order_of, price
 from adaskip.theory.profile import Prices, compare, measure
-from adaskip.train import backbone_options, load_processor, records
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
+from adaskip.verbs.run import open_run
+from adaskip.verbs.train import backbone_options, load_processor, records
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def main() -> None:
     collate = Collator(load_processor(recipe))
     model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
     parts = {split: [*loader(records(recipe, split)[: args.inputs], collate, 60)] for split in ("calibration", "test")}
-    none = torch.zeros(len(model.described.layers))
+    none = torch.zeros(len(model.spec.layers))
     kinds: tuple[Kind, ...] = get_args(Kind)
     prices: dict[str, Prices] = {
         kind: price(model, parts["calibration"], none, recipe.objective.alpha, kind) for kind in kinds

@@ -48,7 +48,7 @@ def main() -> None:
     batch = next(iter(loader(records, Collator(load_processor(options.model)), options.batch_size)))
     inputs, tokens = batch["inputs"], model.read_tokens(batch["inputs"])
     vision = options.group == "vision"
-    layers = len(model.described.layers)
+    layers = len(model.spec.layers)
 
     def dense() -> None:
         with model.dense():

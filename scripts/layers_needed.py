@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     backbone, processor = load()
     model, collate = attach(backbone, RouterConfig()), Collator(processor)
-    layers = len(model.described.layers)
+    layers = len(model.spec.layers)
     records = load_records(EMBEDDED, "validation", options.questions * len(KINDS), 0)
     kinds: dict[str, Any] = {}
     for kind in KINDS:

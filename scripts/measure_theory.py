@@ -22,9 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaskip.budget import hold_budget
 from adaskip.demo.backbone import EMBEDDED, load
-from adaskip.opened import open_run
 from adaskip.plan import RouterConfig
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import RoutedModel, attach
@@ -33,10 +31,12 @@ from adaskip.theory.conditions import rank_correlations
 from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, resplit_coverage, safe_ratio
 from adaskip.theory.measures import spearman
 from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, measure
-from adaskip.train import train
 from adaskip.training.callbacks import joint_cost
 from adaskip.training.data import Batch, Collator, answer_positions, load_records, loader
 from adaskip.training.tracking import environment
+from adaskip.verbs.budget import hold_budget
+from adaskip.verbs.run import open_run
+from adaskip.verbs.train import train
 
 OUT = Path(__file__).parents[1] / "benchmarks" / "theory.json"
 ALPHA, SPLITS = 0.1, 200
@@ -54,7 +54,7 @@ BOUNDS = (
 @torch.no_grad()
 def links(model: RoutedModel, batches: list[Batch]) -> dict[str, Any]:
     """Every single-layer skip, token by token: exact KL, its bounds, certificates; and each input's gate matrix."""
-    layers = len(model.described.layers)
+    layers = len(model.spec.layers)
     found: dict[str, list[Tensor]] = {}
     rows: list[Tensor] = []
     matrices: list[Tensor] = []

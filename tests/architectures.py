@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from adaskip.backbone import inspect_backbone
+from adaskip.backbone.inspect import inspect_backbone
 from adaskip.errors import BackboneError
 from tests.families import (
     REFUSED,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaskip.backbone import inspect_backbone
+from adaskip.backbone.inspect import inspect_backbone
 from adaskip.plan import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
@@ -112,7 +112,7 @@ def masked(model: RoutedModel, keep: Tensor, batch: dict[str, Tensor], unit: str
 
     parts = inspect_backbone(model.backbone, unit, "kept").sublayers if unit != "block" else ()
     handles = []
-    for index, layer in enumerate(model.described.layers):
+    for index, layer in enumerate(model.spec.layers):
         modules = {"block": (layer,)}
         if parts:
             modules |= {"attention": (parts[index].attention,), "mlp": parts[index].mlp}

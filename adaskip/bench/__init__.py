@@ -103,7 +103,7 @@ def _faults(
     different: int,
     phases: Sequence[Phase],
 ) -> list[str]:
-    routed, layers = subject.routed.runtime, len(subject.described.layers)
+    routed, layers = subject.routed.runtime, len(subject.spec.layers)
     left = {rate: round(rate * layers) for rate in skips or () if 0 <= rate < 1}
     faults = [f"--skip: expected shares in [0, 1), got {x:g}" for x in skips or () if x not in left]
     faults += [f"--skip {x:g}: leaves no layer of {layers}" for x, out in left.items() if out == layers]

@@ -83,9 +83,9 @@ def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new
     """
     inputs, routed = subject.batch(batch), subject.routed
     if rate is not None:
-        keep = spread_out(len(subject.described.layers), rate, batch, path)
+        keep = spread_out(len(subject.spec.layers), rate, batch, path)
         force(routed, inputs, keep)
-    dense, own = Side(subject.described.model, inputs, new), Side(routed, inputs, new)
+    dense, own = Side(subject.spec.model, inputs, new), Side(routed, inputs, new)
     memory = peaks(subject, own.prefill, dense.prefill)
     own.settle()
     dense.settle()
@@ -135,7 +135,7 @@ def peaks(subject: Subject, routed: Callable[[], Any], dense: Callable[[], Any])
 
     Both are called once before, and neither should keep anything.
     """
-    device: torch.device = subject.described.device
+    device: torch.device = subject.spec.device
     for call in (routed, dense):
         call()
     most, what = peak_memory(routed, device)

@@ -57,8 +57,8 @@ def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
         AdaSkipError: some router decides otherwise (two rows that look the same to it).
     """
     assert model.routers is not None
-    described, threshold = model.described, model.config.threshold
-    signs = torch.where(keep, _LOGIT, -_LOGIT).to(described.device)
+    spec, threshold = model.spec, model.config.threshold
+    signs = torch.where(keep, _LOGIT, -_LOGIT).to(spec.device)
     seen: dict[int, Tensor] = {}
     if bool((keep != keep[:, :1]).any()):
         tokens = model.read_tokens(inputs)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaskip.backbone import twin
+from adaskip.backbone.inspect import twin
 from adaskip.bench.cell import Cell, describe, peaks
 from adaskip.bench.forced import check_forced, different, force
 from adaskip.bench.sides import Side, Sides
 from adaskip.bench.subject import Subject
 from adaskip.errors import ConfigError
+from adaskip.generate.greedy import greedy_options
+from adaskip.generate.paths import Answers
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.greedy import greedy_options
 from adaskip.runtime.measure import cache_bytes
-from adaskip.runtime.paths import Answers
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Many:
 
     def run(self, new: int) -> Answers:
         """Answers of just so many tokens; placeholders of pictures are never written."""
-        placeholders = list(self.model.described.vision_ids) or None
+        placeholders = list(self.model.spec.vision_ids) or None
         return self.model.generate_many(
             [self.inputs],
             group_size=len(self.inputs["input_ids"]),
@@ -58,9 +58,9 @@ def many_cell(subject: Subject, batch: int, count: int, rate: float, new: int) -
         ConfigError: inputs that cannot be told apart prompt by prompt.
     """
     inputs = subject.batch(batch)
-    keep = different(len(subject.described.layers), rate, batch, count)
+    keep = different(len(subject.spec.layers), rate, batch, count)
     force(subject.routed, inputs, keep)
-    many, dense = Many(subject.routed, inputs, new), Side(subject.described.model, inputs, new)
+    many, dense = Many(subject.routed, inputs, new), Side(subject.spec.model, inputs, new)
     memory = peaks(subject, lambda: many.run(1), dense.prefill)
     dense.settle()
     one, more = many.run(1), many.run(1 + new)
@@ -88,7 +88,7 @@ def _groups(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int)
     for path in dict.fromkeys(map(tuple, keep.T.tolist())):
         column = torch.tensor(path)
         rows = (keep == column[:, None]).all(0).nonzero().flatten()
-        parts.append(Side(twin(subject.described, column.nonzero().flatten().tolist()), _rows(inputs, rows), new))
+        parts.append(Side(twin(subject.spec, column.nonzero().flatten().tolist()), _rows(inputs, rows), new))
     return Sides(tuple(parts))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from adaskip.backbone import inspect_backbone, size_of, twin
+from adaskip.backbone.inspect import inspect_backbone, size_of, twin
 from adaskip.bench.subject import Subject
 from adaskip.errors import BackboneError, ConfigError, did_you_mean
 from adaskip.plan import Group, RouterConfig
@@ -148,10 +148,10 @@ def random_subject(
             found["mm_token_type_ids"] = (ids == IMAGE).long()
         return {name: value.to(device) for name, value in found.items()}
 
-    described = inspect_backbone(model)
-    _check_size(backbone, size, len(described.layers), described.width)
-    routed = attach(twin(described), RouterConfig(group=group), seed=seed)
-    return Subject(backbone, described, routed, batch)
+    spec = inspect_backbone(model)
+    _check_size(backbone, size, len(spec.layers), spec.width)
+    routed = attach(twin(spec), RouterConfig(group=group), seed=seed)
+    return Subject(backbone, spec, routed, batch)
 
 
 def _check_size(backbone: str, size: Size, layers: int, width: int) -> None:

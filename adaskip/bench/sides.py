@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.backbone import twin
+from adaskip.backbone.inspect import twin
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
 from adaskip.runtime.measure import timed
@@ -116,9 +116,9 @@ def ideal(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -
         row = keep[:, int(rows.nonzero()[0])]
         share = float(rows.double().mean())
         if count:
-            parts.append(Side(twin(subject.described, row.nonzero().flatten().tolist()), inputs, new, share))
+            parts.append(Side(twin(subject.spec, row.nonzero().flatten().tolist()), inputs, new, share))
         if vision and count < len(row):
-            model = twin(subject.described, (~row).nonzero().flatten().tolist())
+            model = twin(subject.spec, (~row).nonzero().flatten().tolist())
             parts.append(Side(model.base_model, _text_only(subject, inputs), new, share))
     if not parts:
         raise AdaSkipError("bench: these routers leave out every layer of every row; there is nothing to cut out")

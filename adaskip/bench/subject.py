@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adaskip.backbone import Backbone, inspect_backbone, twin
+from adaskip.backbone.inspect import BackboneSpec, inspect_backbone, twin
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import RouterConfig
@@ -20,11 +20,11 @@ from adaskip.runtime.attach import RoutedModel, attach
 class Subject:
     """A model three times on the same weights, and inputs for it.
 
-    ``described`` stays untouched: dense runs, and what is cut out of it for ideal ones; ``routed`` carries routers.
+    ``spec`` stays untouched: dense runs, and what is cut out of it for ideal ones; ``routed`` carries routers.
     """
 
     name: str
-    described: Backbone
+    spec: BackboneSpec
     routed: RoutedModel
     batch: Callable[[int], dict[str, Tensor]]  # so many rows of model inputs
     trained: bool = False  # whether the routers were trained, so that their own decisions mean something
@@ -42,12 +42,12 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
         from adaskip.demo.backbone import load
 
         model, processor = load()
-        described = inspect_backbone(nn.Module.to(model.requires_grad_(False), device))
-        routed, trained = attach(twin(described), RouterConfig()), False
+        spec = inspect_backbone(nn.Module.to(model.requires_grad_(False), device))
+        routed, trained = attach(twin(spec), RouterConfig()), False
         records = load_records(EMBEDDED, "test", 512, seed)
     else:
-        from adaskip.opened import open_run
-        from adaskip.train import records as split
+        from adaskip.verbs.run import open_run
+        from adaskip.verbs.train import records as split
 
         if not Path(target).is_dir():
             raise CheckpointError(
@@ -56,8 +56,8 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
         run = open_run(Path(target))
         processor, trained = run.processor, True
         config, heads = run.model.config, run.model.routers
-        described = inspect_backbone(nn.Module.to(run.model.detach().requires_grad_(False), device))
-        routed = attach(twin(described), config)
+        spec = inspect_backbone(nn.Module.to(run.model.detach().requires_grad_(False), device))
+        routed = attach(twin(spec), config)
         assert heads is not None
         assert routed.routers is not None
         routed.routers.load_state_dict(heads.state_dict())
@@ -69,4 +69,4 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
             raise ConfigError(f"--batch {rows}: expected at most {len(records)}, so many test questions there are")
         return {name: value.to(device) for name, value in collate(records[:rows])["inputs"].items()}
 
-    return Subject(target, described, routed, batch, trained)
+    return Subject(target, spec, routed, batch, trained)

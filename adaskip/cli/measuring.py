@@ -80,7 +80,7 @@ def profile(
     """Measure how redundant each layer is, and which cheap notion predicts it; trains nothing."""
 
     def work() -> dict[str, Any]:
-        from adaskip.profiling import profile_model
+        from adaskip.verbs.profile import profile_model
 
         return profile_model(
             model, data, group, split=split, examples=examples, tolerance=tolerance, batch_size=batch_size,
@@ -88,7 +88,7 @@ def profile(
         )  # fmt: skip
 
     def show(found: dict[str, Any]) -> None:
-        from adaskip.profiling import summary
+        from adaskip.verbs.profile import summary
 
         for rows in summary(found):
             table(rows)

@@ -26,7 +26,7 @@ def evaluate(
 
     def work() -> dict[str, Any]:
         folder = existing(run)
-        from adaskip.evaluate import evaluate
+        from adaskip.verbs.evaluate import evaluate
 
         return evaluate(folder, split=split, per_kind=examples, max_new_tokens=max_new_tokens, stages=terminal_stages())
 
@@ -51,7 +51,7 @@ def check(
 
     def work() -> dict[str, Any]:
         folder = existing(run)
-        from adaskip.checking import check
+        from adaskip.verbs.check import check
 
         return check(folder, bands, terminal_stages())
 
@@ -85,7 +85,7 @@ def calibrate(
 
     def work() -> dict[str, Any]:
         folder = existing(run)
-        from adaskip.calibrate import calibrate
+        from adaskip.verbs.calibrate import calibrate
 
         return calibrate(folder, risk, delta, max_new_tokens, terminal_stages())
 
@@ -119,7 +119,7 @@ def generate(
         if (many, paths) != (None, None) and (many is None or (image, prompt, example) != (None, None, None)):
             raise ConfigError("--many FILE takes no other question, and --paths N goes with it")
         if many is not None:
-            from adaskip.answering import answer_many
+            from adaskip.verbs.generate import answer_many
 
             return answer_many(existing(run), many, max_new_tokens, paths, terminal_stages())
         if (prompt is None) == (example is None) or (image is not None and example is not None):
@@ -127,7 +127,7 @@ def generate(
                 "expected --prompt TEXT (with --image PATH for a picture), --example N or --many FILE, one of them"
             )
         folder = existing(run)
-        from adaskip.answering import answer
+        from adaskip.verbs.generate import answer
 
         stages = terminal_stages()
         return answer(folder, image=image, prompt=prompt, example=example, max_new_tokens=max_new_tokens, stages=stages)
@@ -150,7 +150,7 @@ def export(run: Run, destination: Annotated[Path, typer.Argument(metavar="DEST")
 
     def work() -> dict[str, Any]:
         folder = existing(run)
-        from adaskip.export import export
+        from adaskip.verbs.export import export
 
         return export(folder, destination)
 

@@ -81,7 +81,7 @@ def train(
         from adaskip.recipe import load
 
         read = load(recipe, overrides or [])  # before the heavier imports: a fault shows at once
-        from adaskip.train import train
+        from adaskip.verbs.train import train
 
         # while it trains, Lightning draws a bar of its own; two live bars would overwrite one another
         return train(read, resume=resume, stages=terminal_stages(bars=False))

@@ -34,7 +34,7 @@ class Search:
 
     def __init__(self, model: RoutedModel, batches: list[dict[str, Any]]) -> None:
         self.model, self.batches = model, batches
-        self.layers = len(model.described.layers)
+        self.layers = len(model.spec.layers)
         self.group = model.runtime.group
         with torch.no_grad(), model.dense():
             self.dense = [model(**b["inputs"], prompt_mask=b["prompt_mask"], use_cache=False).logits for b in batches]
@@ -43,7 +43,7 @@ class Search:
     def score(self, plan: SkipPlan) -> Scored:
         """The model's quality and cost under one plan."""
         kl, right, keep = [], [], []
-        kept = plan.keep(self.layers).to(self.model.described.device)
+        kept = plan.keep(self.layers).to(self.model.spec.device)
         for batch, dense in zip(self.batches, self.dense, strict=True):
             routing = kept[:, None].expand(-1, len(dense))
             logits = self.model(

@@ -1,4 +1,4 @@
-"""A call's positional arguments by the names that Hugging Face gives them."""
+"""The arguments of a call of a Hugging Face model: by their names, and those that a routed model cannot follow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from adaskip.errors import DataError
+from adaskip.errors import ConfigError, DataError
 
 
 def name_arguments(
@@ -42,6 +43,38 @@ def name_arguments(
                 f"write {call}(**tokenizer(text, return_tensors='pt'))"
             )
     return kwargs
+
+
+def check_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Refuse what one ``generate`` of a routed model cannot do, wherever it is asked for.
+
+    Args:
+        backbone: the routed Hugging Face object.
+        options: what ``generate`` was given, by name.
+
+    Raises:
+        ConfigError: an option under which routers would see a part of the prompt, or another one beside it.
+    """
+    if read_option(backbone, options, "prefill_chunk_size"):
+        raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
+    kind = read_option(backbone, options, "cache_implementation")
+    if kind not in (None, "dynamic", "hybrid"):  # hybrid: an old name of what transformers does unasked
+        raise ConfigError(
+            f"generate: cache_implementation={kind!r} cannot hold skipped layers; leave it out, or set "
+            "model.generation_config.cache_implementation = None"
+        )
+    if read_option(backbone, options, "guidance_scale", 1) != 1:
+        raise ConfigError(
+            "generate: guidance_scale runs a second prompt of another length, which the routers would take for the "
+            "first; leave it out, or call generate inside model.dense()"
+        )
+
+
+def read_option(backbone: PreTrainedModel, options: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """Return what ``generate`` goes by: the option, else what the given generation config says, else the model's."""
+    configs = (options.get("generation_config"), backbone.generation_config)
+    values = (options.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), default)
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip.backbone import Backbone, Tokens, inspect_backbone, read_tokens
+from adaskip.backbone.inspect import BackboneSpec, Tokens, inspect_backbone, read_tokens
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
 from adaskip.routers.heads import build_heads
@@ -27,7 +27,7 @@ from adaskip.runtime.patch import MARK, Patches, unwrap
 from adaskip.runtime.trial import try_tokens
 
 if TYPE_CHECKING:
-    from adaskip.runtime.paths import Answers
+    from adaskip.generate.paths import Answers
 
 
 class RoutedModel(Handle):
@@ -44,15 +44,15 @@ class RoutedModel(Handle):
     ``certificate`` is what `adaskip calibrate` proved about the threshold, or None.
     """
 
-    def __init__(self, described: Backbone, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None):
-        super().__init__(described)
+    def __init__(self, spec: BackboneSpec, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None):
+        super().__init__(spec)
         self.routers = heads
         self.config = config
         self.plan = plan
-        self.runtime = Runtime(described, config, heads, plan)
+        self.runtime = Runtime(spec, config, heads, plan)
         self.facts: dict[str, Any] = {}
         self.certificate: dict[str, Any] | None = None
-        self.patches = Patches(described.model)
+        self.patches = Patches(spec.model)
         self.patches.install(self.runtime)
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ class RoutedModel(Handle):
             return self.backbone.generate(*args, **inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
-        """Answer prompts together that took the same path, as `adaskip.runtime.paths.generate_many` says."""
-        from adaskip.runtime.paths import generate_many
+        """Answer prompts together that took the same path, as `adaskip.generate.paths.generate_many` says."""
+        from adaskip.generate.paths import generate_many
 
         return generate_many(self, prompts, **options)
 
@@ -195,7 +195,7 @@ class RoutedModel(Handle):
 
     def read_tokens(self, inputs: dict[str, Any]) -> Tokens:
         """Which positions of a batch are real, and which are vision."""
-        return read_tokens(self.described, inputs)
+        return read_tokens(self.spec, inputs)
 
     def group_mask(self) -> Tensor:
         """bool (b t): the tokens of the request under way that the routing speaks of; for observers."""
@@ -221,7 +221,7 @@ class RoutedModel(Handle):
     def _given(self, routing: Routing | Tensor | None) -> Tensor | None:
         """Decisions made beforehand, if of a shape that the scope understands."""
         keep = routing.keep if isinstance(routing, Routing) else routing
-        layers, by_token = len(self.described.layers), self.runtime.scope == "token"
+        layers, by_token = len(self.spec.layers), self.runtime.scope == "token"
         if keep is not None and keep.dtype != torch.bool:
             raise ConfigError(f"routing: expected keep of torch.bool, got {keep.dtype}")
         if keep is not None and (keep.shape[0] != layers or keep.dim() not in ((2, 3) if by_token else (2,))):
@@ -246,7 +246,7 @@ class RoutedModel(Handle):
             ConfigError: a layer the model does not have.
         """
         config = replace(self.config, held=layers)  # type: ignore[arg-type]
-        _check_held(config, len(self.described.layers))
+        _check_held(config, len(self.spec.layers))
         self.config = self.runtime.config = config
         self.certificate = None
 
@@ -304,7 +304,7 @@ class RoutedModel(Handle):
         """Layers, and what of them is routed."""
         runtime = self.runtime
         what = f"scope={self.config.scope}, unit={runtime.unit}, group={runtime.group}, kv={runtime.kv}"
-        return f"layers={len(self.described.layers)}, {what}"
+        return f"layers={len(self.spec.layers)}, {what}"
 
 
 def _check_held(config: RouterConfig, layers: int) -> None:
@@ -331,7 +331,7 @@ def attach(
         ConfigError: config and plan contradict one another or the model.
     """
     routed = build(model, config, plan, seed)
-    if routed.routers is not None and (text := describe_unreadable(routed.described)):
+    if routed.routers is not None and (text := describe_unreadable(routed.spec)):
         warnings.warn(text, stacklevel=2)
     return routed
 

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from adaskip.backbone.probe import ROWS, TOKENS, dense_pass, in_this_thread
 from adaskip.errors import ConfigError
-from adaskip.probe import ROWS, TOKENS, dense_pass, in_this_thread
 from adaskip.runtime.segment import Segment
 
 

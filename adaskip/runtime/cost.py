@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adaskip.backbone import Backbone
+from adaskip.backbone.inspect import BackboneSpec
+from adaskip.backbone.work import Work
 from adaskip.plan import KV, Group, Routing, Unit
-from adaskip.work import Work
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class CostModel:
     kept: bool = False
 
     @classmethod
-    def of(cls, backbone: Backbone, unit: Unit = "block", kv: KV = "absent") -> CostModel:
+    def of(cls, spec: BackboneSpec, unit: Unit = "block", kv: KV = "absent") -> CostModel:
         """From what the backbone's layers were seen to compute."""
         rates = []
-        for index, work in enumerate(backbone.work):
+        for index, work in enumerate(spec.work):
             leaving = list(work.token)
             if unit != "block":
-                parts = backbone.sublayers[index]
+                parts = spec.sublayers[index]
                 leaving = [parts.attention] if unit == "attention" else list(parts.mlp)
             stored = work.stored if kv == "kept" else {}
             spared = {part: work.token.get(part, 0.0) - stored.get(part, 0.0) for part in leaving}
             rates.append([_by_part(work, work.token), [0.0, work.pair, 0.0], _by_part(work, spared)])
         token, pair, spared_of = torch.tensor(rates, dtype=torch.float64).permute(1, 2, 0)
-        return cls(token, pair, spared_of, backbone.head, unit, kv == "kept")
+        return cls(token, pair, spared_of, spec.head, unit, kv == "kept")
 
     def chunk(self, new: Tensor, past: Tensor) -> Tensor:
         """float64 (p l b): ``new`` tokens (b) that attend to ``past`` ones (b) and to one another."""

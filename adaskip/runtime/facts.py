@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.backbone import Backbone, count_head
+from adaskip.backbone.inspect import BackboneSpec, count_head
+from adaskip.backbone.probe import reads_ahead
 from adaskip.errors import ConfigError
-from adaskip.probe import reads_ahead
 from adaskip.runtime.attentions import Source, asks, find_sources
 from adaskip.runtime.options import Mode
 
@@ -20,16 +20,16 @@ class Facts:
     """What depends on a model's attention kernel or vocabulary, which may change while routers are attached.
 
     Args:
-        backbone: the described model.
+        spec: what the model is made of.
         untouched: a context in which the attached model runs as it was.
     """
 
-    def __init__(self, backbone: Backbone, untouched: Callable[[], AbstractContextManager[None]]) -> None:
-        self._backbone, self._untouched = backbone, untouched
-        self.configs = backbone.model.config, backbone.config  # to look for the latter takes longer than to ask it
+    def __init__(self, spec: BackboneSpec, untouched: Callable[[], AbstractContextManager[None]]) -> None:
+        self._backbone, self._untouched = spec, untouched
+        self.configs = spec.model.config, spec.config  # to look for the latter takes longer than to ask it
         self._tried = self._kernel
-        self._head = self._vocabulary, backbone.head
-        self._ahead = {self._kernel: backbone.reads_ahead}
+        self._head = self._vocabulary, spec.head
+        self._ahead = {self._kernel: spec.reads_ahead}
         self._sources: dict[tuple[str, torch.dtype], tuple[Source, ...]] = {}
 
     @property

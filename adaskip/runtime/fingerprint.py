@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.backbone import Backbone
+from adaskip.backbone.inspect import BackboneSpec
+from adaskip.backbone.weights import PLAIN, count_unreadable, effective_weights, find_packed
 from adaskip.errors import BackboneError
-from adaskip.runtime.weights import PLAIN, count_unreadable, effective_weights, find_packed
 
 PICKS = 8
 
@@ -53,36 +53,36 @@ class Fingerprint:
         return digest.hexdigest()[:32]
 
 
-def fingerprint(backbone: Backbone) -> Fingerprint:
+def fingerprint(spec: BackboneSpec) -> Fingerprint:
     """Take a backbone's fingerprint: eight evenly spaced values of each weight, as the forward pass uses it.
 
     Offloaded weights are read where they are kept; adapters count as if they were merged. Costs one pass over the
     weights.
     """
     samples = {}
-    for name, weight in effective_weights(backbone.model):
+    for name, weight in effective_weights(spec.model):
         shape = () if weight is None else tuple(weight.shape)
         samples[name] = Sample(shape, None if weight is None else _pick(weight, _places(weight.numel())))
-    quantised = any(sample.values is None for sample in samples.values()) or _is_packed(backbone)
-    return Fingerprint(identify(backbone), samples, quantised)
+    quantised = any(sample.values is None for sample in samples.values()) or _is_packed(spec)
+    return Fingerprint(identify(spec), samples, quantised)
 
 
-def identify(backbone: Backbone) -> dict[str, Any]:
+def identify(spec: BackboneSpec) -> dict[str, Any]:
     """A backbone's class and shape."""
     return {
-        "class": type(backbone.model).__name__,
-        "model_type": backbone.model.config.model_type,
-        "layers": len(backbone.layers),
-        "width": backbone.width,
-        "vocabulary": backbone.config.vocab_size,
+        "class": type(spec.model).__name__,
+        "model_type": spec.model.config.model_type,
+        "layers": len(spec.layers),
+        "width": spec.width,
+        "vocabulary": spec.config.vocab_size,
     }
 
 
-def describe_unreadable(backbone: Backbone) -> str:
+def describe_unreadable(spec: BackboneSpec) -> str:
     """A sentence for whoever is about to train on weights that no fingerprint can be taken of; empty if all can be."""
-    unreadable, total = count_unreadable(backbone.model)
-    name, text = type(backbone.model).__name__, ""
-    if (packed := find_packed(backbone.model)) is not None:
+    unreadable, total = count_unreadable(spec.model)
+    name, text = type(spec.model).__name__, ""
+    if (packed := find_packed(spec.model)) is not None:
         text = (
             f"{name}: weights are packed ({type(packed).__name__}), so its routers cannot be checked against them when "
             "they are loaded; packed weights seldom pass a gradient: train on the model in full precision"
@@ -95,7 +95,7 @@ def describe_unreadable(backbone: Backbone) -> str:
     return text
 
 
-def check(expected: Fingerprint, backbone: Backbone, strict: bool) -> None:
+def check(expected: Fingerprint, spec: BackboneSpec, strict: bool) -> None:
     """Compare what routers were trained on with the model at hand.
 
     In the same precision all values must be equal, in another one equal to its rounding. Weights that cannot be read on
@@ -105,12 +105,12 @@ def check(expected: Fingerprint, backbone: Backbone, strict: bool) -> None:
     Raises:
         BackboneError: they differ and ``strict``; the text lists every difference.
     """
-    differing = _differences(expected.identity, backbone)
+    differing = _differences(expected.identity, spec)
     resized = len(differing) == 1 and differing[0].startswith("vocabulary")
     if differing and not resized:
         return refuse(differing, strict)
-    sizes = (expected.identity["vocabulary"], backbone.config.vocab_size)
-    result = _compare(expected, backbone, sizes)
+    sizes = (expected.identity["vocabulary"], spec.config.vocab_size)
+    result = _compare(expected, spec, sizes)
     agreeing = len(result.same) + len(result.resized)
     if result.other:
         total = len(result.other) + agreeing
@@ -133,8 +133,8 @@ def check(expected: Fingerprint, backbone: Backbone, strict: bool) -> None:
     return None
 
 
-def _differences(expected: dict[str, Any], backbone: Backbone) -> list[str]:
-    found = identify(backbone)
+def _differences(expected: dict[str, Any], spec: BackboneSpec) -> list[str]:
+    found = identify(spec)
     return [
         f"{key}: {value!r} expected, {found.get(key)!r} found"
         for key, value in expected.items()
@@ -160,9 +160,9 @@ class _Comparison:
     unread: list[str] = field(default_factory=list)
 
 
-def _compare(expected: Fingerprint, backbone: Backbone, sizes: tuple[int, int]) -> _Comparison:
+def _compare(expected: Fingerprint, spec: BackboneSpec, sizes: tuple[int, int]) -> _Comparison:
     result, seen, extra = _Comparison(), set(), []
-    for name, weight in effective_weights(backbone.model):
+    for name, weight in effective_weights(spec.model):
         seen.add(name)
         sample = expected.samples.get(name)
         if sample is None:
@@ -175,7 +175,7 @@ def _compare(expected: Fingerprint, backbone: Backbone, sizes: tuple[int, int]) 
             (result.same if tuple(weight.shape) == sample.shape else result.resized).append(name)
     one_sided = [*extra, *(name for name in expected.samples if name not in seen)]
     # a quantiser renames weights and adds scales; without one every name counts
-    quantised = expected.quantised or result.unread or _is_packed(backbone)
+    quantised = expected.quantised or result.unread or _is_packed(spec)
     (result.unread if quantised else result.other).extend(one_sided)
     return result
 
@@ -218,14 +218,14 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _is_packed(backbone: Backbone) -> bool:
-    return find_packed(backbone.model) is not None or getattr(backbone.model, "is_quantized", False)
+def _is_packed(spec: BackboneSpec) -> bool:
+    return find_packed(spec.model) is not None or getattr(spec.model, "is_quantized", False)
 
 
 # -- routers of format 1, which kept a hash alone ----------------------------------------------------------------------
 
 
-def check_digest(expected: dict[str, Any], backbone: Backbone, strict: bool) -> None:
+def check_digest(expected: dict[str, Any], spec: BackboneSpec, strict: bool) -> None:
     """Compare with the hash that format 1 kept: values rounded to bfloat16, under the names that weights had then.
 
     It cannot be made anew of a model in a coarser precision than the routers', or quantised: then a warning says so.
@@ -233,11 +233,11 @@ def check_digest(expected: dict[str, Any], backbone: Backbone, strict: bool) -> 
     Raises:
         BackboneError: they differ and ``strict``; the text lists every difference.
     """
-    differing = _differences({key: value for key, value in expected.items() if key != "weights"}, backbone)
-    digests = [] if differing else [_old_digest(backbone, via) for via in (None, torch.float16)]
+    differing = _differences({key: value for key, value in expected.items() if key != "weights"}, spec)
+    digests = [] if differing else [_old_digest(spec, via) for via in (None, torch.float16)]
     if not differing and (expected["weights"] in digests):
         return
-    if not differing and (None in digests or backbone.model.dtype == torch.float16):
+    if not differing and (None in digests or spec.model.dtype == torch.float16):
         warnings.warn(
             "the routers were saved with a hash of their backbone's weights that cannot be made in this precision, so "
             "nothing but the model's shape was checked; save the routers anew with save_pretrained",
@@ -249,11 +249,11 @@ def check_digest(expected: dict[str, Any], backbone: Backbone, strict: bool) -> 
     refuse(differing, strict)
 
 
-def _old_digest(backbone: Backbone, via: torch.dtype | None) -> str | None:
+def _old_digest(spec: BackboneSpec, via: torch.dtype | None) -> str | None:
     """The hash of format 1; ``via``: as if the weights had been of this precision. None: some cannot be read."""
     digest = hashlib.sha256()
-    raw = dict(effective_weights(backbone.model))
-    for name, weight in sorted(backbone.model.named_parameters()):
+    raw = dict(effective_weights(spec.model))
+    for name, weight in sorted(spec.model.named_parameters()):
         value = raw.get(name) if weight.is_meta else weight.detach()
         if value is None or value.dtype not in PLAIN or type(value) not in (Tensor, torch.nn.Parameter):
             return None

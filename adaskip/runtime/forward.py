@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from adaskip.backbone import Backbone, Tokens, bind_arguments, read_tokens
+from adaskip.backbone.inspect import BackboneSpec, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import Flags, RouterConfig, Routing, Scope, SkipPlan, Unit, host, mean_over
 from adaskip.routers import gates
@@ -31,25 +31,25 @@ class Runtime:
     """What the patched layers of one model share: who decides, how to execute, and where requests are found.
 
     Args:
-        backbone: the described model.
+        spec: what the model is made of.
         config: what is decided.
         heads: one router per layer, or None when a plan decides.
         plan: a hand-written choice, or None.
     """
 
     def __init__(
-        self, backbone: Backbone, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None
+        self, spec: BackboneSpec, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None
     ) -> None:
-        self.backbone, self.config, self.heads = backbone, config, heads
-        self.planned = None if plan is None else plan.keep(len(backbone.layers))
+        self.spec, self.config, self.heads = spec, config, heads
+        self.planned = None if plan is None else plan.keep(len(spec.layers))
         self.planned_flags: Flags = () if self.planned is None else tuple(self.planned.tolist())
         decides = config if plan is None else plan
         self.scope: Scope = config.scope if plan is None else "prompt"
         self.group, self.unit, self.kv = decides.group, decides.unit, decides.kv
-        self.cost = CostModel.of(backbone, self.unit, self.kv)
-        self.facts = Facts(backbone, self._untouched)
-        self.layers = [self._executor(i, "block", backbone.outputs) for i in range(len(backbone.layers))]
-        self.caches = "past_key_values" in inspect.signature(type(backbone.model).forward).parameters
+        self.cost = CostModel.of(spec, self.unit, self.kv)
+        self.facts = Facts(spec, self._untouched)
+        self.layers = [self._executor(i, "block", spec.outputs) for i in range(len(spec.layers))]
+        self.caches = "past_key_values" in inspect.signature(type(spec.model).forward).parameters
         self.state, self.reruns = State(), Reruns()
 
     @property
@@ -83,14 +83,14 @@ class Runtime:
         return (self.group == "vision" or self.scope == "token") and self.unit != "mlp"
 
     def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
-        names = self.backbone.sublayers[index].cache_names if self.kv == "kept" else ("", "")
+        names = self.spec.sublayers[index].cache_names if self.kv == "kept" else ("", "")
         return Executor(index, unit, self.group, self.kv, outputs, names[0 if unit == "block" else 1])
 
     def sublayers(self, index: int) -> list[tuple[nn.Module, Executor]]:
         """What of a layer is routed where not the layer itself is, with what runs it."""
         if self.unit == "block":
             return []
-        parts = self.backbone.sublayers[index]
+        parts = self.spec.sublayers[index]
         modules = (parts.attention,) if self.unit == "attention" else parts.mlp
         return [(module, self._executor(index, self.unit, parts.outputs[module])) for module in modules]
 
@@ -118,7 +118,7 @@ class Runtime:
             self.cost = replace(self.cost, head=self.facts.head())
         cache = None if mode == "dense" else self._cache(mode, inputs)
         started = cache is not None and cache.routing is not None
-        tokens = read_tokens(self.backbone, inputs, None if started else embedded_ids(options, inputs))
+        tokens = read_tokens(self.spec, inputs, None if started else embedded_ids(options, inputs))
         if cache is not None and started and cache.batch != tokens.valid.shape[0]:
             raise DataError(
                 f"past_key_values: expected as many rows as the cache holds, {cache.batch}, got {tokens.valid.shape[0]}"
@@ -126,7 +126,7 @@ class Runtime:
         cuts = self.cuts_keys and mode != "dense"
         if cuts and not started and inputs.get("token_type_ids") is None and self.facts.reads_ahead():
             raise DataError(
-                f"token_type_ids: without them {type(self.backbone.model).__name__} reads its whole input both ways, "
+                f"token_type_ids: without them {type(self.spec.model).__name__} reads its whole input both ways, "
                 "so what runs cannot be cut out of it; pass everything that the processor returned"
             )
         if cache is not None and cache.length == 0:
@@ -148,7 +148,7 @@ class Runtime:
         request.held = config.held
         request.threshold = config.threshold if options.threshold is None else options.threshold
         if self.kv == "kept" and cache is None and mode == "skip":
-            request.scratch = SkipCache(len(self.backbone.layers), kept=True)
+            request.scratch = SkipCache(len(self.spec.layers), kept=True)
         if sources:
             inputs = self._record(request, sources, inputs)
         slot.request = request
@@ -163,9 +163,9 @@ class Runtime:
     def _record(self, request: Request, sources: tuple[Source, ...], inputs: dict[str, Any]) -> dict[str, Any]:
         """Watch the attentions of the request that begins; its output must have names for a while."""
         named = inputs.get("return_dict")
-        as_tuple = not (self.backbone.model.config.return_dict if named is None else named)
+        as_tuple = not (self.spec.model.config.return_dict if named is None else named)
         request.weights = WeightRecord(sources, *_sizes(request), as_tuple)
-        own = {module for i, layer in enumerate(self.backbone.layers) for module in (layer, *dict(self.sublayers(i)))}
+        own = {module for i, layer in enumerate(self.spec.layers) for module in (layer, *dict(self.sublayers(i)))}
         request.weights.watch(own, lambda: self.state.here.request is request)  # not another thread's
         return {**inputs, "return_dict": True}
 
@@ -220,7 +220,7 @@ class Runtime:
             return None
         if isinstance(cache, SkipCache):
             return cache
-        return SkipCache(len(self.backbone.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
+        return SkipCache(len(self.spec.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
 
     def _by_token(self, options: Options, tokens: Tokens, cache: SkipCache | None) -> Request:
         """A request whose tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""
@@ -278,7 +278,7 @@ class Runtime:
         if request is None:
             raise BackboneError(
                 f"decoder layer {index} was called outside the model that adaskip was attached to; "
-                f"call the whole {type(self.backbone.model).__name__}, or detach() first"
+                f"call the whole {type(self.spec.model).__name__}, or detach() first"
             )
         slot.request = request
         try:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from adaskip.backbone import Backbone
+from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError, MissingAttributeError
 
 
@@ -16,18 +16,18 @@ class Handle(nn.Module):
     """A module around a Hugging Face model. Nothing is forwarded unseen; what is missing says what to pass instead.
 
     Args:
-        described: the model.
+        spec: the model.
     """
 
-    def __init__(self, described: Backbone) -> None:
+    def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
-        self.backbone: PreTrainedModel = described.model
-        self.described = described
+        self.backbone: PreTrainedModel = spec.model
+        self.spec = spec
 
     @property
     def device(self) -> torch.device:
         """Where inputs belong: the device of the first decoder layer."""
-        return self.described.device
+        return self.spec.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaskip.errors import BackboneError, DataError
-from adaskip.runtime.arguments import name_arguments
+from adaskip.runtime.arguments import check_options, name_arguments
 from adaskip.runtime.cache import SkipCache
-from adaskip.runtime.decoding import check_options
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
@@ -142,7 +141,7 @@ class Patches:
 
     def install(self, runtime: Runtime) -> None:
         """Let every decoder layer, or what of it is routed, follow the runtime."""
-        for index, layer in enumerate(runtime.backbone.layers):
+        for index, layer in enumerate(runtime.spec.layers):
             self.forwards.append(RoutedForward(layer, runtime.layers[index], runtime, whole=True))
             for module, executor in runtime.sublayers(index):
                 self.forwards.append(RoutedForward(module, executor, runtime, whole=False))

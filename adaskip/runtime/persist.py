@@ -100,7 +100,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     if model.routers is None:
         raise ConfigError("save_pretrained: this model follows a hand-written plan and has no routers to save")
     _check_readable(model.routers)
-    folder, taken = Path(folder), fingerprint(model.described)
+    folder, taken = Path(folder), fingerprint(model.spec)
     meta: dict[str, Any] = {
         "format": FORMAT,
         "adaskip": __version__,
@@ -225,9 +225,9 @@ def _sort(folder: Any, backbone: Any, options: dict[str, Any]) -> tuple[Path, An
 def _check(meta: dict[str, Any], samples: dict[str, Sample], model: RoutedModel, strict: bool) -> None:
     named = {key: value for key, value in meta["backbone"].items() if key not in ("name", "quantised")}
     if meta["format"] == 1:
-        return check_digest(named, model.described, strict)
+        return check_digest(named, model.spec, strict)
     identity = {key: value for key, value in named.items() if key != "weights"}
-    return check(Fingerprint(identity, samples, meta["backbone"]["quantised"]), model.described, strict)
+    return check(Fingerprint(identity, samples, meta["backbone"]["quantised"]), model.spec, strict)
 
 
 def _check_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from adaskip.backbone import Tokens
+from adaskip.backbone.inspect import Tokens
 from adaskip.errors import DataError
 from adaskip.plan import Flags
 from adaskip.runtime.attentions import WeightRecord

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adaskip.backbone.probe import ROWS, SUFFIX, TOKENS, dense_pass
 from adaskip.errors import BackboneError
-from adaskip.probe import ROWS, SUFFIX, TOKENS, dense_pass
 from adaskip.runtime.options import Mode
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def try_tokens(routed: RoutedModel) -> None:
     """
     runtime, name = routed.runtime, type(routed.backbone).__name__
     where = f"scope {runtime.scope!r}, kv {runtime.kv!r}"
-    for index, layer in enumerate(routed.described.layers):
+    for index, layer in enumerate(routed.spec.layers):
         for path, buffer in layer.named_buffers():
             if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1:
                 raise BackboneError(
@@ -31,7 +31,7 @@ def try_tokens(routed: RoutedModel) -> None:
                     "be cut to single tokens; use scope='prompt' with kv='absent'"
                 )
     draw = torch.Generator().manual_seed(0)
-    keep = torch.rand(len(routed.described.layers), ROWS, TOKENS, generator=draw) > 0.5
+    keep = torch.rand(len(routed.spec.layers), ROWS, TOKENS, generator=draw) > 0.5
     try:
         soft, skipped = _logits(routed, keep, "soft"), _logits(routed, keep, "skip")
         same = bool((soft - skipped).norm() <= (1e-3 if routed.backbone.dtype == torch.float32 else 0.1) * soft.norm())
@@ -46,7 +46,7 @@ def try_tokens(routed: RoutedModel) -> None:
 
 
 def _logits(routed: RoutedModel, keep: Tensor, mode: Mode) -> Tensor:
-    types = SUFFIX if routed.described.reads_ahead else {}
+    types = SUFFIX if routed.spec.reads_ahead else {}
     runtime = routed.runtime
     before = runtime.scope, runtime.group
     runtime.scope, runtime.group = "token", "all"  # on the runtime itself: while attaching, nobody else has it yet

@@ -56,7 +56,7 @@ def measure_bands(
     Raises:
         ConfigError: no band, or one outside the model.
     """
-    n_layers = len(model.described.layers)
+    n_layers = len(model.spec.layers)
     if not bands or any(not 0 <= band.first <= band.last < n_layers for band in bands):
         raise ConfigError(f"bands: expected bands within layers 0 to {n_layers - 1}, got {list(bands)}")
     rows: list[dict[str, Tensor]] = []

@@ -10,10 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from adaskip.backbone import Tokens
+from adaskip.backbone.attention import AttentionCall, intercept_attention, repeat_heads
+from adaskip.backbone.inspect import Tokens
 from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.attention import AttentionCall, intercept_attention, repeat_heads
 
 _CHUNK = 2**24  # attention probabilities held at once
 
@@ -96,14 +96,14 @@ def read_attention(model: RoutedModel, tokens: Tokens) -> Iterator[AttentionRead
     """
     vision = _vision(tokens)
     text = tokens.valid & ~vision
-    reading = AttentionReading(len(model.described.layers))
+    reading = AttentionReading(len(model.spec.layers))
 
     def visit(call: AttentionCall) -> Any:
         out = call.run()
         reading.put(call.layer, *_read(call, out[0], text, vision))
         return out
 
-    with intercept_attention(model.described.layers, visit):
+    with intercept_attention(model.spec.layers, visit):
         yield reading
 
 
@@ -163,5 +163,5 @@ def remove_keys(model: RoutedModel, tokens: Tokens, layer: int) -> Iterator[None
     def visit(call: AttentionCall) -> Any:
         return (call.without(text, vision) if call.layer == layer else call).run()
 
-    with intercept_attention(model.described.layers, visit):
+    with intercept_attention(model.spec.layers, visit):
         yield

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.backbone.probe import in_this_thread
 from adaskip.errors import ConfigError
-from adaskip.probe import in_this_thread
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
 from adaskip.theory.profile import IGNORED, per_input

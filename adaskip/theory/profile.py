@@ -174,7 +174,7 @@ def measure(
         attention: also measure the text's attention mass on vision, in the same pass.
         progress: called with the number of inputs done after each batch.
     """
-    n_layers = len(model.described.layers)
+    n_layers = len(model.spec.layers)
     chosen = tuple(range(n_layers) if layers is None else layers)
     rows: list[dict[str, Tensor]] = []
     for batch in batches:

@@ -152,8 +152,8 @@ def profile(
         model = attach(base, plan=SkipPlan(group=group))
         try:
             if wanted is None:
-                wanted = ("all", "vision") if model.described.vision_ids else ("all",)
-            layers = len(model.described.layers)
+                wanted = ("all", "vision") if model.spec.vision_ids else ("all",)
+            layers = len(model.spec.layers)
             with stages(f"measuring {layers} layers on {inputs} inputs, group {group}", inputs) as advance:
 
                 def tick(done: int, group: Group = group, advance: Advance = advance) -> None:

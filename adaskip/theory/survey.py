@@ -112,7 +112,7 @@ class _Batch:
                     "leave it out, or profile group 'all' on prompts with answers"
                 )
         self.places = _spread(self.group, tokens)
-        self.n_layers = len(model.described.layers)
+        self.n_layers = len(model.spec.layers)
         self.states: list[Tensor] = []
         self.kept: list[Tensor] = []  # (b m d) each
         self.pooled: list[Tensor] = []  # (b d) each

@@ -124,7 +124,7 @@ class ConditionCheck(lightning.Callback):
         self.looks = self._count_looks(trainer)
         alone = tuner.prices is None and tuner.calibration is None
         if alone:
-            check_prices(None, tuner.objective, len(tuner.model.described.layers))
+            check_prices(None, tuner.objective, len(tuner.model.spec.layers))
         self.batches = self._inputs(trainer)
         self._split = split_inputs(tuner, self.batches, alone)
 

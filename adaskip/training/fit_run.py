@@ -48,9 +48,7 @@ def fit_in_folder(
         sampler = RoundSampler(len(records), fit.examples, seed)
         sampler.set_epoch(index)
         chosen = [records[i] for i in sampler]
-        return [
-            to_device(collate([chosen[i] for i in rows]), model.described.device) for rows in in_order(chosen, SURVEYED)
-        ]
+        return [to_device(collate([chosen[i] for i in rows]), model.spec.device) for rows in in_order(chosen, SURVEYED)]
 
     def after(done: FitState, figures: dict[str, float]) -> None:
         rounds.append({"round": done.round, **figures})

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from adaskip.backbone.weights import find_packed
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.weights import find_packed
 from adaskip.theory import bounds
 from adaskip.theory.batches import check_batch
 from adaskip.theory.measures import relative_change
@@ -91,7 +91,7 @@ class RouterTuner(lightning.LightningModule):
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
         self.val_kl, self.val_keep, self.val_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self.test_kl, self.test_keep, self.test_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
-        self.keep_by_kind = KeepByKind(len(model.described.layers), [*kinds])
+        self.keep_by_kind = KeepByKind(len(model.spec.layers), [*kinds])
         self._length = steps or 1
         self._micro = 0  # micro-batches of this optimiser step before the present one
         self._gaps: list[Tensor] = []  # of the micro-batches since the last optimiser step
@@ -137,7 +137,7 @@ class RouterTuner(lightning.LightningModule):
             self.prices = price_objective(self.model, map(convert, inputs), self.objective, self.seed)
         if self.trainer.world_size > 1:
             self.prices = self.trainer.strategy.broadcast(self.prices)
-        check_prices(self.prices, self.objective, len(self.model.described.layers))
+        check_prices(self.prices, self.objective, len(self.model.spec.layers))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the prices and which inputs they were fitted on."""

@@ -42,7 +42,7 @@ def read_calibration(model: RoutedModel, source: Iterable[Batch], alpha: float, 
 
 def price_objective(model: RoutedModel, batches: Iterable[Batch], objective: Objective, seed: int) -> Prices:
     """`price` of the objective's kind and alpha, on the model's device; leaves modes and random numbers as they are."""
-    held = [to_device(batch, model.described.device) for batch in batches]
+    held = [to_device(batch, model.spec.device) for batch in batches]
     with torch.random.fork_rng(devices=[]), evaluating(model):
         return price(model, held, None, objective.alpha, objective.price, seed)
 

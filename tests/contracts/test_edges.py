@@ -194,7 +194,7 @@ def test_last_tokens_that_run_while_the_first_only_keep_their_keys() -> None:
 def test_a_bias_of_as_many_heads_as_rows_is_not_cut_by_rows() -> None:
     toy, model = routed("mpt", "all", "eager")
     batch = toy.batch([5, 5, 5, 5])
-    assert model.described.config.n_heads == 4
+    assert model.spec.config.n_heads == 4
     together = same_both_ways(model, batch, routing=some_keep(4))
     one = same_both_ways(model, {name: value[1:2] for name, value in batch.items()}, routing=some_keep(4)[:, 1:2])
     assert (together[1] - one[0]).abs().max() <= 1e-4
@@ -236,14 +236,14 @@ def test_a_pass_that_failed_leaves_no_trace_in_the_cache(kv: Any) -> None:
     held = cache.nbytes()
     wanted = model(input_ids=token, past_key_values=cache).logits
     cache.crop(-1)
-    handle = model.described.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = model.spec.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(input_ids=token, past_key_values=cache)
     handle.remove()
     assert cache.nbytes() == held
     assert torch.allclose(model(input_ids=token, past_key_values=cache).logits, wanted, atol=1e-5)
     fresh = DynamicCache()
-    handle = model.described.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = model.spec.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(**batch, past_key_values=fresh)
     handle.remove()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaskip.backbone import inspect_backbone
+from adaskip.backbone.inspect import inspect_backbone
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.cost import CostModel, Flops
@@ -118,7 +118,7 @@ def test_tokens_that_decide_for_themselves() -> None:
     toy = toys.make("llama", "eager")
     model = attach(toy.model, RouterConfig(scope="token"))
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 1]]).bool().expand(4, -1, -1)
-    ran, _ = counted(model.described.layers, lambda: model(**toy.batch([6, 6]), routing=keep))
+    ran, _ = counted(model.spec.layers, lambda: model(**toy.batch([6, 6]), routing=keep))
     assert torch.equal(claimed(model.flops_by_part()), ran)
     assert model.routing.executed.sum() == ran.sum()
 

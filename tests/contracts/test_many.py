@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from adaskip.errors import ConfigError, DataError
+from adaskip.generate.consolidate import consolidate, price
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.runtime.consolidate import consolidate, price
 from tests.families import LAYERS, Toy
 from tests.routing import GREEDY, count_tokens, routed
 
@@ -61,7 +61,7 @@ def test_a_group_is_decoded_whole() -> None:
     keep[1] = False
     model = attach(model.detach(), plan=SkipPlan.static([1]))
     model.generate_many(items[:1], **NEW)  # the first time the model itself is tried
-    seen = [count_tokens(layer) for layer in model.described.layers]
+    seen = [count_tokens(layer) for layer in model.spec.layers]
     many = model.generate_many(items, group_size=3, **NEW)
     assert many.groups == (((True, False, True, True), 3), ((True, False, True, True), 2))
     steps = [3] * 4 + [2] * 4

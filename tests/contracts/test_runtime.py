@@ -115,7 +115,7 @@ class TestContract:
         batch = toy.batch(LENGTHS)
         keep = some_keep(len(LENGTHS))
         text, width = text_tokens(batch), batch["input_ids"].shape[1]
-        seen = count_tokens(model.described.layers[1])
+        seen = count_tokens(model.spec.layers[1])
         model(**batch, routing=keep)
         ran = width * int(keep[1].sum())
         if group == "vision":
@@ -153,7 +153,7 @@ class TestContract:
         with model.dense():
             length = len(model.backbone(**batch, output_hidden_states=True).hidden_states)
         seen: list[int] = []
-        for i, layer in enumerate(model.described.layers):
+        for i, layer in enumerate(model.spec.layers):
             layer.register_forward_hook(lambda module, args, out, i=i: seen.append(i))
         out = model(**batch, routing=some_keep(len(LENGTHS)), output_hidden_states=True)
         assert len(out.hidden_states) == length

@@ -9,7 +9,7 @@ import torch
 
 import adaskip
 from adaskip.recipe import load
-from adaskip.train import train
+from adaskip.verbs.train import train
 
 SHORT = [
     "trainer.steps=2",

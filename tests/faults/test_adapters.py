@@ -163,7 +163,7 @@ def test_taking_a_fingerprint_changes_nothing() -> None:
     expected, weights = answers(model), {name: weight.clone() for name, weight in wrapped.named_parameters()}
     from adaskip.runtime.fingerprint import fingerprint
 
-    taken = fingerprint(model.described)
+    taken = fingerprint(model.spec)
     assert sorted(taken.samples) == sorted(name for name, _ in llama().named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in wrapped.named_parameters())
     assert torch.equal(answers(model), expected)

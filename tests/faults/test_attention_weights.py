@@ -30,7 +30,7 @@ GREEDY = {"do_sample": False, "suppress_tokens": [*range(2, 16)], "return_dict_i
 
 
 def heads(model: RoutedModel) -> int:
-    return int(model.described.config.num_attention_heads)
+    return int(model.spec.config.num_attention_heads)
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaskip.checking import check
 from adaskip.cli import main
 from adaskip.errors import CheckpointError, DataError
 from adaskip.theory.conditions import Finding, SkipFinding, conclude, judge_joint
+from adaskip.verbs.check import check
 from tests.faults.finished import copy_of
 
 ALPHA, TOLERANCE = 0.1, 0.05

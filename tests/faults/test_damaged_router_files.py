@@ -12,8 +12,8 @@ import torch
 
 import adaskip
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.export import export
 from adaskip.runtime.description import read_config
+from adaskip.verbs.export import export
 from tests.routed_toys import answers, llama, routed
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import adaskip.train
+import adaskip.verbs.train
 from adaskip.errors import CheckpointError, ConfigError, DataError
-from adaskip.export import export
 from adaskip.recipe import load
-from adaskip.start import opened
-from adaskip.train import train
+from adaskip.verbs.export import export
+from adaskip.verbs.start import opened
+from adaskip.verbs.train import train
 from tests.faults.runs import SHORT, environment, kill
 
 
@@ -26,7 +26,7 @@ def starts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(*args: object) -> None:
         raise Begun
 
-    monkeypatch.setattr(adaskip.train, "_price", begin)
+    monkeypatch.setattr(adaskip.verbs.train, "_price", begin)
 
 
 def recipe(folder: Path, *more: str) -> adaskip.recipe.Recipe:
@@ -91,7 +91,8 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     """Would catch: two starts at once that write one metrics.csv and one checkpoint."""
     folder = tmp_path / "run"
     code = (
-        "import sys; from pathlib import Path; from adaskip.recipe import load; from adaskip.start import opened\n"
+        "import sys; from pathlib import Path\n"
+        "from adaskip.recipe import load; from adaskip.verbs.start import opened\n"
         "recipe = load('digits-vlm', [f'output={sys.argv[1]}'])\n"
         "with opened(recipe, Path(sys.argv[1]), False):\n"
         "    print('inside', flush=True); sys.stdin.read()"
@@ -122,7 +123,7 @@ def test_torchrun_and_the_recipe_must_agree(tmp_path: Path, monkeypatch: pytest.
 
 def test_slurm_requeues_nothing_behind_our_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: a checkpoint in mid-round, written at SLURM's signal, that a resume prefers to the run's own."""
-    assert adaskip.train._cluster() == []
+    assert adaskip.verbs.train._cluster() == []
     for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "5"}.items():
         monkeypatch.setenv(name, value)
-    assert [cluster.auto_requeue for cluster in adaskip.train._cluster()] == [False]
+    assert [cluster.auto_requeue for cluster in adaskip.verbs.train._cluster()] == [False]

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from adaskip.recipe import load
-from adaskip.train import train
 from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
 from adaskip.training.module import RouterTuner
+from adaskip.verbs.train import train
 from tests.faults.runs import EVERY, SHORT, STEPS, kill, numbers
 
 

@@ -10,14 +10,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaskip.answering import answer, answer_many
-from adaskip.calibrate import calibrate
 from adaskip.errors import CheckpointError, DataError
-from adaskip.evaluate import evaluate
-from adaskip.lengths import longest_answer
-from adaskip.opened import open_run
 from adaskip.recipe import load
-from adaskip.train import train
+from adaskip.verbs.calibrate import calibrate
+from adaskip.verbs.evaluate import evaluate
+from adaskip.verbs.generate import answer, answer_many
+from adaskip.verbs.lengths import longest_answer
+from adaskip.verbs.run import open_run
+from adaskip.verbs.train import train
 from tests import toys
 from tests.faults.finished import copy_of
 
@@ -148,7 +148,7 @@ def test_what_the_report_cannot_read_is_said_before_the_work(
     (copied / file).unlink(missing_ok=True)
     if text is not None:
         (copied / file).write_text(text)
-    monkeypatch.setattr("adaskip.evaluate.open_run", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("adaskip.verbs.evaluate.open_run", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=message):
         evaluate(copied)
 

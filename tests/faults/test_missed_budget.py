@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import adaskip
-from adaskip.budget import Budget, hold_budget, quality
 from adaskip.errors import DataError
 from adaskip.recipe import load
 from adaskip.report import write
-from adaskip.train import train
+from adaskip.verbs.budget import Budget, hold_budget, quality
+from adaskip.verbs.train import train
 from tests import toys
 
 SHORT = [

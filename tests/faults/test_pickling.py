@@ -109,7 +109,7 @@ def test_whole_state_dicts_go_round() -> None:
 def test_a_forward_that_somebody_wrapped_stays_wrapped() -> None:
     """Somebody wraps a layer's forward under routers, then detaches; catches a lost wrapper, or routing left on."""
     model, calls = routed(), []
-    layer = model.described.layers[1]
+    layer = model.spec.layers[1]
     inner = layer.forward
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adaskip.calibrate import digest
 from adaskip.errors import DataError
 from adaskip.training.data import Collator, load_records, loader, open_image, pictures_of
+from adaskip.verbs.calibrate import digest
 from tests.processors import picture_processor, tokenizer
 
 

@@ -23,7 +23,7 @@ def test_the_head_is_counted_anew(name: str) -> None:
     model = decide(attach(toy.model))
     model(**batch)
     before, rates = model.flops_by_part().head, model.routing.keep_rate
-    old = model.described.config.vocab_size
+    old = model.spec.config.vocab_size
     toy.model.resize_token_embeddings(2 * old, mean_resizing=False)
     assert model(**batch).logits.shape[-1] == 2 * old
     assert torch.equal(model.flops_by_part().head, 2 * before)
@@ -44,7 +44,7 @@ def test_a_placeholder_of_the_new_vocabulary() -> None:
     batch = toy.batch([5, 9])
     model(**batch)
     rates = model.routing.keep_rate
-    new = model.described.config.vocab_size
+    new = model.spec.config.vocab_size
     toy.model.resize_token_embeddings(new + 8, mean_resizing=False)
     toy.model.config.image_token_id = new
     batch["input_ids"][batch["input_ids"] == families.IMAGE] = new

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 
 from adaskip import terminal
-from adaskip.answering import answer
-from adaskip.calibrate import calibrate
-from adaskip.checking import check
 from adaskip.cli import main
-from adaskip.evaluate import evaluate
-from adaskip.profiling import profile_model
 from adaskip.recipe import load
 from adaskip.stages import LineStages, Stages
-from adaskip.train import train
+from adaskip.verbs.calibrate import calibrate
+from adaskip.verbs.check import check
+from adaskip.verbs.evaluate import evaluate
+from adaskip.verbs.generate import answer
+from adaskip.verbs.profile import profile_model
+from adaskip.verbs.train import train
 from tests.faults.finished import SHORT, copy_of
 
 

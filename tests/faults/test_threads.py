@@ -17,8 +17,8 @@ from torch import Tensor
 
 import adaskip
 from adaskip import RoutedModel, RouterConfig
+from adaskip.backbone.attention import intercept_attention
 from adaskip.errors import ConfigError
-from adaskip.runtime.attention import intercept_attention
 from tests import toys
 from tests.routed_toys import GREEDY, answers, batch, llama, routed, spread
 
@@ -288,7 +288,7 @@ def test_visitors_of_attention_see_their_own_thread() -> None:
             seen.append(call.layer)
             return call.run()
 
-        with torch.no_grad(), model.dense(), intercept_attention(model.described.layers, visit):
+        with torch.no_grad(), model.dense(), intercept_attention(model.spec.layers, visit):
             barrier.wait()
             for _ in range(times):
                 model(**batch(4), use_cache=False)

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 import adaskip
-from adaskip.amounts import enough_to_train
-from adaskip.calibrate import calibrate
-from adaskip.checking import check
 from adaskip.demo.backbone import load as load_demo
 from adaskip.errors import DataError
-from adaskip.evaluate import evaluate
-from adaskip.profiling import profile_model
 from adaskip.recipe import load
 from adaskip.theory.conformal import conformal_rank, smallest_sample
 from adaskip.theory.redundancy import smallest_profile
-from adaskip.train import train
 from adaskip.training.data import Collator, loader
+from adaskip.verbs.amounts import enough_to_train
+from adaskip.verbs.calibrate import calibrate
+from adaskip.verbs.check import check
+from adaskip.verbs.evaluate import evaluate
+from adaskip.verbs.profile import profile_model
+from adaskip.verbs.train import train
 from tests.faults.finished import SHORT, copy_of
 
 

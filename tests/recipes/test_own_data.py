@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from adaskip.answering import answer
-from adaskip.checking import check
 from adaskip.errors import AdaSkipError, CheckpointError, DataError
-from adaskip.evaluate import evaluate
 from adaskip.recipe import load
-from adaskip.train import train
+from adaskip.verbs.check import check
+from adaskip.verbs.evaluate import evaluate
+from adaskip.verbs.generate import answer
+from adaskip.verbs.train import train
 from tests.own_data import SHORT
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import adaskip
-from adaskip.answering import answer
-from adaskip.checking import check
 from adaskip.errors import BackboneError, CheckpointError, DataError
-from adaskip.evaluate import evaluate
-from adaskip.export import export
 from adaskip.recipe import load
 from adaskip.runtime.persist import load_backbone
-from adaskip.train import train
 from adaskip.training.checkpoints import newest_checkpoint
+from adaskip.verbs.check import check
+from adaskip.verbs.evaluate import evaluate
+from adaskip.verbs.export import export
+from adaskip.verbs.generate import answer
+from adaskip.verbs.train import train
 from tests import wandb_file
 
 SHORT = [

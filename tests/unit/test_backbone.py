@@ -14,7 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adaskip.backbone import inspect_backbone
+from adaskip.backbone.inspect import inspect_backbone
 from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import RouterConfig, SkipPlan
 from adaskip.runtime.attach import attach

@@ -12,7 +12,7 @@ import torch
 from transformers import Cache
 
 from adaskip import cli
-from adaskip.backbone import inspect_backbone, twin
+from adaskip.backbone.inspect import inspect_backbone, twin
 from adaskip.bench import bench
 from adaskip.bench.forced import check_forced, different, force, spread_out
 from adaskip.bench.many import many_cell
@@ -41,11 +41,11 @@ def small(backbone: str = "llama", image_tokens: int = 0) -> Subject:
 def test_a_twin_cut_to_some_layers_is_the_plan_that_leaves_the_others_out(name: str) -> None:
     toy = families.make(name)
     batch = toy.batch([7, 7])
-    described = inspect_backbone(toy.model.requires_grad_(False))
-    short = twin(described, [0, 2])
+    spec = inspect_backbone(toy.model.requires_grad_(False))
+    short = twin(spec, [0, 2])
     assert {id(w) for w in short.parameters()} < {id(w) for w in toy.model.parameters()}
     whole = toy.model(**batch).logits
-    assert torch.equal(twin(described)(**batch).logits, whole)
+    assert torch.equal(twin(spec)(**batch).logits, whole)
     cut = short(**batch, use_cache=True)
     assert torch.equal(toy.model(**batch).logits, whole)
     assert cache_bytes(cut.past_key_values) * 2 == cache_bytes(toy.model(**batch, use_cache=True).past_key_values)
@@ -163,7 +163,7 @@ def test_no_cache_but_its_own_counts_as_a_sides_memory(path: str, monkeypatch: p
 @pytest.mark.parametrize("router", [{"unit": "mlp"}, {"scope": "token"}, {"group": "vision", "kv": "kept"}])
 def test_routers_that_leave_no_layer_as_a_whole_have_no_ideal(router: dict[str, str]) -> None:
     subject = small("llava", 4) if "group" in router else small()
-    routed = attach(twin(subject.described), RouterConfig(**router))
+    routed = attach(twin(subject.spec), RouterConfig(**router))
     with pytest.raises(ConfigError, match="so there is no model to cut out for comparison"):
         bench(replace(subject, routed=routed), None, [1], ["uniform"], new=2, budget=0)
 
@@ -219,7 +219,7 @@ def test_prompts_may_be_padded(backbone: str, image_tokens: int, group: str) -> 
 @torch.no_grad()
 def test_a_token_after_a_padded_prompt_stands_behind_the_real_ones() -> None:
     subject = small()
-    side = Side(subject.described.model, padded(subject, 2), 2)
+    side = Side(subject.spec.model, padded(subject, 2), 2)
     side.settle()
     places = []
     side.model.register_forward_pre_hook(

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import adaskip
-from adaskip import opened
-from adaskip.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records
 from adaskip.errors import ConfigError, DataError
+from adaskip.generate.greedy import greedy_processors
 from adaskip.recipe import dump, load
-from adaskip.runtime.greedy import greedy_processors
 from adaskip.runtime.persist import load_backbone
 from adaskip.theory.profile import exact_match
-from adaskip.train import records
 from adaskip.training.data import Collator
+from adaskip.verbs import run as opened
+from adaskip.verbs.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records
+from adaskip.verbs.train import records
 
 SMALL = [
     "conditions.examples=6",

@@ -103,7 +103,7 @@ def test_the_dense_logits_are_computed_once_as_long_as_they_fit(kept: int, passe
     prices = calibrate_prices(measured, measured.mass.mean(0), alpha=0.1)
     fresh, ran = joint_cost(model, rows, measured.rho, prices), []
     dense = DenseLogits(kept * DenseLogits()(model, 0, rows[0]).nbytes)
-    hook = model.described.layers[1].register_forward_hook(lambda *_: ran.append(model.runtime.mode))
+    hook = model.spec.layers[1].register_forward_hook(lambda *_: ran.append(model.runtime.mode))
     for _ in range(3):
         found = joint_cost(model, rows, measured.rho, prices, dense)
         assert all(torch.equal(found[name], fresh[name]) for name in fresh)

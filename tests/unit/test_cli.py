@@ -187,7 +187,7 @@ def test_cp_copies_and_never_overwrites_unasked(adaskip, tmp_path):
 
 
 def test_train(adaskip, fake):
-    calls = fake("adaskip.train", train={"folder": "runs/x", "val": {"keep": 0.6123456, "kl": float("nan")}})
+    calls = fake("adaskip.verbs.train", train={"folder": "runs/x", "val": {"keep": 0.6123456, "kl": float("nan")}})
     status, out, err = adaskip("train", "digits-vlm", "seed=3", "--resume", "--json")
     assert (status, parsed(out)) == (0, {"folder": "runs/x", "val": {"keep": 0.6123456, "kl": None}})
     assert sorted(err.split("\n")) == ["", "child noise", "library noise"]
@@ -203,7 +203,7 @@ def test_train(adaskip, fake):
 def test_eval(adaskip, fake, folder):
     row = {"kind": "sum", "dense_accuracy": 0.9, "routed_accuracy": 0.875, "keep": 0.6}
     mean = {name: value for name, value in row.items() if name != "kind"}
-    calls = fake("adaskip.evaluate", evaluate={"kinds": [row], "mean": mean, "prefill": {"speedup": 1.5}})
+    calls = fake("adaskip.verbs.evaluate", evaluate={"kinds": [row], "mean": mean, "prefill": {"speedup": 1.5}})
     status, out, _ = adaskip("eval", folder, "--examples", 7, "--split", "validation", "--json")
     assert (status, parsed(out)["kinds"]) == (0, [row])
     ((name, args, options),) = calls
@@ -227,7 +227,7 @@ def test_check_exits_0_only_when_the_conditions_hold(adaskip, fake, folder, verd
     row = {"layer": 3, "group": "all", "notion": "cost", "low": None, "verdict": "undecided"}
     ok = verdict == "hold"
     found = {"ok": ok, "verdict": verdict, "reasons": ["because"], "rows": [row], "summary": {"coverage": 0.93}}
-    fake("adaskip.checking", check=found)
+    fake("adaskip.verbs.check", check=found)
     code, out, _ = adaskip("check", folder)
     assert code == status
     assert text in out
@@ -240,7 +240,7 @@ def test_check_exits_0_only_when_the_conditions_hold(adaskip, fake, folder, verd
 def test_calibrate_exits_1_when_no_threshold_is_certified(adaskip, fake, folder, threshold, status):
     step = {"threshold": -0.5, "loss": 0.01, "p_value": 0.03, "keep": 0.6}
     found = {"ok": threshold is not None, "threshold": threshold, "steps": [step]}
-    calls = fake("adaskip.calibrate", calibrate=found)
+    calls = fake("adaskip.verbs.calibrate", calibrate=found)
     code, out, _ = adaskip("calibrate", folder, "--risk", 0.05, "--delta", 0.2, "--json")
     assert (code, parsed(out)) == (status, found)
     ((_, args, _),) = calls
@@ -253,7 +253,7 @@ def test_calibrate_exits_1_when_no_threshold_is_certified(adaskip, fake, folder,
 
 def test_generate(adaskip, fake, folder, tmp_path):
     found = {"prompt": "[/b] ?", "answer": "7", "dense_answer": "7", "expected": None, "keep": 0.5}
-    calls = fake("adaskip.answering", answer={**found, "route": [True, False, False, True], "layers": 4})
+    calls = fake("adaskip.verbs.generate", answer={**found, "route": [True, False, False, True], "layers": 4})
     status, out, _ = adaskip("generate", folder, "--example", 4)
     assert status == 0
     assert "[/b] ?" in out
@@ -277,7 +277,7 @@ def test_generate_needs_one_question(adaskip, folder, words):
 
 
 def test_export(adaskip, fake, folder, tmp_path):
-    calls = fake("adaskip.export", export={"folder": "out", "files": ["a", "b"]})
+    calls = fake("adaskip.verbs.export", export={"folder": "out", "files": ["a", "b"]})
     status, out, _ = adaskip("export", folder, tmp_path / "out", "--json")
     assert (status, parsed(out)["files"]) == (0, ["a", "b"])
     assert calls == [("export", (folder, tmp_path / "out"), {})]
@@ -296,7 +296,7 @@ def test_a_missing_run_is_named_with_what_to_type(adaskip, folder, verb):
 
 
 def test_errors_of_the_work_itself(adaskip, fake, folder):
-    fake("adaskip.checking", check=DataError("no test split\n  line 3: empty"))
+    fake("adaskip.verbs.check", check=DataError("no test split\n  line 3: empty"))
     status, out, err = adaskip("check", folder, "--json")
     assert status == 2
     assert parsed(out) == {"ok": False, "error": "no test split", "faults": ["line 3: empty"]}
@@ -306,6 +306,6 @@ def test_errors_of_the_work_itself(adaskip, fake, folder):
 
 
 def test_a_bug_is_not_hidden(fake, folder):
-    fake("adaskip.checking", check=ZeroDivisionError("bug"))
+    fake("adaskip.verbs.check", check=ZeroDivisionError("bug"))
     with pytest.raises(ZeroDivisionError):
         cli.main(["check", str(folder)])

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from adaskip.backbone import Tokens
+from adaskip.backbone.attention import AttentionCall
+from adaskip.backbone.inspect import Tokens
 from adaskip.errors import BackboneError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
-from adaskip.runtime.attention import AttentionCall
 from adaskip.theory import crossmodal
 from adaskip.theory.bounds import kl_exact
 from adaskip.theory.crossmodal import read_attention, remove_keys, value_weighted_mass

@@ -15,10 +15,10 @@ from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import load
 from adaskip.theory.flips import Flips, survey_flips
 from adaskip.theory.profile import compare
-from adaskip.train import train
 from adaskip.training import fit_run
 from adaskip.training.fit import FitState, fit_from_bounds, fit_round, read_logits
 from adaskip.training.objective import Fit
+from adaskip.verbs.train import train
 from tests import toys
 from tests.own_data import SHORT
 from tests.tuning import batches

@@ -20,31 +20,18 @@ ORDER = [
     "lines",
     "demo",
     "plan",
-    "probe",
-    "work",
-    "sublayers",
     "backbone",
     "routers",
     "runtime",
+    "generate",
     "theory",
     "policies",
     "training",
     "recipe",
-    "amounts",
-    "budget",
-    "export",
     "report",
-    "start",
-    "train",
-    "lengths",
-    "opened",
-    "checking",
-    "answering",
-    "evaluate",
+    "verbs",
     "harness",
     "bench",
-    "calibrate",
-    "profiling",
     "terminal",
     "cli",
 ]
@@ -64,13 +51,17 @@ def imports(path: Path) -> list[str]:
     return [name for name in found if name != "adaskip.__version__"]
 
 
+DOORS = {"adaskip.runtime.attach": {"adaskip.generate.paths"}}
+"""Methods of the user's handle that open a room to the right when they are called."""
+
+
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_left(path: Path) -> None:
     own = "adaskip." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    wrong = [name for name in imports(path) if room(name) > room(own)]
+    wrong = [name for name in imports(path) if room(name) > room(own) and name not in DOORS.get(own, ())]
     assert not wrong, f"{own} imports {wrong}, which lie to its right in {ORDER}"
 
 
@@ -113,7 +104,7 @@ def test_the_readme_names_every_module() -> None:
 def test_only_backbone_knows_model_internals() -> None:
     inner = ("model.layers", "language_model", "get_decoder", "image_token_id", "num_hidden_layers")
     for path in MODULES:
-        if path.name == "backbone.py" or "demo" in path.parts:
+        if {"backbone", "demo"} & set(path.parts):
             continue
         code = "\n".join(ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute))
         assert not [name for name in inner if f".{name}" in code], path

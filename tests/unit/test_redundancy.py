@@ -7,13 +7,13 @@ import torch
 import adaskip
 from adaskip.errors import BackboneError, DataError
 from adaskip.plan import SkipPlan
-from adaskip.profiling import profile_model, summary
 from adaskip.report.redundancy import profile_plot
 from adaskip.runtime.attach import attach
 from adaskip.theory import prediction
 from adaskip.theory.claims import judge_claims
 from adaskip.theory.profile import measure
 from adaskip.theory.survey import _spread, survey
+from adaskip.verbs.profile import profile_model, summary
 from tests import toys
 
 
@@ -149,7 +149,7 @@ def test_exact_costs_of_all_layers_take_at_most_half_the_passes(group):
     def count(module, args, kwargs):
         tokens[0] += kwargs["hidden_states"].shape[:2].numel()
 
-    for layer in model.described.layers:
+    for layer in model.spec.layers:
         layer.self_attn.register_forward_pre_hook(count, with_kwargs=True)
     batch = batches_of(toy, 16, lengths=(2, 3, 2, 3))
     measure(model, batch)

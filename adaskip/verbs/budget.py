@@ -170,7 +170,7 @@ class _Ran:
 def _run(model: RoutedModel, batches: Sequence[dict[str, Any]], threshold: float) -> _Ran:
     model.set_threshold(threshold)
     rates, logits = [], []
-    free = [layer for layer in range(len(model.described.layers)) if layer not in model.config.held]
+    free = [layer for layer in range(len(model.spec.layers)) if layer not in model.config.held]
     for batch in batches:
         model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False)
         routing = model.routing
@@ -190,7 +190,7 @@ def _run(model: RoutedModel, batches: Sequence[dict[str, Any]], threshold: float
 
 def _reasons(model: RoutedModel, rates: Tensor) -> tuple[str, ...]:
     """Why skipping everything still keeps as much as ``rates`` (n) say."""
-    config, layers, found = model.config, len(model.described.layers), []
+    config, layers, found = model.config, len(model.spec.layers), []
     if config.held:
         names = ", ".join(map(str, config.held))
         found.append(f"{len(config.held)} of {layers} layers are held and run whatever their routers say ({names})")

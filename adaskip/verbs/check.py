@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from adaskip.amounts import enough_to_check, fitted
 from adaskip.errors import CheckpointError
-from adaskip.opened import Run, open_run, read_recipe, unfitted
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.bands import early_exits, judge_bands, late_entries, measure_bands
 from adaskip.theory.conditions import conclude
 from adaskip.theory.profile import Prices, calibrate_prices, measure
-from adaskip.train import records
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, loader
 from adaskip.training.inputs import to_device
+from adaskip.verbs.amounts import enough_to_check, fitted
+from adaskip.verbs.run import Run, open_run, read_recipe, unfitted
+from adaskip.verbs.train import records
 
 
 def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, 
     chosen, split = unfitted(recipe)
     enough_to_check(recipe, len(chosen), split, len(records(recipe, "calibration")) if bands else None)
     loaded = open_run(folder, stages)
-    model, device = loaded.model, loaded.model.described.device
-    layers = len(model.described.layers)
+    model, device = loaded.model, loaded.model.spec.device
+    layers = len(model.spec.layers)
     if len(prices.shift) != layers:
         raise CheckpointError(
             f"{folder / 'prices.json'}: expected prices of {layers} layers, found {len(prices.shift)}; it belongs to "
@@ -108,10 +108,10 @@ def read_prices(path: Path) -> Prices:
 def _bands(run: Run, batches: list[Any], stages: Stages) -> list[dict[str, Any]]:
     """Late entries and early exits, judged on these batches with constants of the calibration split."""
     model, recipe = run.model, run.recipe
-    layers, attention = len(model.described.layers), model.runtime.hides_vision
+    layers, attention = len(model.spec.layers), model.runtime.hides_vision
     spans = [*late_entries(layers), *early_exits(layers)]
     chosen = records(recipe, "calibration")[: fitted(recipe)]
-    device, size = model.described.device, recipe.trainer.batch_size
+    device, size = model.spec.device, recipe.trainer.batch_size
     calibration = [to_device(b, device) for b in loader(chosen, Collator(run.processor), size)]
     with stages(f"measuring {len(spans)} bands of layers on {len(chosen)} calibration inputs"):
         fresh = measure_bands(model, calibration, spans, attention)

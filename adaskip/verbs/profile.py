@@ -11,7 +11,6 @@ import torch
 
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, DataError
-from adaskip.opened import check_split, check_writable
 from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
 from adaskip.runtime.persist import load_backbone, load_processor
@@ -20,6 +19,7 @@ from adaskip.theory.redundancy import profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
+from adaskip.verbs.run import check_split, check_writable
 
 _WHY = "a quarter of them calibrates the constants, the rest judges and tests"
 

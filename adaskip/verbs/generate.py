@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import AdaSkipError, DataError
-from adaskip.export import router_folder
-from adaskip.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
-from adaskip.opened import Run, held_out, open_run
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
-from adaskip.train import RECIPE
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
 from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
+from adaskip.verbs.export import router_folder
+from adaskip.verbs.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
+from adaskip.verbs.run import Run, held_out, open_run
+from adaskip.verbs.train import RECIPE
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def answer(
     model, processor, loaded = _open(Path(run), stages)
     record = _record(loaded, image, prompt, example, processor, model)
     limit = max_new_tokens or _limit(loaded, processor)
-    batch = to_device(Collator(processor, answers=False)([record]), model.described.device)
+    batch = to_device(Collator(processor, answers=False)([record]), model.spec.device)
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
     width = batch["inputs"]["input_ids"].shape[1]
     with model.dense():
@@ -86,7 +86,7 @@ def answer_many(
         run: a run, or an exported folder of routers.
         file: one object a line with ``prompt`` and maybe ``image``, a path relative to the file.
         max_new_tokens: longest answer; default as for `answer`.
-        paths: at most so many paths, see `adaskip.runtime.paths.generate_many`.
+        paths: at most so many paths, see `adaskip.generate.paths.generate_many`.
         stages: hears what is under way.
 
     Raises:
@@ -95,7 +95,7 @@ def answer_many(
     questions = read_prompts(Path(file))
     model, processor, loaded = _open(Path(run), stages)
     limit = max_new_tokens or _limit(loaded, processor)
-    collate, device = Collator(processor, answers=False), model.described.device
+    collate, device = Collator(processor, answers=False), model.spec.device
     placed = [_placed(question, collate, model) for question in questions]
     collate.check(placed)
     items = [to_device(collate([record]), device)["inputs"] for record in placed]

@@ -9,11 +9,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from adaskip.backbone.probe import in_this_thread, plain_tokens
 from adaskip.errors import BackboneError
-from adaskip.probe import in_this_thread, plain_tokens
+from adaskip.generate.greedy import greedy_options
+from adaskip.generate.join import Part, join
 from adaskip.runtime.cache import SkipCache
-from adaskip.runtime.greedy import greedy_options
-from adaskip.runtime.join import Part, join
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
@@ -61,10 +61,10 @@ def _try(model: RoutedModel) -> tuple[float, float]:
     ids = plain_tokens(model.backbone)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     takes = inspect.signature(type(model.backbone).forward).parameters
-    for name in ("mm_token_type_ids", *(("token_type_ids",) if model.described.reads_ahead else ())):
+    for name in ("mm_token_type_ids", *(("token_type_ids",) if model.spec.reads_ahead else ())):
         if name in takes:
             inputs[name] = torch.zeros_like(ids)
-    runs = torch.ones(len(model.described.layers), len(ids), dtype=torch.bool)
+    runs = torch.ones(len(model.spec.layers), len(ids), dtype=torch.bool)
     whole = _generate(model, inputs, routing=runs)
     resumed = _generate(model, inputs, past_key_values=fill_cache(model, inputs, runs)[0])
     # as a group is made: beside longer prompts, keys that were computed without padding get some before them

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.answering import texts
 from adaskip.demo.backbone import EMBEDDED
-from adaskip.lengths import cut, longest_answer, warn_of_cuts
-from adaskip.opened import Run, check_split, check_writable, open_run, read_recipe, split_of
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
@@ -24,6 +21,9 @@ from adaskip.theory.profile import compare_predicted, per_input, predicted
 from adaskip.training.data import Batch, Collator, Record, answer_positions, load_records, loader
 from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
+from adaskip.verbs.generate import texts
+from adaskip.verbs.lengths import cut, longest_answer, warn_of_cuts
+from adaskip.verbs.run import Run, check_split, check_writable, open_run, read_recipe, split_of
 
 EVALUATION = "evaluation.json"
 
@@ -96,7 +96,7 @@ def _evaluate_kind(
     run: Run, kind: str, members: list[Record], batch_size: int, limit: int, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """The row of one kind of question."""
-    model, device = run.model, run.model.described.device
+    model, device = run.model, run.model.spec.device
     each: dict[str, list[float]] = {}  # one number an input, and one a batch for seconds
     done = 0
     for place, batch in enumerate(loader(members, Collator(run.processor, answers=False), batch_size)):

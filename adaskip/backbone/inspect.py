@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from adaskip.backbone.probe import check_layers, home
+from adaskip.backbone.sublayers import Sublayers, find_sublayers
+from adaskip.backbone.work import Work, measure_work
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.probe import check_layers, home
-from adaskip.sublayers import Sublayers, find_sublayers
-from adaskip.work import Work, measure_work
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _ROUTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
-class Backbone:
+class BackboneSpec:
     """A routable model, described.
 
     Attributes:
@@ -90,7 +90,7 @@ class Tokens:
         return torch.stack([among & ~self.vision, among & self.vision], dim=1)
 
 
-def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") -> Backbone:
+def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") -> BackboneSpec:
     """Find the decoder layers of a causal language or image-text-to-text model, and what the routing needs of them.
 
     Args:
@@ -126,12 +126,12 @@ def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") 
     needed = unit != "block" or kv == "kept"
     sublayers = find_sublayers(model, layers, config.hidden_size, unit) if needed else ()
     work, head = measure_work(model, layers, _pair_flops(config))
-    return Backbone(model, path, layers, config.hidden_size, reads_ahead, outputs, sublayers, work, head)
+    return BackboneSpec(model, path, layers, config.hidden_size, reads_ahead, outputs, sublayers, work, head)
 
 
-def count_head(backbone: Backbone) -> float:
+def count_head(spec: BackboneSpec) -> float:
     """FLOPs of the language-model head per position, counted anew; the model must run as it was."""
-    return measure_work(backbone.model, backbone.layers, _pair_flops(backbone.config))[1]
+    return measure_work(spec.model, spec.layers, _pair_flops(spec.config))[1]
 
 
 def size_of(config: PreTrainedConfig) -> tuple[int, int]:
@@ -169,14 +169,14 @@ def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Mod
     )
 
 
-def read_tokens(backbone: Backbone, inputs: dict[str, Any], ids: Tensor | None = None) -> Tokens:
+def read_tokens(spec: BackboneSpec, inputs: dict[str, Any], ids: Tensor | None = None) -> Tokens:
     """The token masks of one call's model inputs.
 
     Vision is where the placeholder's id stands, or in ``inputs_embeds`` its embedding, as the model itself looks for
     it. States that pictures are merged into already count as text, unless ``ids`` or ``mm_token_type_ids`` tell.
 
     Args:
-        backbone: the described model.
+        spec: what the model is made of.
         inputs: keyword arguments of the model's ``forward``.
         ids: long (b t), of the tokens that ``inputs_embeds`` embeds, if they are known.
 
@@ -197,15 +197,15 @@ def read_tokens(backbone: Backbone, inputs: dict[str, Any], ids: Tensor | None =
     if 0 in shape:
         raise DataError(f"{name}: expected at least one row and one token, got {tuple(shape)}; leave empty prompts out")
     valid = _read_mask(inputs.get("attention_mask"), shape, source.device)
-    if not backbone.vision_ids:
+    if not spec.vision_ids:
         return Tokens(valid, None)
     ids = source if name == "input_ids" else ids
     if ids is not None:
-        vision = torch.isin(ids, torch.tensor(backbone.vision_ids, device=ids.device)).to(source.device)
+        vision = torch.isin(ids, torch.tensor(spec.vision_ids, device=ids.device)).to(source.device)
     elif (types := inputs.get("mm_token_type_ids")) is not None:
         vision = types[:, -shape[1] :] != 0
     else:
-        vision = _find_placeholders(backbone, source)
+        vision = _find_placeholders(spec, source)
     return Tokens(valid, vision & valid)
 
 
@@ -228,11 +228,11 @@ def _read_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _find_placeholders(backbone: Backbone, states: Tensor) -> Tensor:
+def _find_placeholders(spec: BackboneSpec, states: Tensor) -> Tensor:
     """bool (b t): which embedded tokens (b t d) are a placeholder."""
-    table: Any = backbone.model.get_input_embeddings()
+    table: Any = spec.model.get_input_embeddings()
     vision = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-    for number in backbone.vision_ids:
+    for number in spec.vision_ids:
         if number < table.num_embeddings:  # some name an id beyond their vocabulary, which nothing can embed
             own = table(torch.tensor(number, device=table.weight.device)).to(states)
             vision |= (states == own).all(-1)
@@ -249,24 +249,24 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def twin(backbone: Backbone, keep: Sequence[int] | None = None) -> PreTrainedModel:
+def twin(spec: BackboneSpec, keep: Sequence[int] | None = None) -> PreTrainedModel:
     """Another model on the same weights, of all decoder layers or only of these: what a static plan leaves, cut out.
 
     Args:
-        backbone: the described model; nothing may be attached to it.
+        spec: what the model is made of; nothing may be attached to it.
         keep: numbers of the layers that stay, ascending.
 
     Raises:
         ConfigError: no layer is left.
     """
-    model = backbone.model
+    model = spec.model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     if keep is None:
         return copied
     if not keep:
         raise ConfigError("twin: expected at least one layer to stay, got none")
-    parent, _, name = backbone.path.rpartition(".")
+    parent, _, name = spec.path.rpartition(".")
     owner = copied.get_submodule(parent)
     layers = nn.ModuleList([getattr(owner, name)[index] for index in keep])
     setattr(owner, name, layers)
@@ -275,7 +275,7 @@ def twin(backbone: Backbone, keep: Sequence[int] | None = None) -> PreTrainedMod
             for number in ("layer_idx", "layer_id"):
                 if hasattr(module, number):
                     setattr(module, number, place)
-    config, count = copied.config.get_text_config(decoder=True), len(backbone.layers)
+    config, count = copied.config.get_text_config(decoder=True), len(spec.layers)
     for key, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == count:
             setattr(config, key, [value[index] for index in keep])

@@ -20,8 +20,6 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from adaskip import report
-from adaskip.amounts import enough_to_train
-from adaskip.budget import hold_budget, lightest
 from adaskip.errors import CheckpointError
 from adaskip.ranks import is_first_process, is_lost_process, launched, says_when_lost
 from adaskip.recipe import RESOLVED, Recipe
@@ -29,7 +27,6 @@ from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
 from adaskip.stages import SILENT, Stages
-from adaskip.start import check_start, opened
 from adaskip.theory.prices import price
 from adaskip.theory.profile import LayerMeasures, Prices, measure
 from adaskip.training.callbacks import ConditionCheck
@@ -50,6 +47,9 @@ from adaskip.training.tracking import (
     wandb_logger,
     write_text,
 )
+from adaskip.verbs.amounts import enough_to_train
+from adaskip.verbs.budget import hold_budget, lightest
+from adaskip.verbs.start import check_start, opened
 
 RECIPE = RESOLVED
 
@@ -149,7 +149,7 @@ def _train(
         tolerance=recipe.conditions.nats,
         level=recipe.conditions.level,
         on_violation=recipe.conditions.on_violation,
-        batches=[to_device(batch, model.described.device) for batch in check],
+        batches=[to_device(batch, model.spec.device) for batch in check],
         measured=measured,
         folder=folder,
     )
@@ -210,8 +210,8 @@ def _price(
     """Measure what each layer is worth on validation inputs; calibrate the bound's constants on others."""
     if (own := own_device(recipe)) is not None:
         model.to(own)
-    device = model.described.device
-    vision, layers = model.runtime.hides_vision, len(model.described.layers)
+    device = model.spec.device
+    vision, layers = model.runtime.hides_vision, len(model.spec.layers)
     check = [to_device(b, device) for b in check]
     if not (least := lightest(model, check, recipe.objective.keep)).met:
         stages.note(f"{least.sentence}; training goes on all the same")
@@ -298,7 +298,7 @@ def _finish(
     stages: Stages,
 ) -> dict[str, Any]:
     model = tuner.model.eval()
-    device = model.described.device
+    device = model.spec.device
     held = [to_device(batch, device) for batch in validation]
     with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
         budget = hold_budget(model, held, recipe.objective.keep, advance)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from adaskip.probe import ROWS, TOKENS, ToldCache, dense_pass, in_this_thread
+from adaskip.backbone.probe import ROWS, TOKENS, ToldCache, dense_pass, in_this_thread
 
 
 @dataclass(frozen=True)

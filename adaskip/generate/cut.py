@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip.backbone import twin
+from adaskip.backbone.inspect import twin
+from adaskip.backbone.probe import ROWS, dense_pass
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import SkipPlan
-from adaskip.probe import ROWS, dense_pass
 from adaskip.runtime.attach import RoutedModel
 
 _CLOSE = 1e-3
@@ -44,7 +44,7 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
     if not kept:
         raise ConfigError("cut: expected at least one layer to stay, got a path without any")
     _check_injected(model, kept)
-    plain: PreTrainedModel = twin(_unrouted(model).described, kept).requires_grad_(False).eval()
+    plain: PreTrainedModel = twin(_unrouted(model).spec, kept).requires_grad_(False).eval()
     fixed = keep[:, None].expand(-1, ROWS)
     state = model.runtime.state
     with state.aside(), state.using(mode="skip", fixed=fixed):
@@ -60,7 +60,7 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
 
 def _path(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None) -> Tensor:
     """bool (l)."""
-    runtime, layers = model.runtime, len(model.described.layers)
+    runtime, layers = model.runtime, len(model.spec.layers)
     path = model.plan if path is None else path
     if path is None:
         raise ConfigError("cut: routers choose a path for every prompt; say which, such as path=answer.path")

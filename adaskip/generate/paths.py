@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.errors import ConfigError, DataError
+from adaskip.generate.consolidate import Prices, consolidate
+from adaskip.generate.decoding import Decoding, read_options
+from adaskip.generate.items import TOKENS, padding, read_items, split
+from adaskip.generate.join import Part, join
+from adaskip.generate.resume import fill_cache, try_resuming
 from adaskip.runtime.cache import SkipCache
-from adaskip.runtime.consolidate import Prices, consolidate
-from adaskip.runtime.decoding import Decoding, read_options
-from adaskip.runtime.items import TOKENS, padding, read_items, split
-from adaskip.runtime.join import Part, join
 from adaskip.runtime.measure import clock
-from adaskip.runtime.resume import fill_cache, try_resuming
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel

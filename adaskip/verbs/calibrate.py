@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.amounts import fitted
-from adaskip.budget import quality
 from adaskip.errors import ConfigError, DataError
-from adaskip.lengths import cut, end_tokens, longest_answer, warn_of_cuts
-from adaskip.opened import check_writable, open_run, read_recipe
+from adaskip.generate.greedy import greedy_options, greedy_processors, process
 from adaskip.plan import KEEP_ALL
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.greedy import greedy_options, greedy_processors, process
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.profile import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
-from adaskip.train import records
 from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image, pictures_of
 from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
+from adaskip.verbs.amounts import fitted
+from adaskip.verbs.budget import quality
+from adaskip.verbs.lengths import cut, end_tokens, longest_answer, warn_of_cuts
+from adaskip.verbs.run import check_writable, open_run, read_recipe
+from adaskip.verbs.train import records
 
 STEPS = 40  # thresholds on the path
 
@@ -70,7 +70,7 @@ def calibrate(
     chosen = fresh_records(recipe, needed, f"a risk of {risk} at delta {delta}")
     loaded = open_run(run, stages)
     model, collate = loaded.model, Collator(loaded.processor, answers=False)
-    size, device, validation = recipe.trainer.batch_size, model.described.device, records(recipe, "validation")
+    size, device, validation = recipe.trainer.batch_size, model.spec.device, records(recipe, "validation")
     limit = max_new_tokens or longest_answer([*records(recipe, "train"), *validation], loaded.processor)
     with stages(f"reading the routers' logits on {len(validation)} validation inputs"):
         path = threshold_path(model, validation, collate, size)
@@ -147,7 +147,7 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
     model.set_threshold(KEEP_ALL)
     logits = []
     for batch in loader(validation, collate, size):
-        model(**to_device(batch, model.described.device)["inputs"], use_cache=False)
+        model(**to_device(batch, model.spec.device)["inputs"], use_cache=False)
         logits.append(model.runtime.routing.decided.cpu())  # type: ignore[union-attr]
     ordered = torch.cat(logits).double().sort().values  # `quantile` refuses more than 16 million values
     places = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)[:-1] * (len(ordered) - 1)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaskip.backbone.probe import ROWS, TOKENS, ToldCache, dense_pass
 from adaskip.errors import BackboneError
-from adaskip.probe import ROWS, TOKENS, ToldCache, dense_pass
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from adaskip.errors import ConfigError, DataError
+from adaskip.runtime.arguments import read_option
 
 _REFUSED = ("past_key_values", "streamer", "return_dict_in_generate", "custom_generate", "routing")
 """Arguments that speak of one batch, and of a cache or an output of its own."""
@@ -87,8 +88,8 @@ def read_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> Decod
         ConfigError: an option that does not go with many prompts.
     """
     refused = [name for name in _REFUSED if options.get(name) is not None]
-    refused += [name for name in _SINGLE if _option(backbone, options, name)]
-    if _option(backbone, options, "guidance_scale", 1) != 1:
+    refused += [name for name in _SINGLE if read_option(backbone, options, name)]
+    if read_option(backbone, options, "guidance_scale", 1) != 1:
         refused.append("guidance_scale")
     if refused:
         raise ConfigError(f"generate_many: {', '.join(refused)} does not go with many prompts; call generate")
@@ -98,64 +99,32 @@ def read_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> Decod
             "order; call generate, or use an option of transformers such as stop_strings or prefix_allowed_tokens_fn"
         )
     for name in ("num_beams", "num_return_sequences"):
-        if _option(backbone, options, name, 1) > 1:
+        if read_option(backbone, options, name, 1) > 1:
             raise ConfigError(f"generate_many: {name} asks for several rows a prompt; call generate")
     if options.get("use_cache") is False:
         raise ConfigError(
             "generate_many: use_cache=False: answers go on from the cache of their prompt's prefill; leave it out, or "
             "call generate"
         )
-    if (kind := _option(backbone, options, "cache_implementation")) is not None:
+    if (kind := read_option(backbone, options, "cache_implementation")) is not None:
         raise ConfigError(
             f"generate_many: cache_implementation={kind!r}: prompts bring their own cache; leave it out, or set "
             "model.generation_config.cache_implementation = None"
         )
-    max_new_tokens, max_length = _option(backbone, options, "max_new_tokens"), _max_length(backbone, options)
-    ends = _option(backbone, options, "eos_token_id")
+    max_new_tokens, max_length = read_option(backbone, options, "max_new_tokens"), _max_length(backbone, options)
+    ends = read_option(backbone, options, "eos_token_id")
     allowed = options.get("prefix_allowed_tokens_fn")
     own = {name: value for name, value in options.items() if name != "prefix_allowed_tokens_fn"}
     by_length = max_new_tokens is None and max_length is not None
     return Decoding(
         # a configuration may say otherwise for single prompts, and must not reach these groups
         options=own | {"use_cache": True, "return_dict_in_generate": False},
-        whole=by_length or any(_option(backbone, options, name, rest) != rest for name, rest in _WHOLE.items()),
+        whole=by_length or any(read_option(backbone, options, name, rest) != rest for name, rest in _WHOLE.items()),
         max_length=max_length if by_length else None,
         max_new_tokens=20 if max_new_tokens is None else max_new_tokens,
         ends=tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),),
         allowed=allowed,
     )
-
-
-def check_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Refuse what one ``generate`` of a routed model cannot do, wherever it is asked for.
-
-    Args:
-        backbone: the routed Hugging Face object.
-        options: what ``generate`` was given, by name.
-
-    Raises:
-        ConfigError: an option under which routers would see a part of the prompt, or another one beside it.
-    """
-    if _option(backbone, options, "prefill_chunk_size"):
-        raise ConfigError("generate: prefill_chunk_size shows the routers only the first chunk; leave it out")
-    kind = _option(backbone, options, "cache_implementation")
-    if kind not in (None, "dynamic", "hybrid"):  # hybrid: an old name of what transformers does unasked
-        raise ConfigError(
-            f"generate: cache_implementation={kind!r} cannot hold skipped layers; leave it out, or set "
-            "model.generation_config.cache_implementation = None"
-        )
-    if _option(backbone, options, "guidance_scale", 1) != 1:
-        raise ConfigError(
-            "generate: guidance_scale runs a second prompt of another length, which the routers would take for the "
-            "first; leave it out, or call generate inside model.dense()"
-        )
-
-
-def _option(backbone: PreTrainedModel, options: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """As ``generate`` has it: the option, else what the given generation config says, else the model's own."""
-    configs = (options.get("generation_config"), backbone.generation_config)
-    values = (options.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in values if value is not None), default)
 
 
 def _max_length(backbone: PreTrainedModel, options: Mapping[str, Any]) -> int | None:

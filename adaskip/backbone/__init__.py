@@ -1,0 +1,1 @@
+"""The one place that looks into Hugging Face models."""

@@ -1,0 +1,1 @@
+"""Generation beyond one batch: many prompts by their paths, and one path as a plain model."""
