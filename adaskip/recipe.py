@@ -12,14 +12,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from adaskip import runfiles
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.plan import RouterConfig
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective
 
-RESOLVED = "recipe.resolved.yaml"
-"""The resolved recipe in the folder of its run."""
 _NAMES = {int: "an integer", float: "a number", str: "a string"}
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -192,7 +191,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find(name_or_path)
     raw, found = _parse(path)
     if isinstance(raw, dict):
-        if path.name == RESOLVED:
+        if path.name == runfiles.RECIPE:
             raw["output"] = str(path.parent)
         found += [fault for text in overrides if (fault := _override(raw, text))]
         raw.setdefault("name", path.stem)

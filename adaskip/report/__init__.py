@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
+from adaskip import runfiles
 from adaskip.errors import DataError
 from adaskip.lines import own_lines
 from adaskip.report import markdown
@@ -40,9 +41,9 @@ def write(run: str | Path) -> Path:
     curves, recipe, looks, rates = files.curves, files.recipe, files.looks, files.rates
 
     def draw(plot: Callable[[Any, Path], Figure], data: Any, name: str) -> str:
-        (run / "plots").mkdir(exist_ok=True)
-        plot(data, run / "plots" / name)
-        return f"plots/{name}"
+        (run / runfiles.PLOTS).mkdir(exist_ok=True)
+        plot(data, run / runfiles.PLOTS / name)
+        return f"{runfiles.PLOTS}/{name}"
 
     sections = [
         markdown.trained(recipe, files.environment, files.summary),
@@ -51,9 +52,8 @@ def write(run: str | Path) -> Path:
         markdown.training(curves, draw(training_plot, curves, "training.png") if curves else None),
         markdown.conditions(looks, recipe, draw(conditions_plot, looks[-1], "conditions.png") if looks else None),
     ]
-    report, part = run / "report.md", run / "report.md.part"
-    part.write_text("\n\n".join(chain.from_iterable(sections)) + "\n", encoding="utf-8")
-    part.replace(report)  # the whole file or nothing of it
+    report = run / runfiles.REPORT
+    runfiles.write_text(report, "\n\n".join(chain.from_iterable(sections)) + "\n")
     return report
 
 
@@ -75,13 +75,13 @@ def read(run: Path) -> Files:
     if not run.is_dir():
         raise DataError(f"report: {run} is no folder; expected the folder that `adaskip train` made")
     return Files(
-        read_curves(run / "metrics.csv"),
-        read_object(run / "recipe.resolved.yaml"),
-        read_object(run / "env.json"),
-        read_rates(run / "keep_rates.json"),
-        read_looks(run / "conditions.jsonl"),
-        read_object(run / "summary.json"),
-        read_evaluation(run / "evaluation.json"),
+        read_curves(run / runfiles.METRICS),
+        read_object(run / runfiles.RECIPE),
+        read_object(run / runfiles.ENVIRONMENT),
+        read_rates(run / runfiles.KEEP_RATES),
+        read_looks(run / runfiles.CONDITIONS),
+        read_object(run / runfiles.SUMMARY),
+        read_evaluation(run / runfiles.EVALUATION),
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from adaskip.errors import CheckpointError
+from adaskip.runfiles import CHECKPOINTS, write_with
 
-CHECKPOINTS = "checkpoints"
 KEPT = 2
 
 _log = logging.getLogger(__name__)
@@ -33,12 +33,7 @@ class WholeFiles(TorchCheckpointIO):
         """Write the whole file or nothing of it."""
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(place.name + ".part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(place)
+        write_with(place, partial(torch.save, checkpoint))
 
 
 class RoundsBySteps(lightning.Callback):

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
+from adaskip.runfiles import METRICS, write_text
 
 PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetrics", "numpy")
-METRICS, CONDITIONS, KEEP_RATES = "metrics.csv", "conditions.jsonl", "keep_rates.json"
 
 
 class MetricsFile(Logger):
@@ -77,13 +77,6 @@ def truncate_lines(path: Path, after: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue
     write_text(path, "".join(line + "\n" for line in kept))
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or nothing of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 class Laps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.generate.greedy import greedy_options, greedy_processors, process
 from adaskip.plan import KEEP_ALL
 from adaskip.recipe import Recipe
+from adaskip.runfiles import CALIBRATION, ROUTER, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.profile import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
 from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image, pictures_of
 from adaskip.training.inputs import to_device
-from adaskip.training.tracking import write_text
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.budget import quality
 from adaskip.verbs.lengths import cut, end_tokens, longest_answer, warn_of_cuts
@@ -114,8 +113,8 @@ def calibrate(
     figures = dict(zip(("validation_keep", "validation_accuracy"), (round(x, 4) for x in validated), strict=True))
     model.facts = {"target_keep": recipe.objective.keep} | figures  # what else stood there spoke of another threshold
     model.certificate = found
-    model.save_pretrained(loaded.folder / "router")
-    write_text(loaded.folder / "calibration.json", json.dumps(found, indent=2) + "\n")
+    model.save_pretrained(loaded.folder / ROUTER)
+    write_json(loaded.folder / CALIBRATION, found, indent=2)
     return {"ok": certificate.threshold is not None and not differs, **found}
 
 

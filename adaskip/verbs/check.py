@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from adaskip.errors import CheckpointError
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.bands import early_exits, judge_bands, late_entries, measure_bands
 from adaskip.theory.conditions import conclude
-from adaskip.theory.profile import Prices, calibrate_prices, measure
+from adaskip.theory.profile import calibrate_prices, measure
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, loader
 from adaskip.training.inputs import to_device
 from adaskip.verbs.amounts import enough_to_check, fitted
+from adaskip.verbs.prices import check_layers, read_prices
 from adaskip.verbs.run import Run, open_run, read_recipe, unfitted
 from adaskip.verbs.train import records
 
@@ -42,17 +39,13 @@ def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, 
         DataError: too few inputs; said before anything is loaded.
     """
     recipe, folder = read_recipe(Path(run)), Path(run)
-    prices = read_prices(folder / "prices.json")
+    prices = read_prices(folder)
     chosen, split = unfitted(recipe)
     enough_to_check(recipe, len(chosen), split, len(records(recipe, "calibration")) if bands else None)
     loaded = open_run(folder, stages)
     model, device = loaded.model, loaded.model.spec.device
     layers = len(model.spec.layers)
-    if len(prices.shift) != layers:
-        raise CheckpointError(
-            f"{folder / 'prices.json'}: expected prices of {layers} layers, found {len(prices.shift)}; it belongs to "
-            "another run"
-        )
+    check_layers(prices, layers, folder)
     batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
     with stages(f"measuring {layers} layers on {len(chosen)} inputs of split {split}", len(chosen)) as advance:
         measured = measure(model, batches, attention=model.runtime.hides_vision, progress=advance)
@@ -81,28 +74,6 @@ def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, 
         "summary": summary,
         **judged,
     }
-
-
-def read_prices(path: Path) -> Prices:
-    """The bound's constants that a run left behind.
-
-    Raises:
-        CheckpointError: there are none, or they are damaged.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        tensors = {k: torch.tensor(stored[k], dtype=torch.float64) for k in ("shift", "peak", "mass")}
-        pairs = stored.get("correlation")
-        correlation = None if pairs is None else torch.tensor(pairs, dtype=torch.float64)
-        shape = tensors["shift"].shape
-        if len(shape) != 1 or any(t.shape != shape or bool(t.isnan().any()) for t in tensors.values()):
-            raise ValueError("shift, peak and mass: expected one number for every layer")
-        alpha, c = float(stored["alpha"]), float(stored["c"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing, and the bound's constants are in it; train the run again") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: missing or damaged ({error}); train the run again") from error
-    return Prices(**tensors, alpha=alpha, c=c, correlation=correlation)
 
 
 def _bands(run: Run, batches: list[Any], stages: Stages) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -14,18 +13,16 @@ from torch import Tensor
 
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.recipe import Recipe
+from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
 from adaskip.stages import SILENT, Advance, Stages
 from adaskip.theory.profile import compare_predicted, per_input, predicted
 from adaskip.training.data import Batch, Collator, Record, answer_positions, load_records, loader
 from adaskip.training.inputs import to_device
-from adaskip.training.tracking import write_text
 from adaskip.verbs.generate import texts
 from adaskip.verbs.lengths import cut, longest_answer, warn_of_cuts
 from adaskip.verbs.run import Run, check_split, check_writable, open_run, read_recipe, split_of
-
-EVALUATION = "evaluation.json"
 
 
 @torch.no_grad()
@@ -83,7 +80,7 @@ def evaluate(
     found = {"split": split, "kinds": rows, "mean": mean, "batch_size": batch_size}
     found |= {"max_new_tokens": limit, "warnings": warnings}
     found |= {"example": previous["example"]} if previous.get("example") else {}
-    write_text(folder / EVALUATION, json.dumps(found, indent=2) + "\n")
+    write_json(folder / EVALUATION, found, indent=2)
     report.write(folder)
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import CheckpointError
+from adaskip.runfiles import RECIPE, ROUTER
 from adaskip.runtime.description import CARD, CONFIG, WEIGHTS, read_config
 from adaskip.runtime.persist import read_weights
 
@@ -21,13 +22,13 @@ def router_folder(run: Path) -> Path:
         raise CheckpointError(f"{run}: no such folder; train one with `adaskip train RECIPE`")
     if (run / CONFIG).is_file():
         return run
-    if not (run / "router" / CONFIG).is_file():
-        unfinished = (run / "recipe.resolved.yaml").is_file()
-        hint = f"the run has not finished; go on with `adaskip train {run / 'recipe.resolved.yaml'} --resume`"
+    if not (run / ROUTER / CONFIG).is_file():
+        unfinished = (run / RECIPE).is_file()
+        hint = f"the run has not finished; go on with `adaskip train {run / RECIPE} --resume`"
         raise CheckpointError(
             f"{run}: holds no routers; " + (hint if unfinished else "train one with `adaskip train RECIPE`")
         )
-    return run / "router"
+    return run / ROUTER
 
 
 def export(run: Path, destination: Path) -> dict[str, Any]:

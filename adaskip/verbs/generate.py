@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import AdaSkipError, DataError
+from adaskip.runfiles import EVALUATION, RECIPE, write_json
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
 from adaskip.training.inputs import to_device
-from adaskip.training.tracking import write_text
 from adaskip.verbs.export import router_folder
 from adaskip.verbs.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
 from adaskip.verbs.run import Run, held_out, open_run
-from adaskip.verbs.train import RECIPE
 
 
 @torch.no_grad()
@@ -134,9 +132,9 @@ def _store(run: Run, found: dict[str, Any]) -> None:
     """Put an example into the evaluation, where there is one, and make the report anew."""
     from adaskip import report
 
-    path = run.folder / "evaluation.json"
+    path = run.folder / EVALUATION
     if path.is_file() and os.access(run.folder, os.W_OK):
-        write_text(path, json.dumps(report.read_evaluation(path) | {"example": found}, indent=2) + "\n")
+        write_json(path, report.read_evaluation(path) | {"example": found}, indent=2)
         report.write(run.folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,12 +12,12 @@ from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
+from adaskip.runfiles import PROFILE, PROFILE_PLOT, write_json
 from adaskip.runtime.persist import load_backbone, load_processor
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.redundancy import profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.inputs import to_device
-from adaskip.training.tracking import write_text
 from adaskip.verbs.run import check_split, check_writable
 
 _WHY = "a quarter of them calibrates the constants, the rest judges and tests"
@@ -90,9 +89,9 @@ def profile_model(
     groups = None if group is None else (cast(Group, group),)
     found = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages).to_dict()
     found["model"] = model
-    write_text(folder / "profile.json", json.dumps(found, indent=1) + "\n")
-    profile_plot(found, folder / "profile.png")
-    return found | {"picture": str(folder / "profile.png")}
+    write_json(folder / PROFILE, found, indent=1)
+    profile_plot(found, folder / PROFILE_PLOT)
+    return found | {"picture": str(folder / PROFILE_PLOT)}
 
 
 def summary(found: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:

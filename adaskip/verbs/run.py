@@ -12,13 +12,14 @@ import torch
 
 from adaskip.errors import AdaSkipError, CheckpointError, ConfigError, DataError, did_you_mean
 from adaskip.recipe import Recipe, load
+from adaskip.runfiles import RECIPE
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.persist import load_backbone
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import SPLITS, Record
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.export import router_folder
-from adaskip.verbs.train import RECIPE, backbone_options, load_processor, records
+from adaskip.verbs.train import backbone_options, load_processor, records
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,16 +12,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from adaskip import runfiles
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.ranks import is_first_process, launched
-from adaskip.recipe import RESOLVED, Recipe, dump, load
-from adaskip.training.checkpoints import CHECKPOINTS, checkpoints, keep_newest, newest_checkpoint
-from adaskip.training.fit_run import ROUTERS
-from adaskip.training.tracking import CONDITIONS, METRICS, environment, write_text
+from adaskip.recipe import Recipe, dump, load
+from adaskip.runfiles import ENVIRONMENT, FIT_ROUTERS, LOCK, METRICS, RECIPE, ROUTER, STARTED, SUMMARY
+from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
+from adaskip.training.tracking import environment
 
-LOCK = ".lock"
-_STARTED = (RESOLVED, "env.json", METRICS, CONDITIONS, LOCK, CHECKPOINTS, "wandb")
-"""What a start leaves in a folder before its first step."""
 _FREE_TO_CHANGE = {"name", "output", "tracking", "trainer.progress", "trainer.workers"}
 """Keys that a resumed run may have otherwise: they change nothing that it computes."""
 
@@ -45,7 +42,7 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
         _check_same_run(recipe, folder)
     elif has_progress(folder):
         raise ConfigError(
-            f"{folder}: already holds a run; go on with it: adaskip train {folder / RESOLVED} --resume, "
+            f"{folder}: already holds a run; go on with it: adaskip train {folder / RECIPE} --resume, "
             f"or choose another folder: output={folder}-2"
         )
     elif other := _foreign(folder):
@@ -81,9 +78,9 @@ def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | 
         keep_newest(folder, checkpoint)
         if not has_progress(folder):
             _forget_failed_start(folder)
-            write_text(folder / RESOLVED, dump(recipe))
+            runfiles.write_text(folder / RECIPE, dump(recipe))
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            write_text(folder / "env.json", json.dumps(environment(recipe.seed, device), indent=2) + "\n")
+            runfiles.write_json(folder / ENVIRONMENT, environment(recipe.seed, device), indent=2)
         yield checkpoint, step
     finally:
         (folder / LOCK).unlink(missing_ok=True)
@@ -94,7 +91,7 @@ def has_progress(folder: Path) -> bool:
     """Whether a run in this folder has got as far as a step, a fitted round or a result."""
     metrics = folder / METRICS
     stepped = metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1
-    made = (folder / ROUTERS).is_file() or (folder / "router").is_dir() or (folder / "summary.json").is_file()
+    made = (folder / FIT_ROUTERS).is_file() or (folder / ROUTER).is_dir() or (folder / SUMMARY).is_file()
     return stepped or made or bool(checkpoints(folder))
 
 
@@ -105,7 +102,7 @@ def _foreign(folder: Path) -> list[str]:
     if not folder.is_dir():
         return ["a file of that name"]
     names = sorted(path.name for path in folder.iterdir())
-    return [name for name in names if name.removesuffix(".part") not in _STARTED]
+    return [name for name in names if runfiles.whole_name(name) not in STARTED]
 
 
 def _make(folder: Path) -> None:
@@ -121,7 +118,7 @@ def _make(folder: Path) -> None:
 def _forget_failed_start(folder: Path) -> None:
     """Remove what a start left that never came to its first step."""
     for path in folder.iterdir():
-        if path.name == LOCK or path.name.removesuffix(".part") not in _STARTED:
+        if path.name == LOCK or runfiles.whole_name(path.name) not in STARTED:
             continue
         if path.is_dir():
             shutil.rmtree(path)
@@ -130,7 +127,7 @@ def _forget_failed_start(folder: Path) -> None:
 
 
 def _check_same_run(recipe: Recipe, folder: Path) -> None:
-    resolved = folder / RESOLVED
+    resolved = folder / RECIPE
     if not resolved.is_file():
         raise CheckpointError(f"{folder}: no run to resume here; start one without --resume")
     if not has_progress(folder):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from torch.utils.data import DataLoader
 from adaskip import report
 from adaskip.errors import CheckpointError
 from adaskip.ranks import is_first_process, is_lost_process, launched, says_when_lost
-from adaskip.recipe import RESOLVED, Recipe
+from adaskip.recipe import Recipe
+from adaskip.runfiles import CONDITIONS, KEEP_RATES, RECIPE, ROUTER, SUMMARY, append_line, write_json
 from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
@@ -38,20 +37,16 @@ from adaskip.training.looks import Look
 from adaskip.training.module import RouterTuner
 from adaskip.training.steps import StepCount
 from adaskip.training.tracking import (
-    CONDITIONS,
-    KEEP_RATES,
     Board,
     Laps,
     MetricsFile,
     truncate_lines,
     wandb_logger,
-    write_text,
 )
 from adaskip.verbs.amounts import enough_to_train
 from adaskip.verbs.budget import hold_budget, lightest
+from adaskip.verbs.prices import write_prices
 from adaskip.verbs.start import check_start, opened
-
-RECIPE = RESOLVED
 
 
 def load_processor(recipe: Recipe) -> Any:
@@ -107,7 +102,7 @@ def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict
             stages.note(f"{folder}: going on from step {step}")
         lost = (
             f"{folder}: another process of this run has ended, see what it says above; "
-            f"go on with: adaskip train {folder / RESOLVED} --resume"
+            f"go on with: adaskip train {folder / RECIPE} --resume"
         )
         try:
             with says_when_lost(lost):
@@ -336,21 +331,16 @@ def _finish(
         },
     }
     if trainer.is_global_zero:
-        model.save_pretrained(folder / "router")
-        write_text(folder / KEEP_RATES, json.dumps(rates) + "\n")
-        write_text(folder / "prices.json", json.dumps({k: _plain(v) for k, v in asdict(tuner.prices).items()}) + "\n")
-        with (folder / CONDITIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(look.to_dict() | {"final": True}) + "\n")
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        model.save_pretrained(folder / ROUTER)
+        write_json(folder / KEEP_RATES, rates)
+        write_prices(folder, tuner.prices)
+        append_line(folder / CONDITIONS, look.to_dict() | {"final": True})
+        write_json(folder / SUMMARY, summary, indent=2)
         board = Board(trainer.loggers)
         board.conditions(look.to_dict())
         if rates:  # the data may name no kinds
             board.keep_rates(rates, report.keep_heat_map(rates))
-        board.router(folder / "router", model.facts)
+        board.router(folder / ROUTER, model.facts)
         board.finish()
         report.write(folder)
     return summary
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
