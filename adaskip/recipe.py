@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adaskip import runfiles
-from adaskip.demo.backbone import EMBEDDED
+from adaskip import runfiles, sources
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.plan import RouterConfig
 from adaskip.theory.bounds import kl_for_accuracy
@@ -282,7 +281,7 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
 
 
 def _absolute(text: str, folder: Path) -> str:
-    for base in () if text in ("", EMBEDDED) else (folder, Path.cwd()):
+    for base in () if not text or sources.is_shipped(text) else (folder, Path.cwd()):
         if (candidate := base / Path(text).expanduser()).exists():
             return str(candidate.resolve())
     return text

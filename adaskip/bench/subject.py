@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adaskip import sources
 from adaskip.backbone.inspect import BackboneSpec, inspect_backbone, twin
-from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.training.data import Collator, load_records
+from adaskip.verbs import splits
+from adaskip.verbs.run import Run
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,18 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
     Raises:
         CheckpointError: there is no such run.
     """
-    from adaskip.training.data import Collator, load_records
-
-    if target == EMBEDDED:
-        from adaskip.demo.backbone import load
-
-        model, processor = load()
+    if sources.is_shipped(target):
+        model, processor = sources.load_model(target), sources.load_processor(target)
         spec = inspect_backbone(nn.Module.to(model.requires_grad_(False), device))
         routed, trained = attach(twin(spec), RouterConfig()), False
-        records = load_records(EMBEDDED, "test", 512, seed)
+        records = load_records(target, "test", 512, seed)
     else:
-        from adaskip.verbs.run import open_run
-        from adaskip.verbs.train import records as split
-
         if not Path(target).is_dir():
             raise CheckpointError(
-                f"{target}: expected {EMBEDDED} or the folder of a run; for a random model type --backbone {target}"
+                f"{target}: expected {sources.shipped_names()} or the folder of a run; for a random model type "
+                f"--backbone {target}"
             )
-        run = open_run(Path(target))
+        run = Run.open(target)
         processor, trained = run.processor, True
         config, heads = run.model.config, run.model.routers
         spec = inspect_backbone(nn.Module.to(run.model.detach().requires_grad_(False), device))
@@ -61,7 +58,7 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
         assert heads is not None
         assert routed.routers is not None
         routed.routers.load_state_dict(heads.state_dict())
-        records = split(run.recipe, "test")
+        records = splits.records(run.recipe, "test")
     collate = Collator(processor, answers=False)
 
     def batch(rows: int) -> dict[str, Tensor]:

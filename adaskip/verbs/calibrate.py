@@ -23,8 +23,8 @@ from adaskip.training.inputs import to_device
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.budget import quality
 from adaskip.verbs.lengths import cut, end_tokens, longest_answer, warn_of_cuts
-from adaskip.verbs.run import check_writable, open_run, read_recipe
-from adaskip.verbs.train import records
+from adaskip.verbs.run import Run, check_writable, read_recipe
+from adaskip.verbs.splits import records
 
 STEPS = 40  # thresholds on the path
 
@@ -67,7 +67,7 @@ def calibrate(
     recipe = read_recipe(Path(run))
     check_writable(Path(run), "the certificate")
     chosen = fresh_records(recipe, needed, f"a risk of {risk} at delta {delta}")
-    loaded = open_run(run, stages)
+    loaded = Run.open(run, stages)
     model, collate = loaded.model, Collator(loaded.processor, answers=False)
     size, device, validation = recipe.trainer.batch_size, model.spec.device, records(recipe, "validation")
     limit = max_new_tokens or longest_answer([*records(recipe, "train"), *validation], loaded.processor)

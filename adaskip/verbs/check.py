@@ -14,8 +14,8 @@ from adaskip.training.data import Collator, loader
 from adaskip.training.inputs import to_device
 from adaskip.verbs.amounts import enough_to_check, fitted
 from adaskip.verbs.prices import check_layers, read_prices
-from adaskip.verbs.run import Run, open_run, read_recipe, unfitted
-from adaskip.verbs.train import records
+from adaskip.verbs.run import Run, read_recipe
+from adaskip.verbs.splits import records, unfitted
 
 
 def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, 
     prices = read_prices(folder)
     chosen, split = unfitted(recipe)
     enough_to_check(recipe, len(chosen), split, len(records(recipe, "calibration")) if bands else None)
-    loaded = open_run(folder, stages)
+    loaded = Run.open(folder, stages)
     model, device = loaded.model, loaded.model.spec.device
     layers = len(model.spec.layers)
     check_layers(prices, layers, folder)

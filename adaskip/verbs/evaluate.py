@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.demo.backbone import EMBEDDED
-from adaskip.recipe import Recipe
 from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
 from adaskip.stages import SILENT, Advance, Stages
 from adaskip.theory.profile import compare_predicted, per_input, predicted
-from adaskip.training.data import Batch, Collator, Record, answer_positions, load_records, loader
+from adaskip.training.data import Batch, Collator, Record, answer_positions, loader
 from adaskip.training.inputs import to_device
 from adaskip.verbs.generate import texts
 from adaskip.verbs.lengths import cut, longest_answer, warn_of_cuts
-from adaskip.verbs.run import Run, check_split, check_writable, open_run, read_recipe, split_of
+from adaskip.verbs.run import Run, check_writable, read_recipe
+from adaskip.verbs.splits import check_split, split_of
 
 
 @torch.no_grad()
@@ -63,8 +62,8 @@ def evaluate(
     check_split(split)
     check_writable(folder, EVALUATION)
     previous = report.read(folder).evaluation  # a damaged file is said before the work
-    groups = _by_kind(_enough(recipe, split, per_kind), per_kind)
-    loaded = open_run(folder, stages)
+    groups = _by_kind(split_of(recipe, split, per_kind), per_kind)
+    loaded = Run.open(folder, stages)
     chosen = [record for members in groups.values() for record in members]
     limit = max_new_tokens or longest_answer(chosen, loaded.processor)
     rows, done = [], 0
@@ -179,11 +178,3 @@ def _by_kind(records: list[Record], per_kind: int | None) -> dict[str, list[Reco
     for record in records:
         groups.setdefault(record.get("kind") or "all", []).append(record)
     return {kind: members[:per_kind] for kind, members in groups.items()}
-
-
-def _enough(recipe: Recipe, split: str, per_kind: int | None) -> list[Record]:
-    if per_kind is not None and recipe.data.source == EMBEDDED:
-        from adaskip.demo.digits import KINDS
-
-        return load_records(EMBEDDED, split, per_kind * len(KINDS), recipe.seed)
-    return split_of(recipe, split)

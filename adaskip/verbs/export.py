@@ -7,28 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import CheckpointError
-from adaskip.runfiles import RECIPE, ROUTER
 from adaskip.runtime.description import CARD, CONFIG, WEIGHTS, read_config
 from adaskip.runtime.persist import read_weights
-
-
-def router_folder(run: Path) -> Path:
-    """The folder that holds a run's routers: ``RUN/router``, or RUN itself when it is an exported folder.
-
-    Raises:
-        CheckpointError: there is none; says what is missing.
-    """
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such folder; train one with `adaskip train RECIPE`")
-    if (run / CONFIG).is_file():
-        return run
-    if not (run / ROUTER / CONFIG).is_file():
-        unfinished = (run / RECIPE).is_file()
-        hint = f"the run has not finished; go on with `adaskip train {run / RECIPE} --resume`"
-        raise CheckpointError(
-            f"{run}: holds no routers; " + (hint if unfinished else "train one with `adaskip train RECIPE`")
-        )
-    return run / ROUTER
+from adaskip.verbs.run import router_folder
 
 
 def export(run: Path, destination: Path) -> dict[str, Any]:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip import sources
 from adaskip.errors import AdaSkipError, DataError
 from adaskip.runfiles import EVALUATION, RECIPE, write_json
-from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
 from adaskip.training.inputs import to_device
-from adaskip.verbs.export import router_folder
 from adaskip.verbs.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
-from adaskip.verbs.run import Run, held_out, open_run
+from adaskip.verbs.run import Run, router_folder
+from adaskip.verbs.splits import held_out
 
 
 @torch.no_grad()
@@ -140,11 +140,11 @@ def _store(run: Run, found: dict[str, Any]) -> None:
 
 def _open(folder: Path, stages: Stages) -> tuple[RoutedModel, Any, Run | None]:
     if (folder / RECIPE).is_file():
-        loaded = open_run(folder, stages)
+        loaded = Run.open(folder, stages)
         return loaded.model, loaded.processor, loaded
     with stages(f"loading the routers of {folder} and their backbone"):
         model = RoutedModel.from_pretrained(router_folder(folder))
-        return model, persist.load_processor(model.backbone.config._name_or_path), None
+        return model, sources.load_processor(model.backbone.config._name_or_path), None
 
 
 def _record(

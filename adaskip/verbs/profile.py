@@ -8,17 +8,17 @@ from typing import Any, cast, get_args
 
 import torch
 
-from adaskip.demo.backbone import EMBEDDED
+from adaskip import sources
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
 from adaskip.runfiles import PROFILE, PROFILE_PLOT, write_json
-from adaskip.runtime.persist import load_backbone, load_processor
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.redundancy import profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.inputs import to_device
-from adaskip.verbs.run import check_split, check_writable
+from adaskip.verbs.run import check_writable
+from adaskip.verbs.splits import check_split
 
 _WHY = "a quarter of them calibrates the constants, the rest judges and tests"
 
@@ -58,7 +58,7 @@ def profile_model(
     """
     if group not in (None, *get_args(Group)):
         raise ConfigError(f"profile: expected group all or vision, got {group!r}; leave it out for both")
-    if data is None and model != EMBEDDED:
+    if data is None and not sources.is_shipped(model):
         raise ConfigError(
             f"profile: {model} needs prompts with answers; expected --data SOURCE (a folder with {split}.jsonl, or a "
             f"Hugging Face dataset id): adaskip profile {model} --data my-data"
@@ -72,7 +72,7 @@ def profile_model(
         raise ConfigError(
             f"profile: {folder} is a file; expected a folder for the picture and the figures: --output DIR"
         )
-    source = data or EMBEDDED
+    source = data or model
     records = load_records(source, split, examples, seed)
     if len(records) < needed:
         raise DataError(
@@ -82,7 +82,7 @@ def profile_model(
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder, "the profile")
     with stages(f"loading {model}"):
-        processor, base = load_processor(model), load_backbone(model)
+        processor, base = sources.load_processor(model), sources.load_model(model)
         if torch.cuda.is_available():
             torch.nn.Module.cuda(base)
         batches = [to_device(batch, base.device) for batch in loader(records, Collator(processor), batch_size)]

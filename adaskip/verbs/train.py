@@ -22,15 +22,13 @@ from adaskip.errors import CheckpointError
 from adaskip.ranks import is_first_process, is_lost_process, launched, says_when_lost
 from adaskip.recipe import Recipe
 from adaskip.runfiles import CONDITIONS, KEEP_RATES, RECIPE, ROUTER, SUMMARY, append_line, write_json
-from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.runtime.persist import load_backbone
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.prices import price
 from adaskip.theory.profile import LayerMeasures, Prices, measure
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps, WholeFiles, checkpoint_callback
-from adaskip.training.data import Batch, Collator, Record, load_records, loader, training_loader
+from adaskip.training.data import Batch, Collator, Record, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.inputs import to_device
 from adaskip.training.looks import Look
@@ -46,29 +44,9 @@ from adaskip.training.tracking import (
 from adaskip.verbs.amounts import enough_to_train
 from adaskip.verbs.budget import hold_budget, lightest
 from adaskip.verbs.prices import write_prices
+from adaskip.verbs.run import load_model, load_processor
+from adaskip.verbs.splits import records
 from adaskip.verbs.start import check_start, opened
-
-
-def load_processor(recipe: Recipe) -> Any:
-    """The backbone's processor, or its tokenizer where it has no pictures."""
-    section = recipe.backbone
-    return persist.load_processor(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
-
-
-def backbone_options(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's backbone section as arguments of ``from_pretrained``."""
-    section = recipe.backbone
-    options: dict[str, Any] = {"dtype": section.dtype, "attn_implementation": section.attention}
-    options |= {"device_map": section.device_map} if section.device_map else {}
-    options |= {"trust_remote_code": True} if section.trust_remote_code else {}
-    return options | ({"revision": section.revision} if section.revision else {})
-
-
-def records(recipe: Recipe, split: str) -> list[Record]:
-    """One split of the recipe's data."""
-    section = recipe.data
-    columns = section.columns.model_dump()
-    return load_records(section.source, split, getattr(section.examples, split), recipe.seed, columns)
 
 
 def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict[str, Any]:
@@ -96,7 +74,7 @@ def train(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> dict
         collate.check(chosen)
     enough_to_train(recipe, len(splits["validation"]), len(splits["calibration"]))
     with stages(f"loading {recipe.backbone.path}"):
-        model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
+        model = attach(load_model(recipe), recipe.router, seed=recipe.seed)
     with opened(recipe, folder, resume) as (checkpoint, step):
         if resume:
             stages.note(f"{folder}: going on from step {step}")

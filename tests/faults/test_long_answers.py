@@ -16,7 +16,7 @@ from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.generate import answer, answer_many
 from adaskip.verbs.lengths import longest_answer
-from adaskip.verbs.run import open_run
+from adaskip.verbs.run import Run
 from adaskip.verbs.train import train
 from tests import toys
 from tests.faults.finished import copy_of
@@ -108,7 +108,7 @@ def test_generate_and_calibrate_take_the_length_from_the_data(own: Path, tmp_pat
 
 def test_no_answer_at_all_has_length_one(own: Path) -> None:
     """Empty answers leave room for the end token."""
-    processor = open_run(own).processor
+    processor = Run.open(own).processor
     assert longest_answer([{"answer": ""}], processor) == 1
     assert longest_answer([], processor) == 1
 
@@ -148,7 +148,7 @@ def test_what_the_report_cannot_read_is_said_before_the_work(
     (copied / file).unlink(missing_ok=True)
     if text is not None:
         (copied / file).write_text(text)
-    monkeypatch.setattr("adaskip.verbs.evaluate.open_run", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("adaskip.verbs.evaluate.Run.open", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=message):
         evaluate(copied)
 

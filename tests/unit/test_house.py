@@ -22,6 +22,7 @@ ORDER = [
     "lines",
     "runfiles",
     "demo",
+    "sources",
     "plan",
     "backbone",
     "routers",
@@ -132,6 +133,13 @@ def test_only_one_module_spells_the_files_of_a_run(path: Path) -> None:
     """A name that two modules spell is one that only one of them changes: `check` once read what `train` left out."""
     if path.name != "runfiles.py":
         assert not words(path) & runfiles.NAMES
+
+
+def test_only_sources_knows_the_demo() -> None:
+    """The demo is one model and one data source among many; a branch for it elsewhere is one too many."""
+    allowed = {PACKAGE / "sources.py", PACKAGE / "runtime" / "persist.py"}  # persist: until it loads through sources
+    others = [path for path in MODULES if "demo" not in path.parts and path not in allowed]
+    assert not [path for path in others if any(name.startswith("adaskip.demo") for name in imports(path))]
 
 
 def test_only_one_module_writes_unfinished_files() -> None:
