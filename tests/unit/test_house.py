@@ -31,6 +31,7 @@ ORDER = [
     "theory",
     "policies",
     "training",
+    "sections",
     "recipe",
     "report",
     "verbs",
