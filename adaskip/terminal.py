@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import typer
 from rich import box
@@ -25,11 +25,20 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
-def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
+class Result(Protocol):
+    """What a verb returns: a frozen dataclass that can say itself in plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints; ``ok``, where it is there, decides on the exit status."""
+        ...
+
+
+def do(work: Callable[[], Result | dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
     """Do a verb's work, then print its result for people or for programs, and turn it into an exit status."""
     try:
         with _stdout_to_stderr() if as_json else nullcontext():
-            found = work()
+            result = work()
+            found = result if isinstance(result, dict) else result.to_dict()
     except (AdaSkipError, OSError) as error:
         _tell(str(error), as_json)
         raise typer.Exit(2) from None

@@ -6,21 +6,19 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from adaskip.bench.forced import Path, check_forced, force, spread_out
+from adaskip.bench.forced import check_forced, force, spread_out
 from adaskip.bench.rounds import Seconds, interleave, ratio, spread
+from adaskip.bench.settings import Path, Phase
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
 from adaskip.plan import Routing
 from adaskip.runtime.measure import cache_bytes, peak_memory
-
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Timed(Protocol):
@@ -46,7 +44,7 @@ class Cell:
     memory: dict[str, Any]
 
     def measure(self, phase: Phase, budget: float, width: float, told: Callable[[Seconds], None]) -> dict[str, Any]:
-        """Rounds of ``phase``, prefill or decode, and their row of the table, as `adaskip.bench.bench` says."""
+        """Rounds of ``phase``, prefill or decode, and their row of the table, as `adaskip.bench.table.bench` says."""
         whole = self.facts["skip"] == 0
         asked = [("ideal", "routed"), *([("routed", "dense")] if whole else [])]
         seconds = interleave(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaskip.bench.settings import Path
 from adaskip.errors import AdaSkipError
 from adaskip.routers.features import mean_weights, pool
 from adaskip.runtime.attach import RoutedModel
 
-Path = Literal["uniform", "mixed", "many"]
 _LOGIT = 4.0
 
 
