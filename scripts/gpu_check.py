@@ -190,11 +190,12 @@ class Lab:
         subject = self.subject("short")
         layers, inputs, routed = len(subject.described.layers), subject.batch(rows), subject.routed
         plan = adaskip.SkipPlan.static((~spread_out(layers, 0.5, 1, "uniform")[:, 0]).nonzero().flatten().tolist())
-        found: Rows = []
         sides = [("dense", subject.described.model), ("plan", adaskip.attach(twin(subject.described), plan=plan))]
-        for name, model in [*sides, ("routers, uniform", routed), *([("routers, mixed", routed)] if rows > 1 else [])]:
+        sides += [(f"routers, {path}", routed) for path in ("uniform", "mixed")[:rows]]
+        found: Rows = []
+        for name, model in sides:
             if model is routed:
-                force(routed, inputs, spread_out(layers, 0.5, rows, "mixed" if "mixed" in name else "uniform"))
+                force(routed, inputs, spread_out(layers, 0.5, rows, name.split()[1]))
             side = Side(model, inputs, 1)
             side.settle()
             for phase, call in (("prefill", side.prefill), ("decode", side.decode_seconds)):
@@ -217,7 +218,6 @@ class Lab:
     def training(self, checkpointing: bool, seconds: float) -> Rows:
         """Time steps of `RouterTuner`, each beside a dense pass over the same batch; and the most memory held."""
         size, model = self.scale, self.fresh()
-        batch = self.answered(*size.trained)
         tuner = Staying(model, adaskip.Objective(keep=0.5, bound_weight=0.0, warmup=0.0))
         watch, gpu = Watch(checkpointing), self.device.type == "cuda"
         held = torch.cuda.memory_allocated(self.device) if gpu else None
@@ -225,7 +225,7 @@ class Lab:
         trainer = lightning.Trainer(
             max_steps=size.steps, accelerator="gpu" if gpu else "cpu", devices=1, callbacks=[watch], **silent
         )
-        data: DataLoader[Any] = DataLoader([batch] * size.steps, batch_size=None)  # type: ignore[arg-type]
+        data: DataLoader[Any] = DataLoader([self.answered(*size.trained)] * size.steps, batch_size=None)  # type: ignore[arg-type]
         peak, what = peak_memory(lambda: trainer.fit(tuner, data), self.device)
         steps, dense = watch.steps[2:], watch.dense[2:]
         row: dict[str, Any] = {"rows": size.trained[0], "tokens": size.trained[1], "checkpointing": checkpointing}
@@ -270,7 +270,7 @@ class Lab:
 
 
 class Staying(adaskip.RouterTuner):
-    """A tuner that stays on the GPU: after a fit Lightning would move it, and all that share its weights, to the CPU."""
+    """Stays on the GPU: after a fit Lightning would move it, and all that share its weights, to the CPU."""
 
     def cpu(self) -> Staying:
         """Return it as it is."""
@@ -282,8 +282,7 @@ class Watch(lightning.Callback):
 
     def __init__(self, checkpointing: bool) -> None:
         self.checkpointing, self.begun = checkpointing, 0.0
-        self.steps: list[float] = []
-        self.dense: list[float] = []
+        self.steps, self.dense = list[float](), list[float]()
 
     def on_train_start(self, trainer: Any, tuner: Any) -> None:
         """Turn checkpointing on; transformers heeds it in training mode only, which a frozen backbone is not in."""
@@ -301,9 +300,6 @@ class Watch(lightning.Callback):
         self.steps.append(clock() - self.begun)
         with tuner.model.dense():
             self.dense.append(timed(lambda: tuner.model(**batch["inputs"], use_cache=False))[1])
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
 
 
 def describe(device: torch.device, scale: Scale) -> dict[str, Any]:
@@ -394,8 +390,8 @@ def main() -> int:
     for name, record in records.items():
         show(name, record)
     print(f"\n{out}: {around['device']}, {time.monotonic() - end + 60 * options.minutes:.0f} s")
-    broken = any(record["failed"] for record in records.values())
-    return int(broken or any(row["failed"] for rows in records["tests"]["found"].values() for row in rows))
+    wrong = [row["failed"] for rows in records["tests"]["found"].values() for row in rows]
+    return int(any([*wrong, *(record["failed"] for record in records.values())]))
 
 
 if __name__ == "__main__":
