@@ -17,6 +17,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _NAMES = sources.shipped_names()
 DEFAULT_SKIP = (0.0, 0.25, 0.5)
+_LISTS = frozenset({"skip", "batch", "path", "phase"})
 _SIZES = frozenset({"layers", "hidden", "heads", "kv_heads", "intermediate", "vocabulary"})
 _OF_RANDOM_MODELS = _SIZES | {"backbone", "prompt", "image_tokens", "group", "attention", "dtype"}
 
@@ -108,7 +109,7 @@ def read(values: dict[str, Any]) -> BenchSettings:
     found = []
     for fault in faults(BenchSettings, values):
         name, _, text = fault.partition(": ")
-        if isinstance(BenchSettings.model_fields[name].default, tuple) or name == "skip":
+        if name in _LISTS:
             text = text.replace("expected ", "expected between commas ", 1)
         found.append(text if name == "target" else f"{option(name)}: {text}")
     if found:
