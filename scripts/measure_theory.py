@@ -75,7 +75,7 @@ def links(model: RoutedModel, batches: list[Batch]) -> dict[str, Any]:
             keep = torch.ones(layers, len(dense), dtype=torch.bool)
             keep[index] = False
             with model.replay(states[: index + 1]):
-                out = model(**arguments, routing=keep, use_cache=False).logits
+                out = model(**arguments, routing=keep).logits
             afters.append(out[:, :-1][where].double())
         after = torch.stack(afters, 1)
         before = before.unsqueeze(1).expand_as(after)

@@ -83,7 +83,7 @@ def measure_bands(
             keep = torch.ones(n_layers, len(dense), dtype=torch.bool, device=dense.device)
             keep[span] = False
             with model.replay(states[: band.first + 1]):
-                out = model(**arguments, routing=keep, use_cache=False)
+                out = model(**arguments, routing=keep)
             for name, value in compare(dense, out.logits, batch.labels).items():
                 found[name].append(value)
         rows.append({name: torch.stack(values, 1).float().cpu() for name, values in found.items()})
