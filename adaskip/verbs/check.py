@@ -11,7 +11,6 @@ from adaskip.theory.conditions import conclude
 from adaskip.theory.profile import calibrate_prices, measure
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, loader
-from adaskip.training.inputs import to_device
 from adaskip.verbs.amounts import enough_to_check, fitted
 from adaskip.verbs.prices import check_layers, read_prices
 from adaskip.verbs.run import Run, read_recipe
@@ -46,7 +45,7 @@ def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, 
     model, device = loaded.model, loaded.model.spec.device
     layers = len(model.spec.layers)
     check_layers(prices, layers, folder)
-    batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
+    batches = [b.to(device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
     with stages(f"measuring {layers} layers on {len(chosen)} inputs of split {split}", len(chosen)) as advance:
         measured = measure(model, batches, attention=model.runtime.hides_vision, progress=advance)
     tolerance = recipe.conditions.nats
@@ -83,7 +82,7 @@ def _bands(run: Run, batches: list[Any], stages: Stages) -> list[dict[str, Any]]
     spans = [*late_entries(layers), *early_exits(layers)]
     chosen = records(recipe, "calibration")[: fitted(recipe)]
     device, size = model.spec.device, recipe.trainer.batch_size
-    calibration = [to_device(b, device) for b in loader(chosen, Collator(run.processor), size)]
+    calibration = [b.to(device) for b in loader(chosen, Collator(run.processor), size)]
     with stages(f"measuring {len(spans)} bands of layers on {len(chosen)} calibration inputs"):
         fresh = measure_bands(model, calibration, spans, attention)
     with stages(f"measuring {len(spans)} bands of layers on the inputs judged"):

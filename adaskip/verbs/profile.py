@@ -16,7 +16,6 @@ from adaskip.runfiles import PROFILE, PROFILE_PLOT, write_json
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.redundancy import profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
-from adaskip.training.inputs import to_device
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split
 
@@ -85,7 +84,7 @@ def profile_model(
         processor, base = sources.load_processor(model), sources.load_model(model)
         if torch.cuda.is_available():
             torch.nn.Module.cuda(base)
-        batches = [to_device(batch, base.device) for batch in loader(records, Collator(processor), batch_size)]
+        batches = [batch.to(base.device) for batch in loader(records, Collator(processor), batch_size)]
     groups = None if group is None else (cast(Group, group),)
     found = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages).to_dict()
     found["model"] = model

@@ -21,6 +21,7 @@ ORDER = [
     "stages",
     "lines",
     "runfiles",
+    "batch",
     "demo",
     "sources",
     "plan",
@@ -96,7 +97,7 @@ def test_public_names_resolve_and_are_documented() -> None:
 
     for name in adaskip.__all__:
         assert getattr(adaskip, name).__doc__, name
-    with pytest.raises(AttributeError, match="it has AdaSkipError, Collator"):
+    with pytest.raises(AttributeError, match="it has AdaSkipError, Batch, Collator"):
         adaskip.nothing  # noqa: B018
 
 
