@@ -56,7 +56,7 @@ def profile(
 ) -> None:
     """Measure how redundant each layer is, and which cheap notion predicts it; trains nothing."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         from adaskip.verbs.profile import profile_model
 
         return profile_model(

@@ -24,7 +24,7 @@ def evaluate(
     seconds = ("dense_s", "routed_s", "prefill_dense_s", "prefill_routed_s")
     forced = ("kl", "dense_log_likelihood", "routed_log_likelihood")
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.evaluate import evaluate
 
@@ -49,7 +49,7 @@ def check(
 ) -> None:
     """Check the theory's conditions of a run on held-out inputs; exits 0 only if they are shown to hold."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.check import check
 
@@ -83,7 +83,7 @@ def calibrate(
 ) -> None:
     """Certify the routers' threshold on fresh inputs and store it; exits 1 when none holds (every layer then runs)."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.calibrate import calibrate
 
@@ -115,7 +115,7 @@ def generate(
 ) -> None:
     """Answer one prompt, dense and routed, or many, those of one path together; show which layers were taken."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         if (many, paths) != (None, None) and (many is None or (image, prompt, example) != (None, None, None)):
             raise ConfigError("--many FILE takes no other question, and --paths N goes with it")
         if many is not None:
@@ -148,7 +148,7 @@ def generate(
 def export(run: Run, destination: Annotated[Path, typer.Argument(metavar="DEST")], as_json: Json = False) -> None:
     """Copy a run's routers to a folder of their own, ready to ship."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.export import export
 

@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(run: Path) -> dict:
-    return calibrate(run, risk=0.2, delta=0.2)
+    return calibrate(run, risk=0.2, delta=0.2).to_dict()
 
 
 def by_generation(model: adaskip.RoutedModel, batch: adaskip.Batch) -> list[bool]:
@@ -140,7 +140,7 @@ def test_what_is_stored_is_applied(run: Path, found: dict) -> None:
 
 
 def test_calibrating_again_asks_the_same_question(run: Path, found: dict) -> None:
-    again = calibrate(run, risk=0.2, delta=0.2)
+    again = calibrate(run, risk=0.2, delta=0.2).to_dict()
     assert again == found
 
 
@@ -158,7 +158,7 @@ def test_calibration_inputs_are_fresh(run: Path, found: dict) -> None:
 def test_nothing_certified_means_dense(tmp_path: Path) -> None:
     """Routers that would skip the first layer first, which this model cannot do without."""
     folder = make_run(tmp_path / "bad", spread=0.0, first=20.0)
-    found = calibrate(folder, risk=0.1, delta=0.1)
+    found = calibrate(folder, risk=0.1, delta=0.1).to_dict()
     assert (found["ok"], found["threshold"], found["keep"]) == (False, None, 1.0)
     model = adaskip.RoutedModel.from_pretrained(folder / "router")
     assert model.config.threshold == KEEP_ALL

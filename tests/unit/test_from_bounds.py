@@ -222,7 +222,7 @@ def test_a_run_from_bounds_is_complete_and_resumes(
     """Stopped after the first round and again before the tuning: bitwise the routers of the uninterrupted run."""
     arguments = [*SHORT, *FIT, f"trainer.steps={steps}", f"backbone.path={language_model}", f"data.source={data}"]
     run, stopped = tmp_path / "run", tmp_path / "stopped"
-    summary = train(load("causal-lm", [*arguments, f"output={run}"]))
+    summary = train(load("causal-lm", [*arguments, f"output={run}"])).to_dict()
     files = {path.name for path in run.iterdir()}
     assert files >= {"recipe.resolved.yaml", "env.json", "metrics.csv", "conditions.jsonl", "keep_rates.json"}
     assert files >= {"summary.json", "prices.json", "report.md", "router", runfiles.FIT, runfiles.FIT_ROUTERS}
