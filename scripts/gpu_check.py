@@ -39,7 +39,6 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.backbone.inspect import twin
-from adaskip.batch import Batch
 from adaskip.bench.forced import force, spread_out
 from adaskip.bench.graph import graph_row
 from adaskip.bench.random_model import Size, random_subject
@@ -255,18 +254,18 @@ class Lab:
         """Return the Llama under untrained routers, which keep everything."""
         return adaskip.attach(twin(self.model("llama").spec), adaskip.RouterConfig())
 
-    def inputs(self) -> list[dict[str, Any]]:
+    def inputs(self) -> list[adaskip.Batch]:
         """Return batches of four, of a quarter of a training row's length."""
         count = self.scale.priced // 4
         return [self.answered(4, self.scale.trained[1] // 4, seed).to(self.device) for seed in range(count)]
 
-    def answered(self, rows: int, tokens: int, seed: int = 0) -> Batch:
+    def answered(self, rows: int, tokens: int, seed: int = 0) -> adaskip.Batch:
         """Return random prompts whose last quarter is the answer."""
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(16, self.scale.llama.vocabulary, (rows, tokens), generator=draw)
         prompt = (torch.arange(tokens) < tokens - max(1, tokens // 4)).expand(rows, -1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return Batch(inputs, ids.masked_fill(prompt, -100), prompt)
+        return adaskip.Batch(inputs, ids.masked_fill(prompt, -100), prompt, kind=[""] * rows)
 
 
 class Staying(adaskip.RouterTuner):
