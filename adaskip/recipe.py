@@ -88,7 +88,7 @@ class ConditionsSection(Section):
 
     @property
     def nats(self) -> float:
-        """What one skip may cost, in nats per predicted token."""
+        """Return what one skip may cost, in nats per predicted token."""
         return self.tolerance if self.points is None else float(kl_for_accuracy(self.points))
 
 
@@ -185,34 +185,34 @@ def load(recipe: Recipe | str | Path, overrides: Overrides = ()) -> Recipe:
     if isinstance(recipe, Recipe):
         return _resolved(recipe.model_dump(), overrides, f"recipe {recipe.name}", Path.cwd()) if overrides else recipe
     path = find(recipe)
-    raw, found = read_yaml(path)
+    raw, problems = read_yaml(path)
     if not isinstance(raw, dict):
-        raise _error(f"recipe {path}", found)
+        raise _error(f"recipe {path}", problems)
     if path.name == runfiles.RECIPE:
         raw["output"] = str(path.parent)
-    return _resolved(raw, overrides, f"recipe {path}", path.parent, path.stem, found)
+    return _resolved(raw, overrides, f"recipe {path}", path.parent, path.stem, problems)
 
 
 def _resolved(
-    raw: dict[str, Any], overrides: Overrides, title: str, folder: Path, name: str = "", found: Sequence[str] = ()
+    raw: dict[str, Any], overrides: Overrides, title: str, folder: Path, name: str = "", problems: Sequence[str] = ()
 ) -> Recipe:
-    """Validate plain values with their overrides; ``found`` are the faults so far, ``folder`` that of the file."""
-    found = [*found, *override(raw, overrides)]
+    """Validate plain values with their overrides; ``problems`` are the faults so far, ``folder`` that of the file."""
+    problems = [*problems, *override(raw, overrides)]
     raw.setdefault("name", name)
     raw.setdefault("output", f"runs/{raw['name']}")
     for section, key in (("data", "source"), ("backbone", "path")):
         if isinstance(values := raw.setdefault(section, {}), dict) and isinstance(values.get(key), str):
             values[key] = _absolute(values[key], folder)
     raw.setdefault("trainer", {})
-    found += faults(Recipe, raw)
-    if found:
-        raise _error(title, found)
+    problems += faults(Recipe, raw)
+    if problems:
+        raise _error(title, problems)
     return Recipe.model_validate(raw)
 
 
-def _error(title: str, found: Sequence[str]) -> ConfigError:
-    count = "1 fault" if len(found) == 1 else f"{len(found)} faults"
-    return ConfigError("\n  ".join([f"{title}: {count}", *found]))
+def _error(title: str, problems: Sequence[str]) -> ConfigError:
+    count = "1 fault" if len(problems) == 1 else f"{len(problems)} faults"
+    return ConfigError("\n  ".join([f"{title}: {count}", *problems]))
 
 
 def dump(recipe: Recipe) -> str:

@@ -33,16 +33,16 @@ def faults(model: type[Section], raw: dict[str, Any]) -> list[str]:
     What is found is taken out and the rest validated again, so that a wrong type does not hide a wrong range.
     """
     rest: dict[str, Any] = copy.deepcopy(raw)
-    found: dict[Keys, str] = {}
+    problems: dict[Keys, str] = {}
     while True:
         try:
             model.model_validate(rest)
             new = {}
         except ValidationError as error:
-            new = {keys: text for keys, text in _explain(model, error, rest) if keys not in found}
+            new = {keys: text for keys, text in _explain(model, error, rest) if keys not in problems}
         if not new:
-            return [f"{'.'.join(map(str, keys))}: {text}" for keys, text in found.items()]
-        found |= new
+            return [f"{'.'.join(map(str, keys))}: {text}" for keys, text in problems.items()]
+        problems |= new
         for keys in new:
             if isinstance(section := _reach(rest, keys[:-1])[1], dict):
                 section.pop(keys[-1], None)
@@ -82,14 +82,14 @@ def read_yaml(path: Path) -> tuple[Any, list[str]]:
     """Read the plain values of a file, and list the faults found on the way."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
-        raw, found = loader.get_single_data(), loader.repeated
+        raw, problems = loader.get_single_data(), loader.repeated
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         return None, [f"{where}expected valid YAML, got: {getattr(error, 'problem', None) or error}"]
     if not isinstance(raw, dict):
-        found.append(f"expected a mapping of sections (backbone, data, trainer ...), got {_show(raw)}")
-    return raw, found
+        problems.append(f"expected a mapping of sections (backbone, data, trainer ...), got {_show(raw)}")
+    return raw, problems
 
 
 def _leaves(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:

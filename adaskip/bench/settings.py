@@ -35,7 +35,7 @@ Commas = BeforeValidator(_listed)
 
 
 class BenchSettings(Section):
-    """What is measured, how long, and on what."""
+    """Say what is measured, how long, and on what."""
 
     target: str | None = Field(None, description=f"A run folder, or {_NAMES}.")
     backbone: str | None = Field(None, description="A random model of this type: llama ...")
@@ -83,7 +83,7 @@ class BenchSettings(Section):
 
     @property
     def tokens_group(self) -> Group:
-        """The tokens that leave a layer of a random model."""
+        """Return the group of tokens that leave a layer of a random model."""
         return self.group or ("vision" if self.image_tokens else "all")
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,14 +106,14 @@ def read(values: dict[str, Any]) -> BenchSettings:
     >>> read({"backbone": "llama", "skip": "0,0.5"}).skip
     (0.0, 0.5)
     """
-    found = []
+    problems = []
     for fault in faults(BenchSettings, values):
         name, _, text = fault.partition(": ")
         if name in _LISTS:
             text = text.replace("expected ", "expected between commas ", 1)
-        found.append(text if name == "target" else f"{option(name)}: {text}")
-    if found:
-        raise ConfigError("\n  ".join(["bench:", *found]) if len(found) > 1 else f"bench: {found[0]}")
+        problems.append(text if name == "target" else f"{option(name)}: {text}")
+    if problems:
+        raise ConfigError("\n  ".join(["bench:", *problems]) if len(problems) > 1 else f"bench: {problems[0]}")
     return BenchSettings.model_validate(values)
 
 

@@ -34,7 +34,7 @@ class Subject:
 
 
 def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
-    """``digits-vlm`` with untrained routers, or the folder of a run with its own; inputs are its test questions.
+    """Load ``digits-vlm`` with untrained routers, or the folder of a run with its own; inputs are its test questions.
 
     Raises:
         CheckpointError: there is no such run.

@@ -64,12 +64,12 @@ def profile(
             output=output, stages=terminal_stages(),
         )  # fmt: skip
 
-    def show(found: dict[str, Any]) -> None:
+    def show(result: dict[str, Any]) -> None:
         from adaskip.verbs.profile import summary
 
-        for rows in summary(found):
+        for rows in summary(result):
             table(rows)
             say("")
-        say(f"chain of bounds violated {found['chain_violations']} times\npicture: {found['picture']}")
+        say(f"chain of bounds violated {result['chain_violations']} times\npicture: {result['picture']}")
 
     do(work, show, as_json)

@@ -29,7 +29,7 @@ def ls(as_json: Json = False) -> None:
             rows.append({**about, "sentence": sentence(path)})
         return {"recipes": rows}
 
-    do(work, lambda found: table(found["recipes"]), as_json)
+    do(work, lambda result: table(result["recipes"]), as_json)
 
 
 @app.command()

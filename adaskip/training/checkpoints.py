@@ -72,7 +72,7 @@ class RoundsBySteps(lightning.Callback):
             )
         loop = trainer.fit_loop.epoch_loop
         loop.restarting = False
-        loop._batches_that_stepped = trainer.global_step  # what loggers are told
+        loop._batches_that_stepped = trainer.global_step  # what loggers get
         self.sampler.set_epoch(trainer.global_step // self.steps)
 
 
@@ -96,12 +96,12 @@ def checkpoint_callback(folder: Path) -> ModelCheckpoint:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, newest first."""
+    """List a run's checkpoints, newest first."""
     return sorted((folder / CHECKPOINTS).glob("*.ckpt"), reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that can be read, and its step; ``(None, 0)`` where there is none.
+    """Find the newest checkpoint that can be read, and its step; ``(None, 0)`` where there is none.
 
     One that cannot be read (a disk that was full, a file that was copied in part) is named in the log and passed over
     for the one before it.

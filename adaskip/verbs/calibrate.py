@@ -52,7 +52,7 @@ class CalibrationResult:
 
     @property
     def ok(self) -> bool:
-        """Whether a threshold is certified, and generation agrees with the losses it was certified by."""
+        """Return whether a threshold is certified, and generation agrees with the losses it was certified by."""
         return self.certificate.threshold is not None and not self.generate_differs
 
     def stored(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from adaskip.verbs.splits import records, unfitted
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether a run's conditions hold, and what says so."""
+    """A verdict on a run's conditions, and what it rests on."""
 
     conclusion: Conclusion  # its verdict: hold, do not hold, or undecided
     look: Look  # the layers, the routers' real skips, and what these cost together
@@ -31,7 +31,7 @@ class CheckResult:
 
     @property
     def ok(self) -> bool:
-        """Whether the conditions were shown to hold; a check that cannot decide has not shown it."""
+        """Return whether the conditions were shown to hold; a check that cannot decide has not shown it."""
         return self.conclusion.verdict == "hold"
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _Figures = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class KindFigures:
-    """What dense and routed model make of the inputs of one kind."""
+    """Figures of the dense and the routed model on the inputs of one kind."""
 
     kind: str
     n: int

@@ -23,7 +23,7 @@ from adaskip.verbs.prices import write_prices
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to; ``summary.json`` holds `to_dict`.
+    """The outcome of a training run; ``summary.json`` holds `to_dict`.
 
     Where training ``stopped`` at violated conditions, nothing after ``stopped`` is known.
     """
@@ -38,7 +38,7 @@ class TrainResult:
 
     @property
     def ok(self) -> bool:
-        """Whether the compute budget is held, and training went to its end."""
+        """Return whether the compute budget is held, and training went to its end."""
         return self.stopped is None and self.budget is not None and self.budget.met
 
     def to_dict(self) -> dict[str, Any]:

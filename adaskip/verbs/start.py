@@ -57,7 +57,7 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
 
 @contextmanager
 def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | None, int]]:
-    """Inside, the run's folder is made and this run's alone; gives the checkpoint to go on from, and its step.
+    """Make the run's folder, which inside is this run's alone; give the checkpoint to go on from, and its step.
 
     Only the first process of a run makes the folder and keeps others out; the lock dies with the process, however that
     ends.
@@ -91,7 +91,7 @@ def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | 
 
 
 def has_progress(folder: Path) -> bool:
-    """Whether a run in this folder has got as far as a step, a fitted round or a result."""
+    """Return whether a run in this folder has got as far as a step, a fitted round or a result."""
     metrics = folder / METRICS
     stepped = metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1
     made = (folder / FIT_ROUTERS).is_file() or (folder / ROUTER).is_dir() or (folder / SUMMARY).is_file()
@@ -99,7 +99,7 @@ def has_progress(folder: Path) -> bool:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Names in a folder that no start of ours leaves there."""
+    """List the names in a folder that no start of ours leaves there."""
     if not folder.exists():
         return []
     if not folder.is_dir():
@@ -150,7 +150,7 @@ def _is_free(key: str) -> bool:
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested sections as one mapping of dotted keys."""
+    """Flatten nested sections to one mapping of dotted keys."""
     flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -161,11 +161,11 @@ def _check_launch(recipe: Recipe) -> None:
     """Compare what torchrun has started with what the recipe asks for: each process would train for itself."""
     started, _ = launched()
     devices = recipe.trainer.devices
-    asked = len(devices) if isinstance(devices, list) else devices
-    if started > 1 and asked != "auto" and str(asked) != str(started):
+    requested = len(devices) if isinstance(devices, list) else devices
+    if started > 1 and requested != "auto" and str(requested) != str(started):
         raise ConfigError(
             f"trainer.devices: torchrun has started {started} processes on this machine, and the recipe asks for "
-            f"{asked}; leave it out, or type trainer.devices={started}"
+            f"{requested}; leave it out, or type trainer.devices={started}"
         )
 
 
@@ -174,14 +174,14 @@ def _check_tracking(recipe: Recipe) -> None:
     if recipe.tracking.wandb != "online":
         return
     # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
-    asked = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
-    if asked.returncode == _NO_KEY:
+    answer = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
+    if answer.returncode == _NO_KEY:
         raise ConfigError(
             "tracking.wandb: online needs a W&B API key, and none is configured; type `wandb login`, "
             "or keep the run on this machine: tracking.wandb=offline"
         )
-    if asked.returncode:
-        reason = next(reversed(asked.stderr.strip().splitlines()), "no reason given")
+    if answer.returncode:
+        reason = next(reversed(answer.stderr.strip().splitlines()), "no reason given")
         raise ConfigError(
             f"tracking.wandb: online was refused ({reason}); mend the key with `wandb login --relogin`, "
             "or keep the run on this machine: tracking.wandb=offline"
