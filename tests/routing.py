@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaskip.backbone.inspect import inspect_backbone
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
 from tests.families import IMAGE, LAYERS, Toy

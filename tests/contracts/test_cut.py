@@ -10,7 +10,8 @@ from transformers import StaticCache
 
 import adaskip
 from adaskip.errors import BackboneError, ConfigError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
 from tests.families import LAYERS, TEXT, VISION, Toy
@@ -59,7 +60,7 @@ def test_a_static_cache_holds_it(name: str) -> None:
 
 def test_the_path_of_a_plan_or_of_an_answer() -> None:
     toy = families.make("llama")
-    model = attach(toy.model, plan=SkipPlan.static([1]))
+    model = attach(toy.model, SkipPlan.static([1]))
     batch = toy.batch([6])
     with torch.no_grad():
         wanted = model(**batch).logits

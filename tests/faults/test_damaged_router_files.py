@@ -87,11 +87,11 @@ def test_settings_that_the_weights_were_not_trained_for(name: str, value: Any, t
 def test_files_of_older_versions_and_free_settings(tmp_path: Path) -> None:
     """Routers were saved before settings were signed, or get another threshold; catches a check that shuts them out."""
     routed().save_pretrained(tmp_path)
-    edit(tmp_path, lambda meta: meta["router"].update({"threshold": -1.0, "held": [2]}))
-    assert load(tmp_path).config.held == (2,)
+    edit(tmp_path, lambda meta: meta["policy"].update({"threshold": -1.0, "held": [2]}))
+    assert load(tmp_path).policy.held == (2,)
     edit(tmp_path, lambda meta: meta.pop("trained") and None)
-    assert load(tmp_path).config.threshold == -1.0
-    assert read_config(tmp_path)["format"] == 2
+    assert load(tmp_path).policy.threshold == -1.0
+    assert read_config(tmp_path)["format"] == 3
 
 
 def test_a_backbone_in_a_folder_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import adaskip
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
 from adaskip.runtime import persist
 from tests.routed_toys import answers, llama, routed
 
@@ -136,7 +136,7 @@ def test_weights_that_are_no_numbers_of_this_file(tmp_path) -> None:
 def test_a_plan_has_nothing_to_save(tmp_path) -> None:
     """Somebody saves a model that follows a plan; catches an empty folder."""
     with pytest.raises(ConfigError, match="has no routers to save"):
-        adaskip.attach(llama(), plan=SkipPlan.static([1])).save_pretrained(tmp_path / "plan")
+        adaskip.attach(llama(), SkipPlan.static([1])).save_pretrained(tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
 
 
@@ -145,9 +145,9 @@ def test_thresholds_may_be_edited_by_hand(tmp_path) -> None:
     routed().save_pretrained(tmp_path)
     config = tmp_path / "adaskip_config.json"
     meta = json.loads(config.read_text())
-    meta["router"]["threshold"] = -1.0
+    meta["policy"]["threshold"] = -1.0
     config.write_text(json.dumps(meta))
-    assert load(tmp_path).config == RouterConfig(threshold=-1.0)
+    assert load(tmp_path).policy.threshold == -1.0
 
 
 def test_a_backbone_without_a_name_has_to_be_passed(tmp_path) -> None:
