@@ -17,11 +17,12 @@ def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor
     if request.fixed is not None:
         gate = request.fixed[index].to(states.device, torch.float32)
     else:
-        said, options = policy.decide(index, states, request), request.options
+        said = policy.decide(index, states, request)
         if said.dtype == torch.bool:
             gate = _certain(said, request, index).float()
         else:
-            gate = gates.straight_through(said, request.threshold, options.temperature, options.noise)
+            noise = request.noise(index)
+            gate = gates.straight_through(said, request.threshold, request.options.temperature, noise)
             _put(request.logits, index, said)
             if index in request.held:
                 gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning

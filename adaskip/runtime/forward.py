@@ -295,8 +295,7 @@ class Runtime:
         request = slot.request
         if request is None:
             return self._run_again(index, layer, call, states, named)
-        if torch.is_grad_enabled():
-            self.reruns.note(request, named)
+        self.reruns.note(request, named)
         return self._run(request, index, layer, call, states, named)
 
     def _run_again(
@@ -333,7 +332,8 @@ class Runtime:
             out = call(states, **named)
         else:
             soft = request.mode == "soft"
-            decision = (decide.gate if soft else decide.keep)(self.policy, request, index, states)
+            with torch.set_grad_enabled(request.learns):  # which a reentrant checkpoint turns off
+                decision = (decide.gate if soft else decide.keep)(self.policy, request, index, states)
             if self.unit == "block":
                 out = executor.execute(request, call, states, named, decision)
             else:
