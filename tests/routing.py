@@ -31,8 +31,8 @@ def decide(model: RoutedModel) -> RoutedModel:
     """Give routers weights that make them differ."""
     torch.manual_seed(1)
     for head in model.routers:
-        nn.init.normal_(head.outer.weight, std=3.0)
-        nn.init.normal_(head.outer.bias, std=0.3)
+        for weight, spread in ((head.outer.weight, 3.0), (head.outer.bias, 0.3)):
+            weight.data.copy_(nn.init.normal_(torch.empty(weight.shape), std=spread))  # the same on every device
     return model
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from adaskip.policies.learned.routers import Learned as Learned
     from adaskip.policies.static import Static as Static
     from adaskip.policy import Policy as Policy
+    from adaskip.policy import find as find
     from adaskip.policy import kinds as kinds
     from adaskip.policy import register as register
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     from adaskip import policy
 
-    if name in ("Policy", "register", "kinds"):
+    if name in ("Policy", "register", "find", "kinds"):
         return getattr(policy, name)
     homes = {home.split(":")[1]: kind for kind, home in policy.HOMES.items()}
     if name in homes:
         return policy.find(homes[name])
-    known = ", ".join(["Policy", "register", "kinds", *homes])
+    known = ", ".join(["Policy", "register", "find", "kinds", *homes])
     raise AttributeError(f"module 'adaskip.policies' has no attribute {name!r}; it has {known}")

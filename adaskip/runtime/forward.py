@@ -218,7 +218,7 @@ class Runtime:
         ledger.add(request.tokens.valid, request.routed, request.answering)
         ledger.heads += heads
         if cache is None or cache.routing is None or request.deciding is not None:
-            keep = torch.stack(request.keep) if request.fixed is None else request.fixed
+            keep = torch.stack(request.keep) if request.fixed is None else request.fixed.to(request.tokens.valid.device)
             known = request.flags
             if known is None and cache is not None and request.deciding is None:
                 known = host(keep)
