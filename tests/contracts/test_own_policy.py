@@ -15,28 +15,26 @@ from adaskip.policies import Policy, find, register
 from tests import families
 from tests.routing import GREEDY, LENGTHS, real, same_both_ways
 
-# -- the whole policy: 18 lines ---------------------------------------------------------------------------------------
+# -- the whole policy: 16 lines ---------------------------------------------------------------------------------------
 
 
 @register
-class Busy(Policy):
-    """Skip a layer for the prompts whose last token enters it with a state above a share of the usual length."""
+class Coin(Policy):
+    """Toss a coin for every layer and prompt, weighed by what enters the layer: no method, but it depends on both."""
 
-    kind: ClassVar[str] = "busy"
+    kind: ClassVar[str] = "coin"
 
-    def __init__(self, share: float = 1.0, target: adaskip.Target | None = None) -> None:
+    def __init__(self, bias: float = 0.0, target: adaskip.Target | None = None) -> None:
         super().__init__(target)
-        self.share = share
+        self.bias = bias
 
     def decide(self, layer: int, states: Tensor, request: Any) -> Tensor:
         prompt = request.prompt[..., None]
-        last = states.masked_fill(~prompt, 0.0).flip(1)
-        norms = last.norm(dim=-1)
-        end = norms.gather(1, (norms > 0).int().argmax(1, keepdim=True))[:, 0]
-        return end <= self.share * norms.sum(1) / request.prompt.sum(1)
+        mean = states.masked_fill(~prompt, 0.0).mean(-1).sum(1) / prompt.sum((1, 2))
+        return (300 * (layer + 1) * mean).sin() > self.bias
 
     def to_dict(self) -> dict[str, Any]:
-        return {"share": self.share, "target": self.target.to_dict()}
+        return {"bias": self.bias, "target": self.target.to_dict()}
 
 
 # -- what it gets for that --------------------------------------------------------------------------------------------
@@ -52,7 +50,7 @@ CASES = [
 
 def routed(name: str, target: dict[str, Any]) -> tuple[families.Toy, adaskip.RoutedModel]:
     toy = families.make(name, "eager")
-    return toy, adaskip.attach(toy.model, Busy(target=adaskip.Target(**target)))
+    return toy, adaskip.attach(toy.model, Coin(target=adaskip.Target(**target)))
 
 
 @pytest.mark.parametrize(("name", "target"), CASES, ids=[f"{n}-{'-'.join(t.values()) or 'all'}" for n, t in CASES])
@@ -85,13 +83,13 @@ class TestContract:
     def test_saving(self, name: str, target: dict[str, Any], tmp_path: Path) -> None:
         toy, model = routed(name, target)
         batch = toy.batch(LENGTHS)
-        model.policy.share = 1.02
+        model.policy.bias = 0.1
         model.hold([2])
         expected = model.generate(**batch, max_new_tokens=4, **GREEDY)
         model.save_pretrained(tmp_path)
         again = adaskip.RoutedModel.from_pretrained(tmp_path, families.make(name, "eager").model)
-        assert type(again.policy) is Busy
-        assert (again.policy.share, again.policy.held) == (1.02, (2,))
+        assert type(again.policy) is Coin
+        assert (again.policy.bias, again.policy.held) == (0.1, (2,))
         assert torch.equal(again.generate(**batch, max_new_tokens=4, **GREEDY), expected)
         assert torch.equal(again.routing.keep, model.routing.keep)
 
@@ -105,18 +103,18 @@ class TestContract:
 
 def test_what_cannot_be_trained_says_so() -> None:
     _, model = routed("llama", {})
-    with pytest.raises(ConfigError, match=r"policy \(Busy\) has no parameters to train"):
+    with pytest.raises(ConfigError, match=r"policy \(Coin\) has no parameters to train"):
         adaskip.RouterTuner(model, adaskip.Objective(keep=0.5))
 
 
 def test_the_registry() -> None:
     """Kinds are taken once, and what is unknown says what to do."""
-    assert find("busy") is Busy
-    with pytest.raises(ConfigError, match=r"'busi': no such kind, did you mean 'busy'.*import the module"):
-        find("busi")
+    assert find("coin") is Coin
+    with pytest.raises(ConfigError, match=r"'coni': no such kind, did you mean 'coin'.*import the module"):
+        find("coni")
 
     with pytest.raises(ConfigError, match="expected a kind to register it under"):
         register(type("Nameless", (Policy,), {}))
-    for kind in ("learned", "busy"):
+    for kind in ("learned", "coin"):
         with pytest.raises(ConfigError, match=f"the kind '{kind}' is another policy's"):
             register(type("Twin", (Policy,), {"kind": kind}))

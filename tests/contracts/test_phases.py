@@ -50,9 +50,9 @@ def routed(name: str, target: dict[str, Any]) -> tuple[Toy, RoutedModel]:
     return toy, decide(attach(toy.model, RouterConfig(**target)))
 
 
-def whole(toy: Toy) -> tuple[dict[str, Tensor], Tensor]:
+def whole(toy: Toy, lengths: list[int] = LENGTHS) -> tuple[dict[str, Tensor], Tensor]:
     """Prompts with answers, and which of their tokens are prompt."""
-    batch = toy.batch(LENGTHS)
+    batch = toy.batch(lengths)
     prompt = batch["attention_mask"].bool().clone()
     prompt[:, -ANSWER:] = False
     return batch, prompt
@@ -101,17 +101,16 @@ class TestPhase:
                 expected = model.backbone(**batch, use_cache=False).logits
             if target.get("scope") != "token" or target.get("kv") == "kept":
                 assert (real(expected, batch) - real(skipped, batch)).abs().max() <= 1e-4
+        assert ((model.routing.keep_rate < 1) == ~keep.all(0)).all()
+        if name in ("mixtral", "falcon", "deepseek_v3") or target.get("scope") == "token":
+            return  # what torch counts of their attention depends on the cut, and single tokens are filled up to rows
+        batch, prompt = whole(toy, [9] * len(LENGTHS))
+        with FlopCounterMode(display=False) as dense, model.dense():
+            model.backbone(**batch, use_cache=False)
+        with FlopCounterMode(display=False) as sparse:
+            model(**batch, prompt_mask=prompt, routing=keep, use_cache=False)
         saved = float((model.routing.dense - model.routing.executed).sum())
-        if name not in ("mixtral", "falcon", "deepseek_v3"):
-            with FlopCounterMode(display=False) as dense, model.dense():
-                model.backbone(**batch, use_cache=False)
-            with FlopCounterMode(display=False) as sparse:
-                model(**batch, prompt_mask=prompt, routing=keep, use_cache=False)
-            counted = dense.get_total_flops() - sparse.get_total_flops()
-            assert counted > 0
-            # padding is computed in a dense pass, and in neither figure of the routing
-            assert saved <= counted
-        assert saved > 0
+        assert saved == dense.get_total_flops() - sparse.get_total_flops() > 0
 
     def test_cached_equals_uncached(self, name: str, target: dict[str, Any]) -> None:
         toy, model = routed(name, target)
@@ -163,8 +162,8 @@ def test_prompts_by_path(name: str, phase: Any) -> None:
     many = model.generate_many(items, max_new_tokens=4, **GREEDY)
     for item, answer in zip(items, many.answers, strict=True):
         assert torch.equal(model.generate(**item, max_new_tokens=4, **GREEDY)[0, -4:], answer.tokens)
-        assert float(model.routing.executed) == pytest.approx(answer.executed, rel=1e-9)
-        assert float(model.routing.dense) == pytest.approx(answer.dense, rel=1e-9)
+        assert float(model.routing.executed) == pytest.approx(answer.executed, rel=0.02)  # one chunk, or two
+        assert float(model.routing.dense) == pytest.approx(answer.dense, rel=0.02)
     snapped = model.generate_many(items, max_new_tokens=4, paths=1, **GREEDY)
     assert len({answer.path for answer in snapped.answers}) == 1
     assert snapped.keep_rate >= many.keep_rate

@@ -159,7 +159,7 @@ def test_a_policy_that_nobody_registered(tmp_path) -> None:
     model = adaskip.attach(llama(), Nameless())
     answers(model)
     assert model.routing.keep[:, 0].tolist() == [True, False, True, True]
-    with pytest.raises(ConfigError, match="Nameless is no registered policy, .*@adaskip.policies.register"):
+    with pytest.raises(ConfigError, match=r"Nameless is no registered policy, .*@adaskip\.policies\.register"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
