@@ -156,9 +156,9 @@ def test_tools_take_the_backbone_or_say_so(tmp_path) -> None:
 def test_the_configuration_is_the_models() -> None:
     """A tool reads or sets model.config.use_cache; catches silence where model.backbone.config is meant."""
     model = routed()
-    with pytest.raises(AttributeError, match=r"RoutedModel has no 'config'.*model\.backbone"):
+    with pytest.raises(AttributeError, match=r"RoutedModel\.config has no 'vocab_size'.*model\.backbone"):
         model.config.vocab_size  # noqa: B018
-    with pytest.raises(AdaSkipError, match="RoutedModel has no 'config'"):
+    with pytest.raises(AdaSkipError, match=r"RoutedModel\.config has no 'use_cache'"):
         model.config.use_cache = False
     with pytest.raises(dataclasses.FrozenInstanceError):
         model.target.scope = "token"
