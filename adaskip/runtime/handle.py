@@ -46,7 +46,7 @@ class Handle(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Nothing: ``model.backbone.config`` is the Hugging Face configuration, ``model.policy`` what adaskip follows."""
+        """Nothing: ``model.backbone.config`` is Hugging Face's, ``model.policy`` is what adaskip follows."""
         # An object, since tools that find no `config` go on without one, and then fail somewhere else or not at all.
         return _NoConfig()
 
