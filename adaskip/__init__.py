@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from adaskip.batch import Batch as Batch
     from adaskip.errors import AdaSkipError as AdaSkipError
     from adaskip.generate.cut import cut as cut
-    from adaskip.plan import RouterConfig as RouterConfig
     from adaskip.plan import Routing as Routing
     from adaskip.plan import SkipPlan as SkipPlan
+    from adaskip.plan import Target as Target
+    from adaskip.policies.learned.config import RouterConfig as RouterConfig
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
     from adaskip.runtime.patch import detach as detach
@@ -59,10 +60,11 @@ _HOMES = {
     "Objective": "training.objective",
     "RoundBatches": "training.batches",
     "RoutedModel": "runtime.attach",
-    "RouterConfig": "plan",
+    "RouterConfig": "policies.learned.config",
     "RouterTuner": "training.module",
     "Routing": "plan",
     "SkipPlan": "plan",
+    "Target": "plan",
     "attach": "runtime.attach",
     "calibrate": "verbs.calibrate",
     "check": "verbs.check",
@@ -79,6 +81,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'adaskip' has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name == "policies":
+        return import_module("adaskip.policies")
     return getattr(import_module(f"adaskip.{_HOMES[name]}"), name)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from adaskip import runfiles, sources
 from adaskip.errors import ConfigError, did_you_mean
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.sections import Overrides, Section, faults, override, read_yaml
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adaskip import sources
+from adaskip.backbone import load
 from adaskip.backbone.inspect import BackboneSpec, inspect_backbone, twin
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.training.data import Collator, load_records
 from adaskip.verbs import splits
@@ -40,7 +41,7 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
         CheckpointError: there is no such run.
     """
     if sources.is_shipped(target):
-        model, processor = sources.load_model(target), sources.load_processor(target)
+        model, processor = load.load_backbone(target), load.load_processor(target)
         spec = inspect_backbone(nn.Module.to(model.requires_grad_(False), device))
         routed, trained = attach(twin(spec), RouterConfig()), False
         records = load_records(target, "test", 512, seed)
@@ -52,12 +53,12 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
             )
         run = Run.open(target)
         processor, trained = run.processor, True
-        config, heads = run.model.config, run.model.routers
+        policy = run.model.policy
         spec = inspect_backbone(nn.Module.to(run.model.detach().requires_grad_(False), device))
-        routed = attach(twin(spec), config)
-        assert heads is not None
-        assert routed.routers is not None
-        routed.routers.load_state_dict(heads.state_dict())
+        routed = attach(twin(spec), type(policy).from_dict(policy.to_dict()))
+        routed.policy.load_state_dict(policy.state_dict())
+        routed.set_threshold(policy.threshold)
+        routed.hold(policy.held)
         records = splits.records(run.recipe, "test")
     collate = Collator(processor, answers=False)
 

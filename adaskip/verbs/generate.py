@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip import sources
+from adaskip.backbone.load import load_processor
 from adaskip.errors import AdaSkipError, DataError
 from adaskip.runfiles import EVALUATION, RECIPE, write_json
 from adaskip.runtime.attach import RoutedModel
@@ -189,7 +189,7 @@ def _open(folder: Path, stages: Stages) -> tuple[RoutedModel, Any, Run | None]:
         return loaded.model, loaded.processor, loaded
     with stages(f"loading the routers of {folder} and their backbone"):
         model = RoutedModel.from_pretrained(router_folder(folder))
-        return model, sources.load_processor(model.backbone.config._name_or_path), None
+        return model, load_processor(model.backbone.config._name_or_path), None
 
 
 def _record(

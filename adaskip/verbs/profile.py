@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 import torch
 
 from adaskip import sources
+from adaskip.backbone import load
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
@@ -82,7 +83,7 @@ def profile_model(
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder, "the profile")
     with stages(f"loading {model}"):
-        processor, base = sources.load_processor(model), sources.load_model(model)
+        processor, base = load.load_processor(model), load.load_backbone(model)
         if torch.cuda.is_available():
             torch.nn.Module.cuda(base)
         batches = [batch.to(base.device) for batch in loader(records, Collator(processor), batch_size)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from adaskip import sources
+from adaskip.backbone import load as backbones
 from adaskip.errors import CheckpointError
 from adaskip.recipe import Recipe, load
 from adaskip.runfiles import RECIPE, ROUTER
@@ -85,13 +85,15 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     options |= {"device_map": section.device_map} if section.device_map else {}
     options |= {"trust_remote_code": True} if section.trust_remote_code else {}
     options |= {"revision": section.revision} if section.revision else {}
-    return sources.load_model(section.path, **options)
+    return backbones.load_backbone(section.path, **options)
 
 
 def load_processor(recipe: Recipe) -> Any:
     """Load the processor of a recipe's backbone, or its tokenizer where it has no pictures."""
     section = recipe.backbone
-    return sources.load_processor(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
+    return backbones.load_processor(
+        section.path, trust_remote_code=section.trust_remote_code, revision=section.revision
+    )
 
 
 def check_writable(folder: Path, what: str) -> None:

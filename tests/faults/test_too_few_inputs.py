@@ -26,7 +26,7 @@ from tests.faults.finished import SHORT, copy_of
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model fails the test: the fault must be found before."""
-    monkeypatch.setattr("adaskip.sources.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("adaskip.backbone.load.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 def rows(count: int) -> str:

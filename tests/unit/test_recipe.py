@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from adaskip.errors import ConfigError
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import Recipe, dump, find, load, recipes, sentence
 from adaskip.sections import faults
 from adaskip.training.objective import Objective
