@@ -28,6 +28,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaskip import policies as policies
     from adaskip.batch import Batch as Batch
     from adaskip.errors import AdaSkipError as AdaSkipError
     from adaskip.generate.cut import cut as cut
@@ -79,10 +80,10 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'adaskip' has no attribute {name!r}; it has {', '.join(__all__)}")
     if name == "policies":
         return import_module("adaskip.policies")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaskip' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"adaskip.{_HOMES[name]}"), name)
 
 
