@@ -21,7 +21,7 @@ from tests.documents import PAGES, ROOT
 
 README = documents.read("README.md")
 TROUBLES = documents.read("docs/troubleshooting.md")
-ENTRIES = re.findall(r"^### (.*)\n\n(.*?)(?=^##|\Z)", TROUBLES, re.M | re.S)
+ENTRIES = re.findall(r"^### ([^\n]*)\n\n(.*?)(?=^##|\Z)", TROUBLES, re.M | re.S)
 HEADINGS = {page: re.findall(r"^#+ (.*)$", documents.read(page), re.M) for page in PAGES}
 
 
