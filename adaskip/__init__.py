@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from adaskip.training.module import RouterTuner as RouterTuner
     from adaskip.training.objective import Objective as Objective
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AdaSkipError": "errors",
