@@ -1,4 +1,4 @@
-"""What the pages promise without being run: commands that parse, names, files and sentences that exist, short READMEs."""
+"""What the pages promise without being run: commands that parse; names, files and sentences that exist; a short README."""
 
 from __future__ import annotations
 
@@ -100,6 +100,14 @@ def resolve(parts: list[str]) -> Any:
             import_module(".".join(parts[:depth]))
         found = getattr(found, part)
     return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_within_the_prose_exist(page: str) -> None:
+    """A module has moved; catches a sentence that still sends readers to where it was."""
+    for span in documents.spans(page):
+        if match := re.match(r"adaskip(?:\.[A-Za-z_]\w*)+", span):
+            resolve(match[0].split("."))
 
 
 def test_every_public_name_has_an_example() -> None:
