@@ -1,4 +1,4 @@
-"""What the pages promise without being run: commands that parse; names, files and sentences that exist; a short README."""
+"""What the pages promise without being run: commands that parse; names, files and sentences that exist; brevity."""
 
 from __future__ import annotations
 
