@@ -38,7 +38,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import adaskip
-from adaskip.backbone import twin
+from adaskip.backbone.inspect import twin
 from adaskip.bench import bench
 from adaskip.bench.forced import force, spread_out
 from adaskip.bench.graph import graph_row
@@ -119,7 +119,7 @@ class Lab:
             return replace(long, batch=lambda rows: {k: v[:, :most] for k, v in long.batch(rows).items()})
         if kind == "whole":
             vision = self.model("qwen")
-            return replace(vision, routed=adaskip.attach(twin(vision.described), adaskip.RouterConfig()))
+            return replace(vision, routed=adaskip.attach(twin(vision.spec), adaskip.RouterConfig()))
         return self.model(kind)
 
     def parts(self) -> dict[str, dict[str, Step]]:
@@ -188,9 +188,9 @@ class Lab:
     def syncs(self, rows: int, seconds: float) -> Rows:
         """Count how often the host waits for the GPU in a prefill and in a decoding step."""
         subject = self.subject("short")
-        layers, inputs, routed = len(subject.described.layers), subject.batch(rows), subject.routed
+        layers, inputs, routed = len(subject.spec.layers), subject.batch(rows), subject.routed
         plan = adaskip.SkipPlan.static((~spread_out(layers, 0.5, 1, "uniform")[:, 0]).nonzero().flatten().tolist())
-        sides = [("dense", subject.described.model), ("plan", adaskip.attach(twin(subject.described), plan=plan))]
+        sides = [("dense", subject.spec.model), ("plan", adaskip.attach(twin(subject.spec), plan=plan))]
         sides += [(f"routers, {path}", routed) for path in ("uniform", "mixed")[:rows]]
         found: Rows = []
         for name, model in sides:
@@ -253,7 +253,7 @@ class Lab:
 
     def fresh(self) -> adaskip.RoutedModel:
         """Return the Llama under untrained routers, which keep everything."""
-        return adaskip.attach(twin(self.model("llama").described), adaskip.RouterConfig())
+        return adaskip.attach(twin(self.model("llama").spec), adaskip.RouterConfig())
 
     def inputs(self) -> list[dict[str, Any]]:
         """Return batches of four, of a quarter of a training row's length."""

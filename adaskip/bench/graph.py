@@ -15,7 +15,7 @@ from adaskip.bench.rounds import bounded_ratio, interleave
 from adaskip.bench.sides import Side
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
-from adaskip.runtime.cut import cut
+from adaskip.generate.cut import cut
 from adaskip.runtime.measure import timed
 
 _CLOSE = 0.1  # of the largest logit, for models in half precision
@@ -93,8 +93,8 @@ def graph_row(subject: Subject, batch: int, rate: float, new: int, budget: float
     Raises:
         AdaSkipError: they differ by more than rounding.
     """
-    inputs, dense, routed = subject.batch(batch), subject.described.model, subject.routed
-    keep = spread_out(len(subject.described.layers), rate, batch, "uniform")
+    inputs, dense, routed = subject.batch(batch), subject.spec.model, subject.routed
+    keep = spread_out(len(subject.spec.layers), rate, batch, "uniform")
     force(routed, inputs, keep)
     plain = cut(routed, keep[:, 0])
     eager = {"dense": Side(dense, inputs, new), "routed": Side(routed, inputs, new), "cut": Side(plain, inputs, new)}

@@ -302,7 +302,7 @@ def mlp_gradients(checkpointed: str) -> Tensor:
     if checkpointed == "layers":
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         model.backbone.train()
-    for layer in model.described.layers if checkpointed == "mlps" else ():
+    for layer in model.spec.layers if checkpointed == "mlps" else ():
         mlp: Any = layer.mlp
         mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
     losses = [model(**batch(5 + i, 9), use_cache=False).logits.mean() for i in range(2)]
