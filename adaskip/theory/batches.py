@@ -7,23 +7,29 @@ from typing import Any
 
 from torch import Tensor
 
+from adaskip.batch import IGNORED, Batch
 from adaskip.errors import DataError
 
-Batch = dict[str, Any]
-NEEDED = ("inputs", "labels", "prompt_mask")
 
-
-def check_batch(batch: Any, where: str, needed: tuple[str, ...] = NEEDED) -> None:
-    """Refuse what is no batch of prompts with answers.
+def check_batch(batch: Any, where: str, answers: bool = True) -> None:
+    """Refuse what is no batch, or one of bare prompts where answers are needed.
 
     Raises:
-        DataError: says what the batch lacks.
+        DataError: says what arrived, and what a collator has to return.
     """
-    found = list(batch) if isinstance(batch, dict) else type(batch).__name__
-    if not isinstance(batch, dict) or any(name not in batch for name in needed):
+    if not isinstance(batch, Batch):
+        found = type(batch).__name__
+        if isinstance(batch, Mapping):
+            found += f" of {', '.join(map(str, batch)) or 'nothing'}"
         raise DataError(
-            f"{where}: expected batches with {', '.join(needed)}, as adaskip.Collator(processor) makes them, got "
-            f"{found}; pass collate_fn=adaskip.Collator(processor) to the loader"
+            f"{where}: expected batches as adaskip.Collator(processor) makes them, got a {found}; pass "
+            "collate_fn=adaskip.Collator(processor) to the loader, or let your own collator return "
+            "adaskip.Batch(inputs, labels, prompt_mask)"
+        )
+    if answers and not batch.supervised.any():
+        raise DataError(
+            f"{where}: expected prompts with answers, got bare prompts: all labels are {IGNORED}; pass "
+            "collate_fn=adaskip.Collator(processor), which puts the answers behind them"
         )
 
 
@@ -34,7 +40,7 @@ def take(batches: Iterable[Batch], limit: int | None, where: str) -> list[Batch]
         DataError: an item is no batch.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str | Tensor):
-        hint = "; put it into a list" if isinstance(batches, Mapping) else ""
+        hint = "; put it into a list" if isinstance(batches, Mapping | Batch) else ""
         raise DataError(f"{where}: expected a loader or a list of batches, got a {type(batches).__name__}{hint}")
     found: list[Batch] = []
     for batch in batches:
@@ -47,4 +53,4 @@ def take(batches: Iterable[Batch], limit: int | None, where: str) -> list[Batch]
 
 def count(batches: Iterable[Batch]) -> int:
     """How many inputs the batches hold."""
-    return sum(len(batch["labels"]) for batch in batches)
+    return sum(map(len, batches))

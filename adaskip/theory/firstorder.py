@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaskip.batch import Batch
 from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.profile import IGNORED
 
 
 def label_law(log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +25,7 @@ def label_law(log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor], layer: int, shift: Tensor) -> Tensor:
+def logit_tangent(model: RoutedModel, batch: Batch, states: list[Tensor], layer: int, shift: Tensor) -> Tensor:
     """J dh: how the logits move, to first order, when the state after ``layer`` moves by ``shift``.
 
     One forward-mode product through the decoder's suffix; linear in ``shift``. (b t d) -> (b t vocab). An estimator of
@@ -47,7 +45,7 @@ def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor
         moving = forward_ad.make_dual(states[layer + 1], shift.to(states[layer + 1].dtype))
         try:
             with model.replay([*states[: layer + 1], moving]):
-                out = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+                out = model(**batch.arguments()).logits
         except (NotImplementedError, RuntimeError) as error:
             if "forward AD" not in str(error) and "forward-mode" not in str(error):
                 raise
@@ -60,7 +58,7 @@ def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor
 
 
 def score_products(
-    model: RoutedModel, batch: dict[str, Any], states: list[Tensor], shifts: list[Tensor], draws: int = 1, seed: int = 0
+    model: RoutedModel, batch: Batch, states: list[Tensor], shifts: list[Tensor], draws: int = 1, seed: int = 0
 ) -> Tensor:
     """(grad_h log p(Y*) . dh)^2 per predicted token for all layers at once, one backward pass a draw. -> (b l).
 
@@ -79,14 +77,14 @@ def score_products(
     Raises:
         DataError: an input predicts nothing.
     """
-    where = batch["labels"][:, 1:] != IGNORED
+    where = batch.supervised
     if not where.any(1).all():
         raise DataError("score_products: expected a supervised token in every input; collate with answers=True")
     first = states[1].detach().requires_grad_()
     reached = [first]
     with torch.enable_grad(), model.dense(), model.observe(lambda index, before, after: reached.append(after)):
         with model.replay([states[0], first]):
-            logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+            logits = model(**batch.arguments()).logits
         log_p = logits[:, :-1][where].double().log_softmax(-1)
     draw = torch.Generator(log_p.device).manual_seed(seed)
     p, q = label_law(log_p)

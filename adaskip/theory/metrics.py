@@ -14,12 +14,13 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from adaskip.batch import find_supervised
 from adaskip.errors import DataError
 from adaskip.theory import measures
 from adaskip.theory.bounds import kl_exact
 from adaskip.theory.crossmodal import value_weighted_mass
 from adaskip.theory.information import code_entropy, probe_loss, usable_information_lost
-from adaskip.theory.profile import IGNORED, per_input
+from adaskip.theory.profile import per_input
 from adaskip.theory.similarity import Moments, linear_cka, svcca
 
 
@@ -81,7 +82,7 @@ class FunctionalCost(_MeanOverInputs):
 
     def update(self, dense: Tensor, skipped: Tensor, labels: Tensor) -> None:
         """(b t v) logits twice, long (b t) labels with -100 where nothing is predicted."""
-        where = labels[:, 1:] != IGNORED
+        where = find_supervised(labels)
         self.add(per_input(kl_exact(dense[:, :-1][where], skipped[:, :-1][where]), where, "mean"))
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.firstorder import label_law
 from adaskip.theory.flips import survey_flips
-from adaskip.theory.profile import IGNORED, Prices, calibrate_prices, measure
+from adaskip.theory.profile import Prices, calibrate_prices, measure
 
 Kind = Literal["calibrated", "gates", "fisher"]
 DRAWS = 2
@@ -30,7 +31,7 @@ def needed(model: RoutedModel, alpha: float) -> int:
 
 def price(
     model: RoutedModel,
-    batches: list[dict[str, Any]],
+    batches: list[Batch],
     mass: Tensor | None,
     alpha: float,
     kind: Kind = "calibrated",
@@ -60,7 +61,7 @@ def price(
     return calibrate_prices(measured, mass, alpha, correlation=correlation, slopes=slopes)
 
 
-def mean_correlation(model: RoutedModel, batches: Iterable[dict[str, Any]]) -> Tensor:
+def mean_correlation(model: RoutedModel, batches: Iterable[Batch]) -> Tensor:
     """R_lm: how two skips' changes of the logits correlate under p, averaged over inputs; (l l), estimator [D].
 
         R_lm = E_x[ G_lm / sqrt(G_ll G_mm) ],  G the gate matrix (link 6c)
@@ -82,7 +83,7 @@ def mean_correlation(model: RoutedModel, batches: Iterable[dict[str, Any]]) -> T
     return found
 
 
-def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+def first_order(model: RoutedModel, batch: Batch, draws: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """The dense logits, and s_l of every skip to first order: (b t v) and (b l), nats; estimator [D, link 8].
 
         s_l^2 = E_{Y ~ p} (d log p(Y) / d g_l)^2 at g = 1,  mean over the input's predicted tokens
@@ -97,9 +98,9 @@ def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: to
         draws: label draws, a backward pass each.
         noise: of the draws, on any device.
     """
-    where = batch["labels"][:, 1:] != IGNORED
+    where = batch.supervised
     with torch.enable_grad(), model.keep_all(), model.soft():
-        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        logits = model(**batch.arguments()).logits
         gates = model.gates()
         log_p = logits[:, :-1][where].double().log_softmax(-1)
     p, q = label_law(log_p)
@@ -114,7 +115,7 @@ def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: to
     return logits.detach(), (total / draws / where.sum(1, keepdim=True)).sqrt()
 
 
-def first_order_of(model: RoutedModel, batches: Iterable[dict[str, Any]], draws: int = DRAWS, seed: int = 0) -> Tensor:
+def first_order_of(model: RoutedModel, batches: Iterable[Batch], draws: int = DRAWS, seed: int = 0) -> Tensor:
     """`first_order` over batches: (n l), on the CPU."""
     noise = torch.Generator().manual_seed(seed)
     return torch.cat([first_order(model, batch, draws, noise)[1].cpu() for batch in batches])

@@ -6,18 +6,16 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch, find_supervised
 from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds, measures
 from adaskip.theory.conformal import conformal_quantile, safe_ratio, smallest_sample
 from adaskip.theory.crossmodal import read_attention
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -133,21 +131,15 @@ def compare(dense: Tensor, routed: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def predicted(logits: Tensor, labels: Tensor) -> Tensor:
     """(b t v) logits -> (k v): those that predict a supervised token, row by row."""
-    return logits[:, :-1][labels[:, 1:] != IGNORED]
+    return logits[:, :-1][find_supervised(labels)]
 
 
 def compare_predicted(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The same from `predicted` logits (k v), which are all that has to be kept of a dense pass."""
-    mask = labels[:, 1:] != IGNORED
+    mask = find_supervised(labels)
     shift = bounds.logit_shift(before, after)
     found = {"kl": bounds.kl_exact(before, after), "s": shift.s, "u": shift.u}
     return {k: per_input(v, mask, "mean" if k == "kl" else "max") for k, v in found.items()}
-
-
-def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
-    """bool (b): whether the argmax is right at every supervised position (teacher-forced)."""
-    where = labels[:, 1:] != IGNORED
-    return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~where).all(1)
 
 
 def _of_group(values: Tensor) -> Tensor:
@@ -158,7 +150,7 @@ def _of_group(values: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(
     model: RoutedModel,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     layers: Iterable[int] | None = None,
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -188,16 +180,16 @@ def measure(
             geometry["cosine"].append(_of_group(measures.cosine_distance(before, after, group)))  # noqa: B023
             geometry["rho"].append(_of_group(measures.relative_change(before, after, group)))  # noqa: B023
 
-        reading = read_attention(model, model.read_tokens(batch["inputs"])) if attention else nullcontext()
+        reading = read_attention(model, model.read_tokens(batch.inputs)) if attention else nullcontext()
         with model.dense(), model.observe(watch), reading as read:
-            dense = model(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
+            dense = model(**batch.arguments()).logits
         found: dict[str, list[Tensor]] = {"kl": [], "s": [], "u": []}
         for index in chosen:
             keep = torch.ones(n_layers, len(dense), dtype=torch.bool, device=dense.device)
             keep[index] = False
             with model.replay(states[: index + 1]):
-                out = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False)
-            for name, value in compare(dense, out.logits, batch["labels"]).items():
+                out = model(**batch.arguments(), routing=keep)
+            for name, value in compare(dense, out.logits, batch.labels).items():
                 found[name].append(value)
         columns = {name: torch.stack(values, 1) for name, values in found.items()}
         columns |= {name: torch.stack([values[i] for i in chosen], 1) for name, values in geometry.items()}

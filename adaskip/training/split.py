@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.errors import DataError
 from adaskip.theory.prices import MASS_EVERY, needed
 from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices
-from adaskip.training.data import Batch
 from adaskip.training.inputs import fingerprints
 from adaskip.training.module import RouterTuner
 
