@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,15 @@ MARKED = {page: [b for b in documents.blocks(page, "python") if b.runs] for page
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
     """A reader types a page from top to bottom; catches a block that fails, and names the page's own line."""
     given = json.dumps([(page, block.placed) for block in MARKED[page]])
-    done = subprocess.run([sys.executable, "-c", RUN], input=given, capture_output=True, text=True, cwd=tmp_path)
+    paths = os.pathsep.join(filter(None, [str(documents.ROOT), os.environ.get("PYTHONPATH")]))  # this very checkout
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=given,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout, "expected a page that shows something"
 
