@@ -1,77 +1,50 @@
-"""The best plan that is the same for every input: greedy layer removal, late entry, early exit."""
+"""The same layers for every input: a plan, written by hand or found by a search."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
-from adaskip.batch import Batch, exact_match
-from adaskip.errors import ConfigError
+from adaskip.backbone.inspect import BackboneSpec
 from adaskip.plan import SkipPlan
-from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.profile import compare
+from adaskip.policy import Policy
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A plan and how the model fares under it on some inputs."""
-
-    plan: SkipPlan
-    accuracy: float  # share of inputs whose every answer token is right (teacher-forced)
-    kl: float  # mean exact KL(dense || plan), nats per predicted token
-    keep: float  # mean executed over dense decoder FLOPs
-
-
-class Search:
-    """Scores static plans on validation data; the dense logits are computed once.
+class Static(Policy):
+    """Follows a `SkipPlan`; needs no training and looks at nothing.
 
     Args:
-        model: attached, with routers or without; only its execution is used.
-        batches: prompts with answers, on the model's device.
+        plan: which layers are left out, and of what.
     """
 
-    def __init__(self, model: RoutedModel, batches: list[Batch]) -> None:
-        self.model, self.batches = model, batches
-        self.layers = len(model.spec.layers)
-        self.group = model.runtime.group
-        with torch.no_grad(), model.dense():
-            self.dense = [model(**b.arguments()).logits for b in batches]
+    kind: ClassVar[str] = "static"
 
-    @torch.no_grad()
-    def score(self, plan: SkipPlan) -> Scored:
-        """The model's quality and cost under one plan."""
-        kl, right, keep = [], [], []
-        kept = plan.keep(self.layers).to(self.model.spec.device)
-        for batch, dense in zip(self.batches, self.dense, strict=True):
-            routing = kept[:, None].expand(-1, len(dense))
-            logits = self.model(**batch.arguments(), routing=routing).logits
-            kl.append(compare(dense, logits, batch.labels)["kl"])
-            right.append(exact_match(logits, batch.labels))
-            keep.append(self.model.routing.keep_rate)
-        return Scored(plan, *(float(torch.cat(v).double().mean()) for v in (right, kl, keep)))
+    def __init__(self, plan: SkipPlan) -> None:
+        super().__init__(plan)
+        self.plan = plan
 
-    def greedy(self, skips: int) -> list[Scored]:
-        """Plans of 0 to ``skips`` layers: remove one at a time, always the one whose loss hurts least.
+    def build(self, spec: BackboneSpec, seed: int) -> None:
+        """Check that the plan speaks of layers that the model has.
 
-        Costs at most ``skips * layers`` passes over the data.
+        Raises:
+            ConfigError: it does not.
         """
-        if not 0 <= skips <= self.layers:
-            raise ConfigError(f"greedy: expected 0 to {self.layers} layers to skip, got {skips}")
-        path = [self.score(SkipPlan(group=self.group))]
-        for _ in range(skips):
-            gone = path[-1].plan.skip
-            tries = (SkipPlan.static([*gone, i], self.group) for i in range(self.layers) if i not in gone)
-            path.append(best(self.score(plan) for plan in tries))
-        return path
+        self.plan.keep(len(spec.layers))
 
-    def bands(self, absent: int) -> list[Scored]:
-        """Late entry and early exit of the group with the same number of layers left out: plans of equal compute."""
-        entry, leave = SkipPlan.late_entry(absent, self.group), SkipPlan.early_exit(self.layers - absent, self.group)
-        return [self.score(entry), self.score(leave)]
+    def known(self, layers: int) -> Tensor:
+        """Return bool (l): the plan's decisions."""
+        return self.plan.keep(layers)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan's fields."""
+        return self.plan.to_dict()
 
-def best(scored: Iterable[Scored]) -> Scored:
-    """The most accurate plan; of equally accurate ones that of the smallest KL."""
-    return max(scored, key=lambda s: (s.accuracy, -s.kl))
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Static:
+        """Make the policy of the plan that `to_dict` described.
+
+        Raises:
+            ConfigError: no such plan.
+        """
+        return cls(SkipPlan.from_dict(values))

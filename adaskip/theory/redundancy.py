@@ -150,7 +150,7 @@ def profile(
     wanted = groups
     while wanted is None or len(found) < len(wanted):
         group: Group = "all" if wanted is None else wanted[len(found)]
-        model = attach(base, plan=SkipPlan(group=group))
+        model = attach(base, SkipPlan(group=group))
         try:
             if wanted is None:
                 wanted = ("all", "vision") if model.spec.vision_ids else ("all",)
