@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
     from adaskip.runtime.patch import detach as detach
-    from adaskip.theory.redundancy import profile as profile
+    from adaskip.survey.profile import profile as profile
     from adaskip.training.batches import RoundBatches as RoundBatches
     from adaskip.training.callbacks import ConditionCheck as ConditionCheck
     from adaskip.training.collate import Collator as Collator
@@ -54,7 +54,7 @@ _HOMES = {
     "attach": "runtime.attach",
     "cut": "generate.cut",
     "detach": "runtime.patch",
-    "profile": "theory.redundancy",
+    "profile": "survey.profile",
 }
 __all__ = sorted(_HOMES)
 

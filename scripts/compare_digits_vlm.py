@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from adaskip.demo.digits import KINDS
-from adaskip.policies.static import Scored, Search, best
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.search import Scored, Search, best
+from adaskip.theory.costs import exact_match
 from adaskip.theory.intervals import bootstrap_mean, paired_difference
-from adaskip.theory.profile import exact_match
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
 from adaskip.verbs.run import open_run

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from adaskip.recipe import Recipe, load
+from adaskip.theory.costs import exact_match
 from adaskip.theory.intervals import paired_difference
-from adaskip.theory.profile import exact_match
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
 from adaskip.verbs.run import open_run

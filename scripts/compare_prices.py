@@ -22,11 +22,14 @@ from torch import Tensor
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
+from adaskip.survey.calibration import Kind, price
+from adaskip.survey.firstorder import first_order_of
+from adaskip.survey.flips import survey_flips
+from adaskip.survey.skips import measure
 from adaskip.theory.bounds import joint_quadratic, redundancy_bound
-from adaskip.theory.flips import survey_flips
+from adaskip.theory.costs import compare
 from adaskip.theory.measures import spearman
-from adaskip.theory.prices import Kind, first_order_of, price
-from adaskip.theory.profile import Prices, compare, measure
+from adaskip.theory.prices import Prices
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
 from adaskip.verbs.run import open_run

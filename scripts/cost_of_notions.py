@@ -25,9 +25,9 @@ import torch
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
 from adaskip.runtime.persist import load_backbone, load_processor
+from adaskip.survey.crossmodal import read_attention
+from adaskip.survey.firstorder import logit_tangent, score_products
 from adaskip.theory import measures
-from adaskip.theory.crossmodal import read_attention
-from adaskip.theory.firstorder import logit_tangent, score_products
 from adaskip.theory.intervals import bootstrap_mean
 from adaskip.training.data import Collator, load_records, loader
 

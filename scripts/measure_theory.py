@@ -26,11 +26,13 @@ from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.plan import RouterConfig
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.survey.skips import measure
 from adaskip.theory import bounds
 from adaskip.theory.conditions import rank_correlations
 from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, resplit_coverage, safe_ratio
 from adaskip.theory.measures import spearman
-from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, measure
+from adaskip.theory.prices import Prices, calibrate_prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import joint_cost
 from adaskip.training.data import Batch, Collator, answer_positions, load_records, loader
 from adaskip.training.tracking import environment

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.plan import Group
 from adaskip.theory.intervals import Interval, bonferroni, bootstrap_mean
 
 
@@ -32,7 +31,7 @@ class Claim:
 
 
 def judge_claims(
-    group: Group,
+    group: str,
     bands: dict[str, Tensor],
     single: Tensor,
     joint: Tensor,

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import DataError
-from adaskip.plan import Group
 from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, safe_ratio, smallest_sample
 from adaskip.theory.intervals import Interval, bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.measures import spearman
-from adaskip.theory.profile import LayerMeasures, Prices
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 
 Notion = Literal["geometric", "proximal", "functional", "cross-modal"]
 Verdict = Literal["admissible", "inadmissible", "undecided"]
@@ -47,7 +47,7 @@ class Finding:
     """One notion of one layer, read against its threshold."""
 
     layer: int
-    group: Group
+    group: str
     notion: Notion
     estimate: float
     low: float
@@ -94,7 +94,7 @@ class Findings:
 
 
 def judge(
-    measured: LayerMeasures, prices: Prices, group: Group, tolerance: float, level: float = 0.95, looks: int = 1
+    measured: LayerMeasures, prices: Prices, group: str, tolerance: float, level: float = 0.95, looks: int = 1
 ) -> Findings:
     """Read the four notions of every measured layer against the thresholds that follow from the tolerance.
 
@@ -174,7 +174,7 @@ def judge_skips(
     measured: LayerMeasures,
     keep: Tensor,
     prices: Prices,
-    group: Group,
+    group: str,
     tolerance: float,
     level: float = 0.95,
     looks: int = 1,

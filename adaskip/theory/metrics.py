@@ -17,9 +17,8 @@ from torchmetrics.utilities.data import dim_zero_cat
 from adaskip.errors import DataError
 from adaskip.theory import measures
 from adaskip.theory.bounds import kl_exact
-from adaskip.theory.crossmodal import value_weighted_mass
-from adaskip.theory.information import code_entropy, probe_loss, usable_information_lost
-from adaskip.theory.profile import IGNORED, per_input
+from adaskip.theory.costs import IGNORED, per_input
+from adaskip.theory.probes import code_entropy, probe_loss, usable_information_lost
 from adaskip.theory.similarity import Moments, linear_cka, svcca
 
 
@@ -94,11 +93,11 @@ class AttentionMass(_MeanOverInputs):
 
 
 class ValueWeightedMass(_MeanOverInputs):
-    """Mean a ||v_removed - v_rest|| [D, link 7], in the unit of the values; `crossmodal.value_weighted_mass`."""
+    """Mean a ||v_removed - v_rest|| [D, link 7], in the unit of the values; `measures.value_weighted_mass`."""
 
     def update(self, attention: Tensor, values: Tensor, query_mask: Tensor, key_mask: Tensor) -> None:
         """(b h q k), (b h k e), bool (b q), bool (b k)."""
-        self.add(value_weighted_mass(attention, values, query_mask, key_mask))
+        self.add(measures.value_weighted_mass(attention, values, query_mask, key_mask))
 
 
 class ProximalTail(Metric):

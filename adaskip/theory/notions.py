@@ -11,11 +11,11 @@ from torch import Tensor
 
 from adaskip.errors import DataError
 from adaskip.theory import bounds
-from adaskip.theory.information import code_entropy, probe_loss, sizes_for, usable_information_lost
 from adaskip.theory.intervals import Interval, bootstrap_mean, share_lost
 from adaskip.theory.measures import TailCurve
+from adaskip.theory.probes import code_entropy, probe_loss, sizes_for, usable_information_lost
 from adaskip.theory.similarity import Moments, dissimilarity
-from adaskip.theory.survey import Survey
+from adaskip.theory.tables import Survey
 
 PER_LAYER = ("cka", "svcca", "usable_information_lost", "code_entropy")
 """Notions of a layer over all inputs, which say nothing of a single one."""

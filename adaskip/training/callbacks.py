@@ -17,9 +17,11 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError, did_you_mean
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.batches import count, take
+from adaskip.survey.batches import count, take
+from adaskip.survey.skips import measure
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
-from adaskip.theory.profile import LayerMeasures, Prices, measure
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.data import Batch
 from adaskip.training.inputs import from_rank_zero, to_device
 from adaskip.training.looks import DenseLogits, Look, describe_skip, joint_cost

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaskip.errors import DataError
 from adaskip.lines import listed
-from adaskip.theory.profile import IGNORED
+from adaskip.theory.costs import IGNORED
 from adaskip.training.pictures import open_image, pictures_of
 from adaskip.training.placeholders import Placeholders
 from adaskip.training.prompts import Refusal, edges, per_token, taken

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.flips import Flips, survey_flips
+from adaskip.survey.flips import Flips, survey_flips
 from adaskip.training.data import Batch
 from adaskip.training.objective import Fit, Objective
 from adaskip.training.schedule import OneCycle

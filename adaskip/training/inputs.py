@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import AdaSkipError
-from adaskip.theory.profile import IGNORED
+from adaskip.theory.costs import IGNORED
 from adaskip.training.data import Batch
 
 T = TypeVar("T")

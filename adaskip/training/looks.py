@@ -13,7 +13,8 @@ from adaskip.routers.gates import hard
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.bounds import redundancy_bound
 from adaskip.theory.conditions import Findings, Joint, SkipFinding
-from adaskip.theory.profile import Prices, compare_predicted, predicted
+from adaskip.theory.costs import compare_predicted, predicted
+from adaskip.theory.prices import Prices
 from adaskip.training.data import Batch
 
 

@@ -15,14 +15,15 @@ from adaskip.backbone.weights import find_packed
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.batches import check_batch
+from adaskip.survey.firstorder import DRAWS, first_order
 from adaskip.theory import bounds
-from adaskip.theory.batches import check_batch
+from adaskip.theory.costs import IGNORED, compare, exact_match
 from adaskip.theory.measures import relative_change
-from adaskip.theory.prices import DRAWS, first_order
-from adaskip.theory.profile import IGNORED, Prices, compare, exact_match
+from adaskip.theory.prices import Prices
 from adaskip.training.data import Batch, answer_positions
 from adaskip.training.inputs import fingerprints, from_rank_zero
-from adaskip.training.metrics import KeepByKind
+from adaskip.training.keep_rates import KeepByKind
 from adaskip.training.objective import Objective, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length

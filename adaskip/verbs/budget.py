@@ -17,7 +17,7 @@ from adaskip.errors import DataError
 from adaskip.plan import KEEP_ALL
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import Advance
-from adaskip.theory.profile import exact_match
+from adaskip.theory.costs import exact_match
 
 CLOSE = 0.002
 """So far below the budget the search may stop: a fifth of a point of the dense FLOPs."""

@@ -16,7 +16,7 @@ from adaskip.plan import KEEP_ALL
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.profile import exact_match
+from adaskip.theory.costs import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
 from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image, pictures_of
 from adaskip.training.inputs import to_device

@@ -10,9 +10,10 @@ import torch
 
 from adaskip.errors import CheckpointError
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.bands import early_exits, judge_bands, late_entries, measure_bands
+from adaskip.survey.bands import early_exits, judge_bands, late_entries, measure_bands
+from adaskip.survey.skips import measure
 from adaskip.theory.conditions import conclude
-from adaskip.theory.profile import Prices, calibrate_prices, measure
+from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, loader
 from adaskip.training.inputs import to_device

@@ -17,7 +17,7 @@ from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
 from adaskip.stages import SILENT, Advance, Stages
-from adaskip.theory.profile import compare_predicted, per_input, predicted
+from adaskip.theory.costs import compare_predicted, per_input, predicted
 from adaskip.training.data import Batch, Collator, Record, answer_positions, load_records, loader
 from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text

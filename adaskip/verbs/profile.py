@@ -15,7 +15,7 @@ from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
 from adaskip.runtime.persist import load_backbone, load_processor
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.redundancy import profile, smallest_profile
+from adaskip.survey.profile import profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text

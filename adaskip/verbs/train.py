@@ -27,8 +27,10 @@ from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.persist import load_backbone
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.prices import price
-from adaskip.theory.profile import LayerMeasures, Prices, measure
+from adaskip.survey.calibration import price
+from adaskip.survey.skips import measure
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps, WholeFiles, checkpoint_callback
 from adaskip.training.data import Batch, Collator, Record, load_records, loader, training_loader

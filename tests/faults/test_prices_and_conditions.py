@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.errors import ConfigError, DataError
-from adaskip.theory.prices import price
+from adaskip.survey.calibration import price
 from adaskip.training.objective import Price
 from tests import toys
 from tests.tuning import DATA, batches, loader, planted, trainer, weights, with_answers

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from adaskip import Objective, RouterConfig, RouterTuner, SkipPlan, attach
-from adaskip.theory.profile import Prices, measure
+from adaskip.survey.skips import measure
+from adaskip.theory.prices import Prices
 from tests.families import make
 from tests.routing import decide
 

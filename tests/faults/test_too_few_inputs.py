@@ -11,8 +11,8 @@ import adaskip
 from adaskip.demo.backbone import load as load_demo
 from adaskip.errors import DataError
 from adaskip.recipe import load
+from adaskip.survey.profile import smallest_profile
 from adaskip.theory.conformal import conformal_rank, smallest_sample
-from adaskip.theory.redundancy import smallest_profile
 from adaskip.training.data import Collator, loader
 from adaskip.verbs.amounts import enough_to_train
 from adaskip.verbs.calibrate import calibrate
@@ -26,8 +26,8 @@ from tests.faults.finished import SHORT, copy_of
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model fails the test: the fault must be found before."""
-    for module in ("train", "opened", "profiling"):
-        monkeypatch.setattr(f"adaskip.{module}.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
+    for module in ("train", "run", "profile"):
+        monkeypatch.setattr(f"adaskip.verbs.{module}.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 def rows(count: int) -> str:

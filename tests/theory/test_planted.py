@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import adaskip
 from adaskip.errors import ConfigError
 from adaskip.plan import Group, RouterConfig
-from adaskip.theory.bands import Band, early_exits, judge_bands, late_entries, measure_bands
+from adaskip.survey.bands import Band, early_exits, judge_bands, late_entries, measure_bands
+from adaskip.survey.skips import measure
 from adaskip.theory.conditions import judge
-from adaskip.theory.profile import calibrate_prices, measure
+from adaskip.theory.prices import calibrate_prices
 from tests import toys
 
 LAYERS, TOLERANCE = 4, 0.01

@@ -13,7 +13,7 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.generate.greedy import greedy_processors
 from adaskip.recipe import dump, load
 from adaskip.runtime.persist import load_backbone
-from adaskip.theory.profile import exact_match
+from adaskip.theory.costs import exact_match
 from adaskip.training.data import Collator
 from adaskip.verbs import run as opened
 from adaskip.verbs.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records

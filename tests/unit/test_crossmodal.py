@@ -8,10 +8,10 @@ from adaskip.backbone.inspect import Tokens
 from adaskip.errors import BackboneError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
-from adaskip.theory import crossmodal
+from adaskip.survey import crossmodal
+from adaskip.survey.crossmodal import read_attention, remove_keys
 from adaskip.theory.bounds import kl_exact
-from adaskip.theory.crossmodal import read_attention, remove_keys, value_weighted_mass
-from adaskip.theory.measures import attention_mass
+from adaskip.theory.measures import attention_mass, value_weighted_mass
 from tests import families, toys
 
 

@@ -4,8 +4,8 @@ import torch
 from adaskip.errors import DataError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
+from adaskip.survey.firstorder import logit_tangent, score_products
 from adaskip.theory.bounds import logit_shift
-from adaskip.theory.firstorder import logit_tangent, score_products
 from tests import toys
 
 

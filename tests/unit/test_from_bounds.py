@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import adaskip
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import load
-from adaskip.theory.flips import Flips, survey_flips
-from adaskip.theory.profile import compare
+from adaskip.survey.flips import Flips, survey_flips
+from adaskip.theory.costs import compare
 from adaskip.training import fit_run
 from adaskip.training.fit import FitState, fit_from_bounds, fit_round, read_logits
 from adaskip.training.objective import Fit

@@ -21,11 +21,12 @@ ORDER = [
     "demo",
     "plan",
     "backbone",
+    "theory",
     "routers",
     "runtime",
     "generate",
-    "theory",
     "policies",
+    "survey",
     "training",
     "recipe",
     "report",
@@ -63,6 +64,14 @@ def test_imports_point_left(path: Path) -> None:
     own = "adaskip." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     wrong = [name for name in imports(path) if room(name) > room(own) and name not in DOORS.get(own, ())]
     assert not wrong, f"{own} imports {wrong}, which lie to its right in {ORDER}"
+
+
+def test_theory_is_pure() -> None:
+    """Functions of tensors can be read, tested and trusted without a model; what runs one stands in survey/."""
+    for path in sorted((PACKAGE / "theory").rglob("*.py")):
+        foreign = [name for name in imports(path) if not name.startswith(("adaskip.theory", "adaskip.errors"))]
+        assert not foreign, f"{path.relative_to(PACKAGE)} imports {foreign}"
+        assert "transformers" not in path.read_text(encoding="utf-8"), path
 
 
 def test_the_guide_tells_the_order() -> None:

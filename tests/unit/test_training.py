@@ -12,13 +12,15 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.errors import ConfigError, DataError
-from adaskip.policies.static import Search, best
 from adaskip.routers.features import mean_weights, pool
 from adaskip.routers.gates import hard, straight_through
+from adaskip.survey.search import Search, best
+from adaskip.survey.skips import measure
 from adaskip.theory.conditions import judge, judge_joint
-from adaskip.theory.profile import Prices, calibrate_prices, compare, exact_match, measure
+from adaskip.theory.costs import compare, exact_match
+from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.training.data import RoundSampler
-from adaskip.training.metrics import KeepByKind
+from adaskip.training.keep_rates import KeepByKind
 from tests import toys
 from tests.tuning import batches, planted
 

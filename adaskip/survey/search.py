@@ -11,7 +11,7 @@ import torch
 from adaskip.errors import ConfigError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.profile import compare, exact_match
+from adaskip.theory.costs import compare, exact_match
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,18 @@ from adaskip.errors import DataError
 from adaskip.plan import Group, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.stages import SILENT, Advance, Stages
+from adaskip.survey.batches import count, take
+from adaskip.survey.layers import survey_layers
+from adaskip.survey.plans import PlanCosts, band_plans, plan_costs
 from adaskip.theory import bounds
-from adaskip.theory.batches import count, take
 from adaskip.theory.claims import Claim, judge_claims
 from adaskip.theory.conditions import judge
 from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.intervals import bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.notions import PER_LAYER, Notions, plain
-from adaskip.theory.plans import PlanCosts, band_plans, plan_costs
 from adaskip.theory.prediction import rank_over_inputs, rank_over_layers
-from adaskip.theory.profile import calibrate_prices
-from adaskip.theory.survey import Survey, survey
+from adaskip.theory.prices import calibrate_prices
+from adaskip.theory.tables import Survey
 
 Progress = Callable[[str, int], None]
 
@@ -33,7 +34,7 @@ Progress = Callable[[str, int], None]
 class GroupProfile:
     """One token group of a profile; JSON-ready but for the claims."""
 
-    group: Group
+    group: str
     layers: list[dict[str, Any]]  # one row a layer: every notion with its interval, and the verdict
     rank_correlation: dict[str, dict[str, Any] | None]  # notion -> rho over layers with the exact cost, and interval
     rank_correlation_inputs: dict[str, float | None]  # notion -> mean rho over inputs at one layer
@@ -161,7 +162,7 @@ def profile(
                     if progress is not None:
                         progress(group, done)
 
-                measured = survey(model, kept, tangents, seed=seed, progress=tick)
+                measured = survey_layers(model, kept, tangents, seed=seed, progress=tick)
             with stages(f"judging the notions and running late entries and early exits, group {group}"):
                 found.append(_Profiler(model, kept, measured, tolerance, level, alpha, seed).group())
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.profile import IGNORED
+from adaskip.theory.costs import IGNORED
+
+DRAWS = 2
+"""Labels drawn of an input; constants hold only for slopes of as many draws as they were calibrated on."""
 
 
 def label_law(log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,3 +105,41 @@ def score_products(
         total += torch.stack(products, 1).double() ** 2
     mean: Tensor = total / draws / where.sum(1, keepdim=True)
     return mean
+
+
+def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The dense logits, and s_l of every skip to first order: (b t v) and (b l), nats; estimator [D, link 8].
+
+        s_l^2 = E_{Y ~ p} (d log p(Y) / d g_l)^2 at g = 1,  mean over the input's predicted tokens
+
+    In the soft mix ``left + g_l (run - left)`` the gate's gradient is the first-order change by the skip, so that one
+    pass with every gate open and a backward pass a draw price all layers at once. Labels are drawn from q ~ p (1 - p),
+    weighted by p / q, with random signs, so that squares of sums over tokens add up. Noisy for a single input.
+
+    Args:
+        model: attached, with routers.
+        batch: prompts with answers.
+        draws: label draws, a backward pass each.
+        noise: of the draws, on any device.
+    """
+    where = batch["labels"][:, 1:] != IGNORED
+    with torch.enable_grad(), model.keep_all(), model.soft():
+        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        gates = model.gates()
+        log_p = logits[:, :-1][where].double().log_softmax(-1)
+    p, q = label_law(log_p)
+    total = torch.zeros(len(where), len(gates), dtype=torch.float64, device=log_p.device)
+    for left in reversed(range(draws)):
+        cut = torch.rand(len(q), 1, generator=noise, device=noise.device, dtype=torch.float32).to(q)
+        label = (q.cumsum(-1) < cut).sum(-1, keepdim=True).clamp(max=q.shape[-1] - 1)
+        sign = torch.randint(2, label.shape, generator=noise, device=noise.device).to(q) * 2 - 1
+        weight = (p.gather(1, label) / q.gather(1, label).clamp_min(1e-300)).sqrt() * sign
+        slopes = torch.autograd.grad(log_p, gates, torch.zeros_like(p).scatter(1, label, weight), retain_graph=left > 0)
+        total += torch.stack(slopes, 1).double() ** 2
+    return logits.detach(), (total / draws / where.sum(1, keepdim=True)).sqrt()
+
+
+def first_order_of(model: RoutedModel, batches: Iterable[dict[str, Any]], draws: int = DRAWS, seed: int = 0) -> Tensor:
+    """`first_order` over batches: (n l), on the CPU."""
+    noise = torch.Generator().manual_seed(seed)
+    return torch.cat([first_order(model, batch, draws, noise)[1].cpu() for batch in batches])

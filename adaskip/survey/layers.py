@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,49 +11,18 @@ from einops import rearrange
 from torch import Tensor
 
 from adaskip.errors import DataError
-from adaskip.plan import Group
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.crossmodal import read_attention, remove_keys
+from adaskip.survey.firstorder import logit_tangent, score_products
 from adaskip.theory import bounds, measures
-from adaskip.theory.crossmodal import read_attention, remove_keys
-from adaskip.theory.firstorder import logit_tangent, score_products
-from adaskip.theory.profile import IGNORED, LayerMeasures, exact_match, per_input
+from adaskip.theory.costs import IGNORED, exact_match, per_input
+from adaskip.theory.tables import Survey
 
 _SLACK = 1e-9  # of the larger side: what float64 may lose in a chain of a dozen operations
 
 
-@dataclass(frozen=True)
-class Survey:
-    """Per input (n) and layer (l), for one token group. float64 on the CPU; NaN: not measured for that input."""
-
-    group: Group
-    cosine: Tensor  # (n l) mean 1 - cos of the states around the layer, in [0, 2]
-    rho: Tensor  # (n l) norm of the layer's change over the norm of its result
-    kl: Tensor  # (n l) exact KL(dense || layer skipped), nats per predicted token
-    s: Tensor  # (n l) largest std of dz under p over the predicted tokens, nats
-    u: Tensor  # (n l) largest max dz - E dz, nats
-    hit: Tensor  # (n l) 1 where the teacher-forced answer is right with the layer skipped
-    mass: Tensor  # (n l) share of the text's attention on vision; 0 for group all
-    moved: Tensor  # (n l) how far vision's keys move the text's attention output; 0 for group all
-    removal: Tensor  # (n l) KL when the text cannot see vision at that layer only, nats; 0 for group all
-    tangent: Tensor  # (n l) mean s^2 / 2 with s = std_p(J dh), nats: first order, forward mode
-    score: Tensor  # (n l) half of (grad log p(Y*) . dh)^2 per predicted token, nats: one backward pass
-    dense_hit: Tensor  # (n) as `hit`, nothing skipped
-    drawn: Tensor  # long (n) label drawn from the dense model at the first predicted token
-    pooled: Tensor  # float32 (n l+1 d) mean state of the group before layer 0 and after every layer
-    tokens: Tensor  # float32 (n m l+1 d) states of m tokens of the group
-    chain: dict[str, tuple[int, int]]  # link -> how often it was checked, how often violated
-
-    def __len__(self) -> int:
-        return len(self.kl)
-
-    def select(self, rows: Tensor) -> LayerMeasures:
-        """What `calibrate_prices` and `judge` read, of some inputs."""
-        names = [f.name for f in fields(LayerMeasures) if f.name != "layers"]
-        return LayerMeasures(tuple(range(self.kl.shape[1])), **{name: getattr(self, name)[rows] for name in names})
-
-
 @torch.no_grad()
-def survey(
+def survey_layers(
     model: RoutedModel,
     batches: Iterable[dict[str, Any]],
     tangents: int = 64,

@@ -13,7 +13,7 @@ from adaskip.backbone.probe import in_this_thread
 from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
-from adaskip.theory.profile import IGNORED, per_input
+from adaskip.theory.costs import IGNORED, per_input
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import ConfigError
-from adaskip.plan import Group
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.crossmodal import read_attention
 from adaskip.theory import measures
 from adaskip.theory.conditions import Finding, Findings, Verdict, judge
-from adaskip.theory.crossmodal import read_attention
-from adaskip.theory.profile import LayerMeasures, Prices, compare
+from adaskip.theory.costs import compare
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 
 
 @dataclass(frozen=True, order=True)
@@ -111,7 +112,7 @@ def judge_bands(
     measured: LayerMeasures,
     bands: Sequence[Band],
     prices: Prices,
-    group: Group,
+    group: str,
     tolerance: float,
     level: float = 0.95,
     looks: int = 1,
