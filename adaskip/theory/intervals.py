@@ -136,22 +136,6 @@ def share_lost(before: Tensor, after: Tensor, level: float = 0.95) -> Interval:
     return Interval(lost.estimate - won.estimate, lost.low - won.high, lost.high - won.low, n)
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Score interval of a proportion (estimator: covers about `level` on average; shorter than exact; Wilson 1927).
-
-    Raises as `clopper_pearson`.
-
-    >>> interval = wilson(5, 10)
-    >>> round(interval.low, 4), round(interval.high, 4)
-    (0.2366, 0.7634)
-    """
-    z2 = float(stats.norm.isf(_check_count(successes, n, level))) ** 2
-    share = successes / n
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), n)
-
-
 def _tail(level: float) -> float:
     if not 0 < level < 1:
         raise ConfigError(f"level: expected a number in (0, 1), got {level}")

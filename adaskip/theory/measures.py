@@ -155,15 +155,6 @@ class TailCurve:
         return self.sample.double().mean().item()
 
 
-def tail(values: Tensor, delta: float) -> float:
-    """P(x > delta) over `values`: one point of `TailCurve`, estimator of the proximal tau [P]. Errors as there.
-
-    >>> tail(torch.tensor([0.1, 0.2, 0.3, 0.4]), 0.3)
-    0.25
-    """
-    return TailCurve.of(values)(delta).item()
-
-
 def spearman(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation of two equally long samples, in [-1, 1]; estimator. NaN when undefined.
 
