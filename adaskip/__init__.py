@@ -23,6 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaskip.batch import Batch as Batch
     from adaskip.errors import AdaSkipError as AdaSkipError
     from adaskip.generate.cut import cut as cut
     from adaskip.plan import RouterConfig as RouterConfig
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdaSkipError": "errors",
+    "Batch": "batch",
     "Collator": "training.collate",
     "ConditionCheck": "training.callbacks",
     "Objective": "training.objective",

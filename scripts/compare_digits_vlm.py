@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import exact_match
 from adaskip.demo.digits import KINDS
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.search import Scored, Search, best
-from adaskip.theory.costs import exact_match
 from adaskip.theory.intervals import bootstrap_mean, paired_difference
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
@@ -43,16 +43,16 @@ def answers(
     """Per question: whether the answer is right, and the keep rate; under the routers, a fixed keep (l), or densely."""
     right, rates = [], []
     for batch in batches:
-        arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"], "use_cache": False}
+        arguments = batch.arguments()
         if dense:
             with model.dense():
                 logits = model(**arguments).logits
             rates.append(torch.ones(len(logits)))
         else:
-            fixed = None if keep is None else keep[:, None].expand(-1, len(batch["labels"]))
+            fixed = None if keep is None else keep[:, None].expand(-1, len(batch))
             logits = model(**arguments, routing=fixed).logits
             rates.append(model.routing.keep_rate)
-        right.append(exact_match(logits, batch["labels"]))
+        right.append(exact_match(logits, batch.labels))
     return {"right": torch.cat(right).double(), "keep": torch.cat(rates).double()}
 
 

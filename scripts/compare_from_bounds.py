@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import exact_match
 from adaskip.recipe import Recipe, load
-from adaskip.theory.costs import exact_match
 from adaskip.theory.intervals import paired_difference
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
@@ -46,11 +46,11 @@ def answers(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     run = open_run(folder)
     routed, dense, rates = [], [], []
     for batch in loader(records(run.recipe, "test"), Collator(run.processor), 100):
-        arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"], "use_cache": False}
-        routed.append(exact_match(run.model(**arguments).logits, batch["labels"]))
+        arguments = batch.arguments()
+        routed.append(exact_match(run.model(**arguments).logits, batch.labels))
         rates.append(run.model.routing.keep_rate)
         with run.model.dense():
-            dense.append(exact_match(run.model(**arguments).logits, batch["labels"]))
+            dense.append(exact_match(run.model(**arguments).logits, batch.labels))
     return torch.cat(routed).double(), torch.cat(dense).double(), torch.cat(rates).double()
 
 

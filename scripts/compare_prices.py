@@ -41,12 +41,12 @@ def joint_kl(model: RoutedModel, batches: list[Any], keep: Tensor | None) -> tup
     """Exact KL(dense || plan) of each input, (n), and the plan (n l); ``keep`` (n l), or None: the routers decide."""
     found, plans, start = [], [], 0
     for batch in batches:
-        arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"], "use_cache": False}
-        rows = slice(start, start + len(batch["labels"]))
+        arguments = batch.arguments()
+        rows = slice(start, start + len(batch))
         with model.dense():
             dense = model(**arguments).logits
         routed = model(**arguments, routing=None if keep is None else keep[rows].T).logits
-        found.append(compare(dense, routed, batch["labels"])["kl"])
+        found.append(compare(dense, routed, batch.supervised)["kl"])
         plans.append(model.routing.keep.T)
         start = rows.stop
     return torch.cat(found), torch.cat(plans)

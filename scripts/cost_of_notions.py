@@ -46,7 +46,7 @@ def main() -> None:
     model = attach(load_backbone(options.model), plan=SkipPlan(group=options.group))
     records = load_records(options.data, "validation", options.batch_size, 0)
     batch = next(iter(loader(records, Collator(load_processor(options.model)), options.batch_size)))
-    inputs, tokens = batch["inputs"], model.read_tokens(batch["inputs"])
+    inputs, arguments, tokens = batch.inputs, batch.arguments(), model.read_tokens(batch.inputs)
     vision = options.group == "vision"
     layers = len(model.spec.layers)
 
@@ -79,7 +79,7 @@ def main() -> None:
             keep = torch.ones(layers, len(records), dtype=torch.bool)
             keep[layer] = False
             with model.replay(states[: layer + 1]):
-                model(**inputs, prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False)
+                model(**arguments, routing=keep)
 
     def first_order() -> None:
         for layer in range(layers):

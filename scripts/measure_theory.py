@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.plan import RouterConfig
 from adaskip.recipe import load as load_recipe
@@ -34,7 +35,7 @@ from adaskip.theory.measures import spearman
 from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import joint_cost
-from adaskip.training.data import Batch, Collator, answer_positions, load_records, loader
+from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
 from adaskip.verbs.budget import hold_budget
 from adaskip.verbs.run import open_run
@@ -66,10 +67,10 @@ def links(model: RoutedModel, batches: list[Batch]) -> dict[str, Any]:
         def watch(index: int, before: Tensor, after: Tensor) -> None:
             states.extend([after] if states else [before, after])  # noqa: B023 - read within this very batch
 
-        arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"]}
+        arguments = batch.arguments()
         with model.dense(), model.observe(watch):
             dense = model(**arguments).logits
-        where = answer_positions(batch["labels"])
+        where = batch.supervised
         before = dense[:, :-1][where].double()
         afters = []
         for index in range(layers):
@@ -238,7 +239,7 @@ def decisions(
 def keep_rates(model: RoutedModel, batches: list[Batch]) -> float:
     rates = []
     for batch in batches:
-        model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False)
+        model(**batch.arguments())
         rates.append(model.routing.keep_rate)
     return float(torch.cat(rates).mean())
 
@@ -248,11 +249,11 @@ def unchanged(model: RoutedModel, batches: list[Batch]) -> Tensor:
     """bool (n): whether the routed argmax is the dense one at every predicted token."""
     same = []
     for batch in batches:
-        arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"], "use_cache": False}
+        arguments = batch.arguments()
         with model.dense():
             dense = model(**arguments).logits[:, :-1].argmax(-1)
         routed = model(**arguments).logits[:, :-1].argmax(-1)
-        same.append(((dense == routed) | ~answer_positions(batch["labels"])).all(1))
+        same.append(((dense == routed) | ~batch.supervised).all(1))
     return torch.cat(same)
 
 

@@ -11,13 +11,14 @@ import torch
 from torch.utils.data import DataLoader
 
 import adaskip
+from adaskip import Batch
 from tests import toys
 
 WHOLE: dict[str, Any] = {"batch_size": None}  # the items are batches already
 GREEDY = -3.0  # a bias at which a router skips its layer for every input
 
 
-def batches(count: int, rows: int = 8) -> list[dict[str, Any]]:
+def batches(count: int, rows: int = 8) -> list[Batch]:
     """Prompts of tokens 10..89 whose answer repeats the first token."""
     found = []
     toy = toys.Toy(None, images=False, qwen=False)  # type: ignore[arg-type]
@@ -31,12 +32,12 @@ def batches(count: int, rows: int = 8) -> list[dict[str, Any]]:
             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
         }
         found.append(
-            {
-                "inputs": inputs,
-                "labels": labels,
-                "prompt_mask": torch.nn.functional.pad(prompt, (0, 1)),
-                "kind": ["even" if int(t) % 2 == 0 else "odd" for t in first],
-            }
+            Batch(
+                inputs,
+                labels,
+                prompt_mask=torch.nn.functional.pad(prompt, (0, 1)),
+                kind=["even" if int(t) % 2 == 0 else "odd" for t in first],
+            )
         )
     return found
 
@@ -44,7 +45,7 @@ def batches(count: int, rows: int = 8) -> list[dict[str, Any]]:
 DATA = batches(12)  # 0 to 3 train, 4 to 7 validate, 8 to 11 calibrate
 
 
-def loader(rows: list[dict[str, Any]]) -> DataLoader[Any]:
+def loader(rows: list[Any]) -> DataLoader[Any]:
     return DataLoader(rows, **WHOLE)  # type: ignore[arg-type]
 
 
@@ -65,13 +66,13 @@ def weights(tuner: adaskip.RouterTuner) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in tuner.model.routers.parameters()])
 
 
-def with_answers(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+def with_answers(inputs: dict[str, torch.Tensor]) -> Batch:
     """The last token of each prompt is its answer."""
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -1] = inputs["input_ids"][:, -1]
     prompt = inputs["attention_mask"].bool()
     prompt[:, -1] = False
-    return {"inputs": inputs, "labels": labels, "prompt_mask": prompt, "kind": [""] * len(labels)}
+    return Batch(inputs, labels, prompt)
 
 
 def planted(scale: float) -> Any:

@@ -67,6 +67,6 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
     def batch(rows: int) -> dict[str, Tensor]:
         if rows > len(records):
             raise ConfigError(f"--batch {rows}: expected at most {len(records)}, so many test questions there are")
-        return {name: value.to(device) for name, value in collate(records[:rows])["inputs"].items()}
+        return {name: value.to(device) for name, value in collate(records[:rows]).inputs.items()}
 
     return Subject(target, spec, routed, batch, trained)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
 
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -52,7 +53,8 @@ def _aligned(number: int, item: Any) -> dict[str, Any]:
 def _checked(where: str, item: Any) -> dict[str, Any]:
     """The item with its ids (b t) and a mask of the same shape; ids of a single prompt may come without a row axis."""
     if not isinstance(item, Mapping):
-        raise DataError(f"{where}: expected the model's inputs by name, got a {type(item).__name__}; {_REMEDY}")
+        remedy = "pass its inputs, batch.inputs" if isinstance(item, Batch) else _REMEDY
+        raise DataError(f"{where}: expected the model's inputs by name, got a {type(item).__name__}; {remedy}")
     ids = item.get("input_ids")
     if ids is None:
         raise DataError(f"{where}: expected input_ids in each item, got {', '.join(item) or 'nothing'}")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
 
 
@@ -29,8 +30,9 @@ def name_arguments(
     """
     if args:
         names = _positions(function)
-        if isinstance(args[0], Mapping):
-            raise DataError(f"{call}: expected a tensor first, got {_kind(args[0])}; write {call}(**inputs)")
+        if isinstance(args[0], Mapping | Batch):
+            inputs = "inputs" if isinstance(args[0], Mapping) else "batch.inputs"
+            raise DataError(f"{call}: expected a tensor first, got {_kind(args[0])}; write {call}(**{inputs})")
         if len(args) > len(names):
             raise DataError(f"{call}: expected at most {len(names)} positional arguments, got {len(args)}")
         if twice := [name for name in names[: len(args)] if name in kwargs]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from adaskip.backbone.inspect import Tokens
+from adaskip.batch import IGNORED
 from adaskip.errors import DataError
 from adaskip.plan import Flags
 from adaskip.runtime.attentions import WeightRecord
@@ -107,7 +108,7 @@ def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, len
     labels = inputs.get("labels")
     if labels is None:
         return tokens.valid
-    supervised = (labels != -100).cumsum(1) > 0
+    supervised = (labels != IGNORED).cumsum(1) > 0
     prompt: Tensor = tokens.valid & ~supervised
     return prompt
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.crossmodal import read_attention
@@ -46,7 +47,7 @@ def early_exits(layers: int) -> list[Band]:
 
 @torch.no_grad()
 def measure_bands(
-    model: RoutedModel, batches: Iterable[dict[str, Any]], bands: Sequence[Band], attention: bool = False
+    model: RoutedModel, batches: Iterable[Batch], bands: Sequence[Band], attention: bool = False
 ) -> LayerMeasures:
     """What `profile.measure` reads of layers, of bands: column i is band i, its states those at entry and at exit.
 
@@ -69,8 +70,8 @@ def measure_bands(
             states.extend([after] if states else [before, after])  # noqa: B023 - read within this very batch
             groups.append(model.group_mask())  # noqa: B023
 
-        arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"]}
-        reading = read_attention(model, model.read_tokens(batch["inputs"])) if attention else nullcontext()
+        arguments = batch.arguments()
+        reading = read_attention(model, model.read_tokens(batch.inputs)) if attention else nullcontext()
         with model.dense(), model.observe(watch), reading as read:
             dense = model(**arguments).logits
         found: dict[str, list[Tensor]] = {name: [] for name in ("cosine", "rho", "mass", "kl", "s", "u")}
@@ -84,7 +85,7 @@ def measure_bands(
             keep[span] = False
             with model.replay(states[: band.first + 1]):
                 out = model(**arguments, routing=keep, use_cache=False)
-            for name, value in compare(dense, out.logits, batch["labels"]).items():
+            for name, value in compare(dense, out.logits, batch.supervised).items():
                 found[name].append(value)
         rows.append({name: torch.stack(values, 1).float().cpu() for name, values in found.items()})
     names = [f.name for f in fields(LayerMeasures) if f.name != "layers"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.firstorder import first_order_of
 from adaskip.survey.flips import survey_flips
@@ -28,7 +29,7 @@ def needed(model: RoutedModel, alpha: float) -> int:
 
 def price(
     model: RoutedModel,
-    batches: list[dict[str, Any]],
+    batches: list[Batch],
     mass: Tensor | None,
     alpha: float,
     kind: Kind = "calibrated",
@@ -58,7 +59,7 @@ def price(
     return calibrate_prices(measured, mass, alpha, correlation=correlation, slopes=slopes)
 
 
-def mean_correlation(model: RoutedModel, batches: Iterable[dict[str, Any]]) -> Tensor:
+def mean_correlation(model: RoutedModel, batches: Iterable[Batch]) -> Tensor:
     """R_lm: how two skips' changes of the logits correlate under p, averaged over inputs; (l l), estimator [D].
 
         R_lm = E_x[ G_lm / sqrt(G_ll G_mm) ],  G the gate matrix (link 6c)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaskip.batch import Batch
 from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.costs import IGNORED
 
 DRAWS = 2
 """Labels drawn of an input; constants hold only for slopes of as many draws as they were calibrated on."""
@@ -31,7 +30,7 @@ def label_law(log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor], layer: int, shift: Tensor) -> Tensor:
+def logit_tangent(model: RoutedModel, batch: Batch, states: list[Tensor], layer: int, shift: Tensor) -> Tensor:
     """J dh: how the logits move, to first order, when the state after ``layer`` moves by ``shift``.
 
     One forward-mode product through the decoder's suffix; linear in ``shift``. (b t d) -> (b t vocab). An estimator of
@@ -51,7 +50,7 @@ def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor
         moving = forward_ad.make_dual(states[layer + 1], shift.to(states[layer + 1].dtype))
         try:
             with model.replay([*states[: layer + 1], moving]):
-                out = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+                out = model(**batch.arguments()).logits
         except (NotImplementedError, RuntimeError) as error:
             if "forward AD" not in str(error) and "forward-mode" not in str(error):
                 raise
@@ -64,7 +63,7 @@ def logit_tangent(model: RoutedModel, batch: dict[str, Any], states: list[Tensor
 
 
 def score_products(
-    model: RoutedModel, batch: dict[str, Any], states: list[Tensor], shifts: list[Tensor], draws: int = 1, seed: int = 0
+    model: RoutedModel, batch: Batch, states: list[Tensor], shifts: list[Tensor], draws: int = 1, seed: int = 0
 ) -> Tensor:
     """(grad_h log p(Y*) . dh)^2 per predicted token for all layers at once, one backward pass a draw. -> (b l).
 
@@ -83,14 +82,14 @@ def score_products(
     Raises:
         DataError: an input predicts nothing.
     """
-    where = batch["labels"][:, 1:] != IGNORED
+    where = batch.supervised
     if not where.any(1).all():
         raise DataError("score_products: expected a supervised token in every input; collate with answers=True")
     first = states[1].detach().requires_grad_()
     reached = [first]
     with torch.enable_grad(), model.dense(), model.observe(lambda index, before, after: reached.append(after)):
         with model.replay([states[0], first]):
-            logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+            logits = model(**batch.arguments()).logits
         log_p = logits[:, :-1][where].double().log_softmax(-1)
     draw = torch.Generator(log_p.device).manual_seed(seed)
     p, q = label_law(log_p)
@@ -107,7 +106,7 @@ def score_products(
     return mean
 
 
-def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+def first_order(model: RoutedModel, batch: Batch, draws: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """The dense logits, and s_l of every skip to first order: (b t v) and (b l), nats; estimator [D, link 8].
 
         s_l^2 = E_{Y ~ p} (d log p(Y) / d g_l)^2 at g = 1,  mean over the input's predicted tokens
@@ -122,9 +121,9 @@ def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: to
         draws: label draws, a backward pass each.
         noise: of the draws, on any device.
     """
-    where = batch["labels"][:, 1:] != IGNORED
+    where = batch.supervised
     with torch.enable_grad(), model.keep_all(), model.soft():
-        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        logits = model(**batch.arguments()).logits
         gates = model.gates()
         log_p = logits[:, :-1][where].double().log_softmax(-1)
     p, q = label_law(log_p)
@@ -139,7 +138,7 @@ def first_order(model: RoutedModel, batch: dict[str, Any], draws: int, noise: to
     return logits.detach(), (total / draws / where.sum(1, keepdim=True)).sqrt()
 
 
-def first_order_of(model: RoutedModel, batches: Iterable[dict[str, Any]], draws: int = DRAWS, seed: int = 0) -> Tensor:
+def first_order_of(model: RoutedModel, batches: Iterable[Batch], draws: int = DRAWS, seed: int = 0) -> Tensor:
     """`first_order` over batches: (n l), on the CPU."""
     noise = torch.Generator().manual_seed(seed)
     return torch.cat([first_order(model, batch, draws, noise)[1].cpu() for batch in batches])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaskip.backbone.probe import in_this_thread
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory import bounds
-from adaskip.theory.costs import IGNORED, per_input
+from adaskip.theory.costs import per_input
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Flips:
 @torch.no_grad()
 def survey_flips(
     model: RoutedModel,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     task_weight: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> Flips:
@@ -93,11 +93,10 @@ def survey_flips(
     return Flips(**{f.name: torch.cat([getattr(part, f.name) for part in found]) for f in fields(Flips)})
 
 
-def _survey_batch(model: RoutedModel, batch: dict[str, Any], task_weight: float) -> Flips:
-    arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"], "use_cache": False}
-    labels = batch["labels"]
-    predicted = labels[:, 1:] != IGNORED
-    answers = labels[:, 1:][predicted]
+def _survey_batch(model: RoutedModel, batch: Batch, task_weight: float) -> Flips:
+    arguments = batch.arguments()
+    predicted = batch.supervised
+    answers = batch.labels[:, 1:][predicted]
     states: list[Tensor] = []
     pooled: list[Tensor] = []
 

@@ -10,12 +10,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from adaskip.batch import Batch, exact_match
 from adaskip.errors import DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.crossmodal import read_attention, remove_keys
 from adaskip.survey.firstorder import logit_tangent, score_products
 from adaskip.theory import bounds, measures
-from adaskip.theory.costs import IGNORED, exact_match, per_input
+from adaskip.theory.costs import per_input
 from adaskip.theory.tables import Survey
 
 _SLACK = 1e-9  # of the larger side: what float64 may lose in a chain of a dozen operations
@@ -24,7 +25,7 @@ _SLACK = 1e-9  # of the larger side: what float64 may lose in a chain of a dozen
 @torch.no_grad()
 def survey_layers(
     model: RoutedModel,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     tangents: int = 64,
     tokens: int = 8,
     seed: int = 0,
@@ -65,11 +66,11 @@ class _Batch:
     """One batch on its way through the measures."""
 
     def __init__(
-        self, model: RoutedModel, batch: dict[str, Any], tokens: int, seed: int, chain: dict[str, tuple[int, int]]
+        self, model: RoutedModel, batch: Batch, tokens: int, seed: int, chain: dict[str, tuple[int, int]]
     ) -> None:
         self.model, self.batch, self.count, self.seed, self.chain = model, batch, tokens, seed, chain
-        self.where = batch["labels"][:, 1:] != IGNORED
-        self.read = model.read_tokens(batch["inputs"])
+        self.where = batch.supervised
+        self.read = model.read_tokens(batch.inputs)
         vision = model.runtime.group == "vision"
         self.group = self.read.vision if vision and self.read.vision is not None else self.read.valid
         for name, has in (("supervised token", self.where.any(1)), ("token of its group", self.group.any(1))):
@@ -93,7 +94,7 @@ class _Batch:
         shifts = self._exact(before, logits, found)
         found["score"] = score_products(self.model, self.batch, self.states, shifts, seed=self.seed) / 2
         found["tangent"] = self._tangents(before, shifts, tangents)
-        labels = self.batch["labels"]
+        labels = self.batch.labels
         first = self.where.long().argmax(1)
         p = logits.gather(1, first[:, None, None].expand(-1, 1, logits.shape[-1]))[:, 0].double().softmax(-1)
         draw = torch.Generator(p.device).manual_seed(self.seed)
@@ -153,7 +154,7 @@ class _Batch:
             columns["kl"].append(self._per_input(kl, "mean"))
             columns["s"].append(self._per_input(shift.s, "max"))
             columns["u"].append(self._per_input(shift.u, "max"))
-            columns["hit"].append(exact_match(skipped, self.batch["labels"]).double())
+            columns["hit"].append(exact_match(skipped, self.batch.labels).double())
             if self.model.runtime.group == "all":
                 columns["removal"].append(torch.zeros(len(logits), device=logits.device))
                 continue
@@ -200,8 +201,7 @@ class _Batch:
         return per_input(values, self.where, reduce)
 
     def _run(self, **more: Any) -> Tensor:
-        batch = self.batch
-        logits: Tensor = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False, **more).logits
+        logits: Tensor = self.model(**self.batch.arguments(), **more).logits
         return logits
 
 

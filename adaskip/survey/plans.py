@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch, exact_match
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.costs import compare, exact_match
+from adaskip.theory.costs import compare
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PlanCosts:
 @torch.no_grad()
 def plan_costs(
     model: RoutedModel,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     plans: list[Tensor],
     progress: Callable[[int], None] | None = None,
 ) -> PlanCosts:
@@ -33,14 +33,14 @@ def plan_costs(
     costs: list[Tensor] = []
     hits: list[Tensor] = []
     for batch in batches:
-        inputs, labels, rows = batch["inputs"], batch["labels"], len(batch["labels"])
+        arguments, labels = batch.arguments(), batch.labels
         with model.dense():
-            dense = model(**inputs, prompt_mask=batch["prompt_mask"], use_cache=False).logits
+            dense = model(**arguments).logits
         kl, hit = [], []
         for plan in plans:
-            keep = plan.to(labels.device)[:, None].expand(-1, rows)
-            out = model(**inputs, prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False).logits
-            kl.append(compare(dense, out, labels)["kl"].double().cpu())
+            keep = plan.to(labels.device)[:, None].expand(-1, len(batch))
+            out = model(**arguments, routing=keep).logits
+            kl.append(compare(dense, out, batch.supervised)["kl"].double().cpu())
             hit.append(exact_match(out, labels).double().cpu())
         costs.append(torch.stack(kl, 1))
         hits.append(torch.stack(hit, 1))

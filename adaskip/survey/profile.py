@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from adaskip.batch import Batch, count, take
 from adaskip.errors import DataError
 from adaskip.plan import Group, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.stages import SILENT, Advance, Stages
-from adaskip.survey.batches import count, take
 from adaskip.survey.layers import survey_layers
 from adaskip.survey.plans import PlanCosts, band_plans, plan_costs
 from adaskip.theory import bounds
@@ -104,7 +104,7 @@ def smallest_profile(alpha: float = ALPHA) -> int:
 
 def profile(
     base: PreTrainedModel,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     groups: tuple[Group, ...] | None = None,
     *,
     tolerance: float = 0.05,
@@ -175,7 +175,7 @@ class _Profiler:
     def __init__(
         self,
         model: RoutedModel,
-        batches: list[dict[str, Any]],
+        batches: list[Batch],
         measured: Survey,
         tolerance: float,
         level: float,

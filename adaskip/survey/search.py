@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from adaskip.batch import Batch, exact_match
 from adaskip.errors import ConfigError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.costs import compare, exact_match
+from adaskip.theory.costs import compare
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Search:
         batches: prompts with answers, on the model's device.
     """
 
-    def __init__(self, model: RoutedModel, batches: list[dict[str, Any]]) -> None:
+    def __init__(self, model: RoutedModel, batches: list[Batch]) -> None:
         self.model, self.batches = model, batches
         self.layers = len(model.spec.layers)
         self.group = model.runtime.group
         with torch.no_grad(), model.dense():
-            self.dense = [model(**b["inputs"], prompt_mask=b["prompt_mask"], use_cache=False).logits for b in batches]
+            self.dense = [model(**b.arguments()).logits for b in batches]
 
     @torch.no_grad()
     def score(self, plan: SkipPlan) -> Scored:
@@ -46,12 +46,9 @@ class Search:
         kept = plan.keep(self.layers).to(self.model.spec.device)
         for batch, dense in zip(self.batches, self.dense, strict=True):
             routing = kept[:, None].expand(-1, len(dense))
-            logits = self.model(
-                **batch["inputs"], prompt_mask=batch["prompt_mask"], routing=routing, use_cache=False
-            ).logits
-            labels = batch["labels"]
-            kl.append(compare(dense, logits, labels)["kl"])
-            right.append(exact_match(logits, labels))
+            logits = self.model(**batch.arguments(), routing=routing).logits
+            kl.append(compare(dense, logits, batch.supervised)["kl"])
+            right.append(exact_match(logits, batch.labels))
             keep.append(self.model.routing.keep_rate)
         return Scored(plan, *(float(torch.cat(v).double().mean()) for v in (right, kl, keep)))
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.crossmodal import read_attention
 from adaskip.theory import measures
@@ -26,7 +26,7 @@ def _of_group(values: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(
     model: RoutedModel,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     layers: Iterable[int] | None = None,
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -56,16 +56,16 @@ def measure(
             geometry["cosine"].append(_of_group(measures.cosine_distance(before, after, group)))  # noqa: B023
             geometry["rho"].append(_of_group(measures.relative_change(before, after, group)))  # noqa: B023
 
-        reading = read_attention(model, model.read_tokens(batch["inputs"])) if attention else nullcontext()
+        reading = read_attention(model, model.read_tokens(batch.inputs)) if attention else nullcontext()
         with model.dense(), model.observe(watch), reading as read:
-            dense = model(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
+            dense = model(**batch.arguments()).logits
         found: dict[str, list[Tensor]] = {"kl": [], "s": [], "u": []}
         for index in chosen:
             keep = torch.ones(n_layers, len(dense), dtype=torch.bool, device=dense.device)
             keep[index] = False
             with model.replay(states[: index + 1]):
-                out = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False)
-            for name, value in compare(dense, out.logits, batch["labels"]).items():
+                out = model(**batch.arguments(), routing=keep)
+            for name, value in compare(dense, out.logits, batch.supervised).items():
                 found[name].append(value)
         columns = {name: torch.stack(values, 1) for name, values in found.items()}
         columns |= {name: torch.stack([values[i] for i in chosen], 1) for name, values in geometry.items()}

@@ -16,8 +16,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from adaskip.errors import DataError
 from adaskip.theory import measures
-from adaskip.theory.bounds import kl_exact
-from adaskip.theory.costs import IGNORED, per_input
+from adaskip.theory.costs import compare
 from adaskip.theory.probes import code_entropy, probe_loss, usable_information_lost
 from adaskip.theory.similarity import Moments, linear_cka, svcca
 
@@ -76,12 +75,11 @@ class RelativeChange(_MeanOverInputs):
 
 
 class FunctionalCost(_MeanOverInputs):
-    """E KL(dense || skipped), nats per predicted token [P]; exact, `bounds.kl_exact`."""
+    """E KL(dense || skipped), nats per predicted token [P]; exact, `costs.compare`."""
 
-    def update(self, dense: Tensor, skipped: Tensor, labels: Tensor) -> None:
-        """(b t v) logits twice, long (b t) labels with -100 where nothing is predicted."""
-        where = labels[:, 1:] != IGNORED
-        self.add(per_input(kl_exact(dense[:, :-1][where], skipped[:, :-1][where]), where, "mean"))
+    def update(self, dense: Tensor, skipped: Tensor, supervised: Tensor) -> None:
+        """Count (b t v) logits twice; bool (b t-1), whether the next token is scored: `adaskip.Batch.supervised`."""
+        self.add(compare(dense, skipped, supervised)["kl"])
 
 
 class AttentionMass(_MeanOverInputs):

@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning
-import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError, did_you_mean
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.batches import count, take
 from adaskip.survey.skips import measure
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
-from adaskip.training.data import Batch
-from adaskip.training.inputs import from_rank_zero, to_device
+from adaskip.training.inputs import from_rank_zero
 from adaskip.training.looks import DenseLogits, Look, describe_skip, joint_cost
 from adaskip.training.module import RouterTuner
 from adaskip.training.objective import is_count, is_number
@@ -97,7 +95,8 @@ class ConditionCheck(lightning.Callback):
         if faults:
             raise ConfigError("ConditionCheck: " + "; ".join(faults))
         self.every, self.examples, self.tolerance, self.level = every, examples, tolerance, level
-        self.batches = batches if batches is None or isinstance(batches, list) else take(batches, examples, "batches")
+        some = None if isinstance(batches, list) else examples
+        self.batches = None if batches is None else take(batches, some, "ConditionCheck: batches")
         self.measured, self.folder = measured, None if folder is None else Path(folder)
         self.on_violation: OnViolation = on_violation
         self.looks = 1
@@ -135,7 +134,7 @@ class ConditionCheck(lightning.Callback):
         tuner = _tuner(pl_module)
         convert = trainer.precision_plugin.convert_input
         assert self.batches is not None  # on_fit_start read them
-        self.batches = [to_device(convert(batch), tuner.device) for batch in self.batches]
+        self.batches = [convert(batch).to(tuner.device) for batch in self.batches]
         self.findings = None
         if self._from_trainer or self._model not in (None, tuner.model):
             self.measured, self._dense = None, DenseLogits()
@@ -163,7 +162,7 @@ class ConditionCheck(lightning.Callback):
             given = list(self.batches or [])
             if trainer.world_size == 1:
                 return given
-            return from_rank_zero(trainer, lambda: [to_device(batch, torch.device("cpu")) for batch in given])
+            return from_rank_zero(trainer, lambda: [batch.to("cpu") for batch in given])
         if not trainer.enable_validation:
             raise DataError(
                 "ConditionCheck: the trainer has no validation data; pass val_dataloaders to fit, or batches="

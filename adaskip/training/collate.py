@@ -12,15 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from adaskip.batch import IGNORED, Batch
 from adaskip.errors import DataError
 from adaskip.lines import listed
-from adaskip.theory.costs import IGNORED
 from adaskip.training.pictures import open_image, pictures_of
 from adaskip.training.placeholders import Placeholders
 from adaskip.training.prompts import Refusal, edges, per_token, taken
 from adaskip.training.records import Record, where
 
-Batch = dict[str, Any]
 _CHUNK = 1024  # answers tokenized at once
 
 
@@ -31,8 +30,7 @@ class Collator:
         processor: a processor (pictures and text) or a tokenizer (text only).
         answers: append the answers, for training and teacher forcing; without, the batch is a bare prompt.
 
-    The batch holds ``inputs`` (the model's own arguments), ``labels`` long (b t) with -100 everywhere but on the
-    answers, ``prompt_mask`` bool (b t), ``kind`` and ``answer`` (lists).
+    The `Batch` has labels, -100 everywhere but on the answers. Of a bare prompt no token is scored.
 
     A prompt may bring its own beginning-of-sequence token, as chat templates render it; it stays the only one. An end
     token that a tokenizer puts behind every text does not come between a prompt and its answer.
@@ -67,20 +65,20 @@ class Collator:
         prompt = inputs["attention_mask"].bool()
         if empty := [where(r) for r, row in zip(records, prompt, strict=True) if not row.any()]:
             raise DataError(f"{empty[0]}: the tokenizer makes no tokens of the prompt")
-        batch: Batch = {
-            "inputs": inputs,
-            "prompt_mask": prompt,
-            "kind": [r.get("kind", "") for r in records],
-            "answer": [r.get("answer", "") for r in records],
-        }
-        if self.answer_values:
-            batch["answer_values"] = self.answer_values
-        if self.answers:
-            if faults := [*self._answer_faults(records)]:
-                raise DataError(listed(faults, "a batch"))
-            tokens = [torch.tensor(self._answer_ids(text)) for text in batch["answer"]]
-            append_answers(batch, tokens, self.tokenizer.pad_token_id)
-        return batch
+        batch = Batch(
+            inputs,
+            torch.full_like(prompt, IGNORED, dtype=torch.long),
+            prompt,
+            [r.get("kind", "") for r in records],
+            [r.get("answer", "") for r in records],
+            self.answer_values,
+        )
+        if not self.answers:
+            return batch
+        if faults := [*self._answer_faults(records)]:
+            raise DataError(listed(faults, "a batch"))
+        tokens = [torch.tensor(self._answer_ids(text)) for text in batch.answer]
+        return append_answers(batch, tokens, self.tokenizer.pad_token_id)
 
     def check(self, records: Sequence[Record]) -> None:
         """Look for records that this collator could not take, before any shuffled batch meets one.
@@ -192,12 +190,12 @@ class Collator:
                 yield f"{where(record)}: the tokenizer does not take the answer {record['answer']!r} ({error})"
 
 
-def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> None:
-    """Put answers, long (n) each, behind the prompts of a batch in place, with their labels; ``pad`` fills up.
+def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> Batch:
+    """Put answers, long (n) each, behind the prompts of a batch, with their labels; ``pad`` fills up.
 
     Whatever else the inputs say of every token is 0 for answers, or what the batch's ``answer_values`` names.
     """
-    inputs = batch["inputs"]
+    inputs = dict(batch.inputs)
     shape = inputs["input_ids"].shape
     labels = torch.nn.utils.rnn.pad_sequence([*answers], batch_first=True, padding_value=IGNORED)
     real = labels != IGNORED
@@ -207,15 +205,11 @@ def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> None:
         if value.ndim > 2:  # what a token may look at, pictures for instance: an answer sees what its prompt's end sees
             more = value[:, -1:].expand(-1, labels.shape[1], *value.shape[2:])
         else:
-            more = added.get(name, torch.full_like(labels, batch.get("answer_values", {}).get(name, 0))).to(value)
+            more = added.get(name, torch.full_like(labels, batch.answer_values.get(name, 0))).to(value)
         inputs[name] = torch.cat([value, more], 1)
-    batch["labels"] = torch.cat([torch.full(shape, IGNORED, device=labels.device), labels], 1)
-    batch["prompt_mask"] = torch.nn.functional.pad(batch["prompt_mask"], (0, labels.shape[1]))
-
-
-def answer_positions(labels: Tensor) -> Tensor:
-    """bool (b t-1): where the logits of position t predict a supervised token."""
-    return labels[:, 1:] != IGNORED
+    labels = torch.cat([torch.full(shape, IGNORED, device=labels.device), labels], 1)
+    prompt_mask = torch.nn.functional.pad(batch.prompt_mask, (0, labels.shape[1] - shape[1]))
+    return replace(batch, inputs=inputs, labels=labels, prompt_mask=prompt_mask)
 
 
 def _opened(record: Record) -> list[Image.Image]:

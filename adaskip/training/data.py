@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from adaskip.training.batches import RoundBatches, RoundSampler, in_order, loader, training_loader
-from adaskip.training.collate import Batch, Collator, answer_positions, append_answers
+from adaskip.training.collate import Collator, append_answers
 from adaskip.training.pictures import open_image, pictures_of
 from adaskip.training.records import FIELDS, SPLITS, Record, load_records, read_prompts, where
 
 __all__ = [
     "FIELDS",
     "SPLITS",
-    "Batch",
     "Collator",
     "Record",
     "RoundBatches",
     "RoundSampler",
-    "answer_positions",
     "append_answers",
     "in_order",
     "load_records",

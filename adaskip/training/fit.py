@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.flips import Flips, survey_flips
-from adaskip.training.data import Batch
 from adaskip.training.objective import Fit, Objective
 from adaskip.training.schedule import OneCycle
 

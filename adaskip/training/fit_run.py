@@ -10,13 +10,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from adaskip.batch import Batch
 from adaskip.errors import CheckpointError
 from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
 from adaskip.runtime.attach import RoutedModel
-from adaskip.training.data import Batch, Collator, Record, RoundSampler, in_order
+from adaskip.training.data import Collator, Record, RoundSampler, in_order
 from adaskip.training.fit import FitState, fit_from_bounds
-from adaskip.training.inputs import to_device
 from adaskip.training.objective import Fit, Objective
 from adaskip.training.tracking import write_text
 
@@ -48,7 +48,7 @@ def fit_in_folder(
         sampler = RoundSampler(len(records), fit.examples, seed)
         sampler.set_epoch(index)
         chosen = [records[i] for i in sampler]
-        return [to_device(collate([chosen[i] for i in rows]), model.spec.device) for rows in in_order(chosen, SURVEYED)]
+        return [collate([chosen[i] for i in rows]).to(model.spec.device) for rows in in_order(chosen, SURVEYED)]
 
     def after(done: FitState, figures: dict[str, float]) -> None:
         rounds.append({"round": done.round, **figures})

@@ -1,4 +1,4 @@
-"""Batches that are read again and again: told apart, moved, the same on every process."""
+"""Batches that are read again and again: told apart, the same on every process."""
 
 from __future__ import annotations
 
@@ -10,17 +10,10 @@ import lightning
 import torch
 from torch import Tensor
 
+from adaskip.batch import IGNORED, Batch
 from adaskip.errors import AdaSkipError
-from adaskip.theory.costs import IGNORED
-from adaskip.training.data import Batch
 
 T = TypeVar("T")
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch with every tensor on a device."""
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return moved | {"inputs": {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch["inputs"].items()}}
 
 
 def fingerprints(batches: Iterable[Batch]) -> list[str]:
@@ -33,9 +26,9 @@ def fingerprints(batches: Iterable[Batch]) -> list[str]:
 
 
 def _rows(batch: Batch) -> Iterator[str]:
-    shape = batch["labels"].shape
-    named = {name: x.cpu() for name, x in batch["inputs"].items() if isinstance(x, Tensor)} | {
-        "labels": batch["labels"].cpu()
+    shape = batch.labels.shape
+    named = {name: x.cpu() for name, x in batch.inputs.items() if isinstance(x, Tensor)} | {
+        "labels": batch.labels.cpu()
     }
     real = named.get("attention_mask", named["labels"] != IGNORED).bool()
     real = real if real.shape == shape else torch.ones(shape, dtype=torch.bool)

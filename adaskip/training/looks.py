@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.routers.gates import hard
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.bounds import redundancy_bound
 from adaskip.theory.conditions import Findings, Joint, SkipFinding
 from adaskip.theory.costs import compare_predicted, predicted
 from adaskip.theory.prices import Prices
-from adaskip.training.data import Batch
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class DenseLogits:
         if index in self._kept:
             return self._kept[index]
         with model.dense():
-            logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        found = predicted(logits, batch["labels"])
+            logits = model(**batch.arguments()).logits
+        found = predicted(logits, batch.supervised)
         if found.nbytes + sum(x.nbytes for x in self._kept.values()) <= self.limit:
             self._kept[index] = found
         return found
@@ -97,9 +97,9 @@ def joint_cost(
     dense = dense or DenseLogits(limit=0)
     kl, keep, wanted = [], [], []
     for index, batch in enumerate(batches):
-        before, labels = dense(model, index, batch), batch["labels"]
-        routed = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        kl.append(compare_predicted(before, predicted(routed, labels), labels)["kl"].cpu())
+        before, supervised = dense(model, index, batch), batch.supervised
+        routed = model(**batch.arguments()).logits
+        kl.append(compare_predicted(before, predicted(routed, supervised), supervised)["kl"].cpu())
         routing = model.routing
         keep.append(routing.share.cpu())
         decided = routing.keep if routing.logits is None else hard(routing.logits, model.config.threshold)

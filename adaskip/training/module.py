@@ -12,16 +12,15 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from adaskip.backbone.weights import find_packed
+from adaskip.batch import IGNORED, Batch, check_batch, exact_match
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.batches import check_batch
 from adaskip.survey.firstorder import DRAWS, first_order
 from adaskip.theory import bounds
-from adaskip.theory.costs import IGNORED, compare, exact_match
+from adaskip.theory.costs import compare
 from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import Prices
-from adaskip.training.data import Batch, answer_positions
 from adaskip.training.inputs import fingerprints, from_rank_zero
 from adaskip.training.keep_rates import KeepByKind
 from adaskip.training.objective import Objective, is_count, is_number
@@ -162,13 +161,13 @@ class RouterTuner(lightning.LightningModule):
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
         dense, costs = self._dense(batch)
         with self.model.explore(self._noise(), self.temperature):
-            out = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"])
+            out = self.model(**batch.arguments())
         routing, share = self._soft_keep()
-        where = answer_positions(batch["labels"])
+        where = batch.supervised
         weight = _weights(where)[where]
         log_p, log_q = (x[:, :-1][where].float().log_softmax(-1) for x in (dense, out.logits))
         kl = weight @ (log_p.exp() * (log_p - log_q)).sum(-1)
-        task = weight @ torch.nn.functional.nll_loss(log_q, batch["labels"][:, 1:][where], reduction="none")
+        task = weight @ torch.nn.functional.nll_loss(log_q, batch.labels[:, 1:][where], reduction="none")
         bound = self._bound(routing, costs)
         goal = self.objective
         gap = share - self.target()
@@ -215,7 +214,7 @@ class RouterTuner(lightning.LightningModule):
             logits, slopes = first_order(self.model, batch, DRAWS, self._noise(1))
             return logits, prices.first_order_costs(slopes)
         with self.model.dense(), self.model.observe(watch):
-            logits = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+            logits = self.model(**batch.arguments()).logits
         return logits, None if prices is None else prices.costs(torch.stack(rho, 1))
 
     def _soft_keep(self) -> tuple[Routing, Tensor]:
@@ -241,7 +240,7 @@ class RouterTuner(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Real skipping on validation data: KL to the dense model, exact-match accuracy, keep rate."""
         routing = self._judge(batch, "validation", self.val_kl, self.val_accuracy, self.val_keep)
-        self.keep_by_kind.update(routing.share, batch.get("kind", [""] * len(batch["labels"])))
+        self.keep_by_kind.update(routing.share, batch.kind)
 
     def on_validation_epoch_start(self) -> None:
         """Count the coming pass alone."""
@@ -269,8 +268,8 @@ class RouterTuner(lightning.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Route a batch, with or without answers: ``keep`` bool (l b ...), ``keep_rate`` (b), ``logits`` (b t v)."""
-        check_batch(batch, "predict", ("inputs", "prompt_mask"))
-        logits = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        check_batch(batch, "predict", answers=False)
+        logits = self.model(**batch.arguments()).logits
         routing = self.model.routing
         return {"keep": routing.keep, "keep_rate": routing.keep_rate, "logits": logits}
 
@@ -278,11 +277,11 @@ class RouterTuner(lightning.LightningModule):
         """Run a batch densely and routed, and count what comes of it."""
         check_batch(batch, where)
         with self.model.dense():
-            dense = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        routed = self.model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+            dense = self.model(**batch.arguments()).logits
+        routed = self.model(**batch.arguments()).logits
         routing = self.model.routing
-        kl.update(compare(dense, routed, batch["labels"])["kl"])
-        accuracy.update(exact_match(routed, batch["labels"]).float())
+        kl.update(compare(dense, routed, batch.supervised)["kl"])
+        accuracy.update(exact_match(routed, batch.labels).float())
         keep.update(routing.keep_rate)
         return routing
 

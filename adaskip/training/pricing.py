@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.batches import count, take
 from adaskip.survey.calibration import needed, price
 from adaskip.theory.prices import Prices
-from adaskip.training.data import Batch
-from adaskip.training.inputs import to_device
 from adaskip.training.objective import Objective
 
 LIMIT = 256
@@ -42,7 +40,7 @@ def read_calibration(model: RoutedModel, source: Iterable[Batch], alpha: float, 
 
 def price_objective(model: RoutedModel, batches: Iterable[Batch], objective: Objective, seed: int) -> Prices:
     """`price` of the objective's kind and alpha, on the model's device; leaves modes and random numbers as they are."""
-    held = [to_device(batch, model.spec.device) for batch in batches]
+    held = [batch.to(model.spec.device) for batch in batches]
     with torch.random.fork_rng(devices=[]), evaluating(model):
         return price(model, held, None, objective.alpha, objective.price, seed)
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch, exact_match
 from adaskip.errors import DataError
 from adaskip.plan import KEEP_ALL
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import Advance
-from adaskip.theory.costs import exact_match
 
 CLOSE = 0.002
 """So far below the budget the search may stop: a fifth of a point of the dense FLOPs."""
@@ -81,19 +81,17 @@ def _up(share: float) -> float:
 
 
 @torch.no_grad()
-def quality(model: RoutedModel, batches: Sequence[dict[str, Any]]) -> tuple[float, float]:
+def quality(model: RoutedModel, batches: Sequence[Batch]) -> tuple[float, float]:
     """Mean keep rate and teacher-forced exact-match accuracy of the routed model."""
     keep, right = [], []
     for batch in batches:
-        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
+        logits = model(**batch.arguments()).logits
         keep.append(model.routing.keep_rate)
-        right.append(exact_match(logits, batch["labels"]))
+        right.append(exact_match(logits, batch.labels))
     return float(torch.cat(keep).mean()), float(torch.cat(right).float().mean())
 
 
-def hold_budget(
-    model: RoutedModel, batches: Sequence[dict[str, Any]], keep: float, advance: Advance | None = None
-) -> Budget:
+def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advance: Advance | None = None) -> Budget:
     """Set the routers' threshold so that their mean keep rate on these inputs is just below ``keep``.
 
     Training leaves the hard decisions near the target, not on it; one number, found on validation data, closes it.
@@ -146,7 +144,7 @@ def hold_budget(
 
 
 @torch.no_grad()
-def lightest(model: RoutedModel, batches: Sequence[dict[str, Any]], keep: float) -> Budget:
+def lightest(model: RoutedModel, batches: Sequence[Batch], keep: float) -> Budget:
     """What these inputs keep when every router skips, beside a budget; the model is left as it was."""
     before = model.config.threshold
     try:
@@ -167,12 +165,12 @@ class _Ran:
 
 
 @torch.no_grad()
-def _run(model: RoutedModel, batches: Sequence[dict[str, Any]], threshold: float) -> _Ran:
+def _run(model: RoutedModel, batches: Sequence[Batch], threshold: float) -> _Ran:
     model.set_threshold(threshold)
     rates, logits = [], []
     free = [layer for layer in range(len(model.spec.layers)) if layer not in model.config.held]
     for batch in batches:
-        model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False)
+        model(**batch.arguments())
         routing = model.routing
         assert routing.logits is not None
         decided = routing.logits[free]

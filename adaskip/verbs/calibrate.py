@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
+from adaskip.batch import Batch, exact_match
 from adaskip.errors import ConfigError, DataError
 from adaskip.generate.greedy import greedy_options, greedy_processors, process
 from adaskip.plan import KEEP_ALL
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.costs import exact_match
 from adaskip.theory.risk import learn_then_test, smallest_sample
-from adaskip.training.data import Batch, Collator, Record, append_answers, loader, open_image, pictures_of
-from adaskip.training.inputs import to_device
+from adaskip.training.data import Collator, Record, append_answers, loader, open_image, pictures_of
 from adaskip.training.tracking import write_text
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.budget import quality
@@ -28,6 +29,13 @@ from adaskip.verbs.run import check_writable, open_run, read_recipe
 from adaskip.verbs.train import records
 
 STEPS = 40  # thresholds on the path
+
+
+@dataclass(eq=False)
+class Answered(Batch):
+    """Hold prompts with the dense model's own answers behind them."""
+
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)  # of generation for these prompts
 
 
 @torch.no_grad()
@@ -74,14 +82,12 @@ def calibrate(
     limit = max_new_tokens or longest_answer([*records(recipe, "train"), *validation], loaded.processor)
     with stages(f"reading the routers' logits on {len(validation)} validation inputs"):
         path = threshold_path(model, validation, collate, size)
-    batches: list[Batch] = []
+    batches: list[Answered] = []
     with stages(f"dense answers to {len(chosen)} calibration inputs", len(chosen)) as advance:
         for batch in loader(chosen, collate, size):
-            batches.append(answered(model, to_device(batch, device), limit, collate.tokenizer.pad_token_id))
+            batches.append(answered(model, batch.to(device), limit, collate.tokenizer.pad_token_id))
             advance(min(len(chosen), len(batches) * size))
-    unfinished = sum(
-        int(cut(model, batch["inputs"]["input_ids"][:, _width(batch) :], limit).sum()) for batch in batches
-    )
+    unfinished = sum(int(cut(model, batch.inputs["input_ids"][:, _width(batch) :], limit).sum()) for batch in batches)
     for text in warn_of_cuts({"dense": unfinished}, len(chosen), limit):
         stages.note(f"{text}; the certificate speaks of that many tokens only")
     keep: list[float] = []
@@ -102,7 +108,7 @@ def calibrate(
         "loss": "the routed greedy answer is not the dense one (0 or 1)",
         "max_new_tokens": limit,
         "answers_cut": unfinished,
-        "logits_processors": [type(processor).__name__ for processor in batches[0]["processors"]],
+        "logits_processors": [type(processor).__name__ for processor in batches[0].processors],
         "keep": 1.0 if certificate.threshold is None else keep[path.index(certificate.threshold)],
         "data": {"source": recipe.data.source, "split": "calibration", "digest": digest(chosen)},
         "generate_checked": checked,
@@ -110,7 +116,7 @@ def calibrate(
     }
     for step, rate in zip(found["steps"], keep, strict=True):
         step["keep"] = rate
-    validated = quality(model, [to_device(b, device) for b in loader(validation, Collator(loaded.processor), size)])
+    validated = quality(model, [b.to(device) for b in loader(validation, Collator(loaded.processor), size)])
     figures = dict(zip(("validation_keep", "validation_accuracy"), (round(x, 4) for x in validated), strict=True))
     model.facts = {"target_keep": recipe.objective.keep} | figures  # what else stood there spoke of another threshold
     model.certificate = found
@@ -147,7 +153,7 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
     model.set_threshold(KEEP_ALL)
     logits = []
     for batch in loader(validation, collate, size):
-        model(**to_device(batch, model.spec.device)["inputs"], use_cache=False)
+        model(**batch.to(model.spec.device).inputs, use_cache=False)
         logits.append(model.runtime.routing.decided.cpu())  # type: ignore[union-attr]
     ordered = torch.cat(logits).double().sort().values  # `quantile` refuses more than 16 million values
     places = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)[:-1] * (len(ordered) - 1)
@@ -157,51 +163,48 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
     return path
 
 
-def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) -> Batch:
-    """A batch of prompts with the dense model's own greedy answers behind them, end token included.
-
-    Also holds the ``processors`` of generation for these prompts.
+def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) -> Answered:
+    """Put the dense model's own greedy answers behind the prompts of a batch, end token included.
 
     Raises:
         ConfigError: the generation config is not greedy.
         DataError: the dense model's logits are not finite.
     """
-    width = batch["inputs"]["input_ids"].shape[1]
-    processors = greedy_processors(model, batch["inputs"], max_new_tokens)
+    width = batch.inputs["input_ids"].shape[1]
+    processors = greedy_processors(model, batch.inputs, max_new_tokens)
     with model.dense():
-        out = model.generate(**batch["inputs"], **greedy_options(max_new_tokens))
+        out = model.generate(**batch.inputs, **greedy_options(max_new_tokens))
         told = out[:, width:]
         ended = torch.isin(told, end_tokens(model, told)).long()
         real = ended.cumsum(1) - ended == 0  # up to and with the first end token
-        batch = {**batch, "inputs": dict(batch["inputs"]), "processors": processors}
-        append_answers(batch, [row[keep] for row, keep in zip(told, real, strict=True)], pad)
-        logits = model(**batch["inputs"], use_cache=False).logits
-    if not logits[:, :-1][batch["labels"][:, 1:] >= 0].isfinite().all():
+        batch = append_answers(batch, [row[keep] for row, keep in zip(told, real, strict=True)], pad)
+        logits = model(**batch.inputs, use_cache=False).logits
+    if not logits[:, :-1][batch.supervised].isfinite().all():
         raise DataError("calibrate: the dense model's logits are not finite; load the backbone in another dtype")
-    return batch
+    return Answered(**vars(batch), processors=processors)
 
 
-def disagreement(model: RoutedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def disagreement(model: RoutedModel, batch: Answered) -> tuple[Tensor, Tensor]:
     """bool (b) whether the routed greedy answer differs from the dense one that the labels hold; and keep rates (b).
 
     Exact by one teacher-forced pass (an identity [D, link 10]): the two answers are the same exactly if the argmax of
     what generation ranks by, the processed logits, is at every position of the dense answer.
     """
-    logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-    ranked = process(logits, batch["inputs"]["input_ids"], _width(batch), batch["processors"])
-    return ~exact_match(ranked, batch["labels"]), model.routing.keep_rate
+    logits = model(**batch.arguments()).logits
+    ranked = process(logits, batch.inputs["input_ids"], _width(batch), batch.processors)
+    return ~exact_match(ranked, batch.labels), model.routing.keep_rate
 
 
-def check_generate(model: RoutedModel, batch: Batch, max_new_tokens: int) -> tuple[int, int]:
+def check_generate(model: RoutedModel, batch: Answered, max_new_tokens: int) -> tuple[int, int]:
     """How many inputs of a batch were answered by routed generation, and for how many that told another loss."""
     width = _width(batch)
-    length = batch["inputs"]["input_ids"].shape[1]
+    length = batch.inputs["input_ids"].shape[1]
     prompts = {
         name: value[:, :width] if isinstance(value, Tensor) and value.shape[:2] == (len(value), length) else value
-        for name, value in batch["inputs"].items()
+        for name, value in batch.inputs.items()
     }
     told = model.generate(**prompts, **greedy_options(max_new_tokens))[:, width:]
-    expected = batch["labels"][:, width:]
+    expected = batch.labels[:, width:]
     told = torch.nn.functional.pad(told, (0, max(0, expected.shape[1] - told.shape[1])), value=-1)
     same = ((told[:, : expected.shape[1]] == expected) | (expected < 0)).all(1)
     loss, _ = disagreement(model, batch)
@@ -220,4 +223,4 @@ def digest(chosen: list[Record]) -> str:
 
 def _width(batch: Batch) -> int:
     """The column at which the answers begin."""
-    return int(batch["prompt_mask"].any(0).nonzero().max()) + 1
+    return int(batch.prompt_mask.any(0).nonzero().max()) + 1

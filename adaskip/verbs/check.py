@@ -16,7 +16,6 @@ from adaskip.theory.conditions import conclude
 from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, loader
-from adaskip.training.inputs import to_device
 from adaskip.verbs.amounts import enough_to_check, fitted
 from adaskip.verbs.run import Run, open_run, read_recipe, unfitted
 from adaskip.verbs.train import records
@@ -54,7 +53,7 @@ def check(run: Path, bands: bool = False, stages: Stages = SILENT) -> dict[str, 
             f"{folder / 'prices.json'}: expected prices of {layers} layers, found {len(prices.shift)}; it belongs to "
             "another run"
         )
-    batches = [to_device(b, device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
+    batches = [b.to(device) for b in loader(chosen, Collator(loaded.processor), recipe.trainer.batch_size)]
     with stages(f"measuring {layers} layers on {len(chosen)} inputs of split {split}", len(chosen)) as advance:
         measured = measure(model, batches, attention=model.runtime.hides_vision, progress=advance)
     tolerance = recipe.conditions.nats
@@ -113,7 +112,7 @@ def _bands(run: Run, batches: list[Any], stages: Stages) -> list[dict[str, Any]]
     spans = [*late_entries(layers), *early_exits(layers)]
     chosen = records(recipe, "calibration")[: fitted(recipe)]
     device, size = model.spec.device, recipe.trainer.batch_size
-    calibration = [to_device(b, device) for b in loader(chosen, Collator(run.processor), size)]
+    calibration = [b.to(device) for b in loader(chosen, Collator(run.processor), size)]
     with stages(f"measuring {len(spans)} bands of layers on {len(chosen)} calibration inputs"):
         fresh = measure_bands(model, calibration, spans, attention)
     with stages(f"measuring {len(spans)} bands of layers on the inputs judged"):

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.batch import Batch
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
 from adaskip.stages import SILENT, Advance, Stages
 from adaskip.theory.costs import compare_predicted, per_input, predicted
-from adaskip.training.data import Batch, Collator, Record, answer_positions, load_records, loader
-from adaskip.training.inputs import to_device
+from adaskip.training.data import Collator, Record, load_records, loader
 from adaskip.training.tracking import write_text
 from adaskip.verbs.generate import texts
 from adaskip.verbs.lengths import cut, longest_answer, warn_of_cuts
@@ -100,12 +100,12 @@ def _evaluate_kind(
     each: dict[str, list[float]] = {}  # one number an input, and one a batch for seconds
     done = 0
     for place, batch in enumerate(loader(members, Collator(run.processor, answers=False), batch_size)):
-        figures = _generate(run, to_device(batch, device), limit, place)
+        figures = _generate(run, batch.to(device), limit, place)
         for name, values in figures.items():
             each.setdefault(name, []).extend(values)
-        advance(done := done + len(batch["answer"]))
+        advance(done := done + len(batch))
     for batch in loader(members, Collator(run.processor), batch_size):
-        for name, column in _teacher_forced(model, to_device(batch, device)).items():
+        for name, column in _teacher_forced(model, batch.to(device)).items():
             each.setdefault(name, []).extend(column.tolist())
     row: dict[str, Any] = {"kind": kind, "n": len(members)}
     for name, values in each.items():
@@ -115,7 +115,7 @@ def _evaluate_kind(
 
 def _generate(run: Run, batch: Batch, limit: int, place: int) -> dict[str, list[float]]:
     """Generated answers of one batch, dense and routed in alternating order, with their seconds."""
-    model, inputs = run.model, batch["inputs"]
+    model, inputs = run.model, batch.inputs
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
 
     def dense() -> Any:
@@ -146,7 +146,7 @@ def _generate(run: Run, batch: Batch, limit: int, place: int) -> dict[str, list[
             found["keep"] = model.routing.keep_rate.tolist()
     answers = {name: texts(run.processor, ids) for name, ids in told.items()}
     for name, given in answers.items():
-        right = [a == b.strip() for a, b in zip(given, batch["answer"], strict=True)]
+        right = [a == b.strip() for a, b in zip(given, batch.answer, strict=True)]
         found[f"{name}_accuracy"] = [float(hit) for hit in right]
         found[f"{name}_cut"] = [int(cut(model, told[name], limit).sum())]
     found["agreement"] = [float(a == b) for a, b in zip(answers["dense"], answers["routed"], strict=True)]
@@ -156,12 +156,12 @@ def _generate(run: Run, batch: Batch, limit: int, place: int) -> dict[str, list[
 
 def _teacher_forced(model: RoutedModel, batch: Batch) -> dict[str, Tensor]:
     """KL and log-likelihood (b) of the data's own answers, nats per predicted token."""
-    labels, where = batch["labels"], answer_positions(batch["labels"])
-    wanted = labels[:, 1:][where]
+    where = batch.supervised
+    wanted = batch.labels[:, 1:][where]
 
     def read() -> Tensor:
-        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"], use_cache=False).logits
-        return predicted(logits, labels)
+        logits = model(**batch.arguments()).logits
+        return predicted(logits, where)
 
     def likelihood(logits: Tensor) -> Tensor:
         log_p = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
@@ -171,7 +171,7 @@ def _teacher_forced(model: RoutedModel, batch: Batch) -> dict[str, Tensor]:
         before = read()
     after = read()
     return {
-        "kl": compare_predicted(before, after, labels)["kl"].double(),
+        "kl": compare_predicted(before, after, where)["kl"].double(),
         "dense_log_likelihood": likelihood(before),
         "routed_log_likelihood": likelihood(after),
     }

@@ -15,7 +15,6 @@ from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
-from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
 from adaskip.verbs.export import router_folder
 from adaskip.verbs.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
@@ -49,12 +48,12 @@ def answer(
     model, processor, loaded = _open(Path(run), stages)
     record = _record(loaded, image, prompt, example, processor, model)
     limit = max_new_tokens or _limit(loaded, processor)
-    batch = to_device(Collator(processor, answers=False)([record]), model.spec.device)
+    batch = Collator(processor, answers=False)([record]).to(model.spec.device)
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
-    width = batch["inputs"]["input_ids"].shape[1]
+    width = batch.inputs["input_ids"].shape[1]
     with model.dense():
-        dense = model.generate(**batch["inputs"], **options)[:, width:]
-    routed = model.generate(**batch["inputs"], **options)[:, width:]
+        dense = model.generate(**batch.inputs, **options)[:, width:]
+    routed = model.generate(**batch.inputs, **options)[:, width:]
     routing = model.routing
     counts = {"dense": int(cut(model, dense, limit)), "routed": int(cut(model, routed, limit))}
     warnings = warn_of_cuts(counts, 1, limit)
@@ -98,7 +97,7 @@ def answer_many(
     collate, device = Collator(processor, answers=False), model.spec.device
     placed = [_placed(question, collate, model) for question in questions]
     collate.check(placed)
-    items = [to_device(collate([record]), device)["inputs"] for record in placed]
+    items = [collate([record]).to(device).inputs for record in placed]
     with stages(f"answering {len(items)} prompts"):
         many = model.generate_many(items, paths=paths, measure=paths is not None, max_new_tokens=limit, do_sample=False)
     rows = [

@@ -17,7 +17,6 @@ from adaskip.runtime.persist import load_backbone, load_processor
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.profile import profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
-from adaskip.training.inputs import to_device
 from adaskip.training.tracking import write_text
 from adaskip.verbs.run import check_split, check_writable
 
@@ -86,7 +85,7 @@ def profile_model(
         processor, base = load_processor(model), load_backbone(model)
         if torch.cuda.is_available():
             torch.nn.Module.cuda(base)
-        batches = [to_device(batch, base.device) for batch in loader(records, Collator(processor), batch_size)]
+        batches = [batch.to(base.device) for batch in loader(records, Collator(processor), batch_size)]
     groups = None if group is None else (cast(Group, group),)
     found = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages).to_dict()
     found["model"] = model

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from adaskip import report
+from adaskip.batch import Batch, count
 from adaskip.errors import CheckpointError
 from adaskip.ranks import is_first_process, is_lost_process, launched, says_when_lost
 from adaskip.recipe import RESOLVED, Recipe
@@ -33,9 +34,8 @@ from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps, WholeFiles, checkpoint_callback
-from adaskip.training.data import Batch, Collator, Record, load_records, loader, training_loader
+from adaskip.training.data import Collator, Record, load_records, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
-from adaskip.training.inputs import to_device
 from adaskip.training.looks import Look
 from adaskip.training.module import RouterTuner
 from adaskip.training.steps import StepCount
@@ -151,7 +151,7 @@ def _train(
         tolerance=recipe.conditions.nats,
         level=recipe.conditions.level,
         on_violation=recipe.conditions.on_violation,
-        batches=[to_device(batch, model.spec.device) for batch in check],
+        batches=[batch.to(model.spec.device) for batch in check],
         measured=measured,
         folder=folder,
     )
@@ -214,16 +214,16 @@ def _price(
         model.to(own)
     device = model.spec.device
     vision, layers = model.runtime.hides_vision, len(model.spec.layers)
-    check = [to_device(b, device) for b in check]
+    check = [b.to(device) for b in check]
     if not (least := lightest(model, check, recipe.objective.keep)).met:
         stages.note(f"{least.sentence}; training goes on all the same")
-    count = sum(len(b["labels"]) for b in check)
-    with stages(f"measuring {layers} layers on {count} validation inputs", count) as advance:
+    validated = count(check)
+    with stages(f"measuring {layers} layers on {validated} validation inputs", validated) as advance:
         measured = measure(model, check, attention=vision, progress=advance)
-    with stages(f"pricing {layers} layers on {sum(len(b['labels']) for b in calibration)} calibration inputs"):
+    with stages(f"pricing {layers} layers on {count(calibration)} calibration inputs"):
         return measured, price(
             model,
-            [to_device(b, device) for b in calibration],
+            [b.to(device) for b in calibration],
             measured.mass.mean(0),
             recipe.objective.alpha,
             recipe.objective.price,
@@ -301,7 +301,7 @@ def _finish(
 ) -> dict[str, Any]:
     model = tuner.model.eval()
     device = model.spec.device
-    held = [to_device(batch, device) for batch in validation]
+    held = [batch.to(device) for batch in validation]
     with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
         budget = hold_budget(model, held, recipe.objective.keep, advance)
     stages.note(budget.sentence)

@@ -38,18 +38,18 @@ def batch(base: tuple[Any, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def questions(base: tuple[Any, Any]) -> dict[str, Any]:
-    return Collator(base[1], answers=False)(examples("test", 3, seed=5))["inputs"]
+    return Collator(base[1], answers=False)(examples("test", 3, seed=5)).inputs
 
 
 def test_training_equals_skipping(model: RoutedModel, batch: dict[str, Any]) -> None:
-    arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"]}
+    arguments = batch.arguments()
     skipped = model(**arguments).logits
     keep = model.routing.keep
     assert len({tuple(row) for row in keep.T.tolist()}) > 3, "routes should differ between questions"
     with model.soft():
         soft = model(**arguments).logits
     assert torch.equal(model.routing.keep, keep)
-    assert (soft - skipped)[batch["inputs"]["attention_mask"].bool()].abs().max() <= 1e-5
+    assert (soft - skipped)[batch.inputs["attention_mask"].bool()].abs().max() <= 1e-5
 
 
 def test_cached_equals_uncached(model: RoutedModel, questions: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def test_rows_do_not_see_one_another(model: RoutedModel, base: tuple[Any, Any], 
     routing = model.routing
     assert (questions["attention_mask"] == 0).any()
     for i, record in enumerate(examples("test", 3, seed=5)):
-        alone = Collator(base[1], answers=False)([record])["inputs"]
+        alone = Collator(base[1], answers=False)([record]).inputs
         logits = model(**alone).logits[0, -1]
         assert torch.equal(model.routing.keep[:, 0], routing.keep[:, i])
         assert torch.allclose(model.routing.keep_rate, routing.keep_rate[i])

@@ -18,9 +18,9 @@ def rows(collate: Collator, *prompts: str, image: bool = False, answer: str = "w
     """The tokens of each row of a batch, without padding."""
     picture = {"image": Image.new("RGB", (16, 16))} if image else {}
     batch = collate([{"prompt": prompt, "answer": answer, **picture} for prompt in prompts])
-    ids, mask = batch["inputs"]["input_ids"], batch["inputs"]["attention_mask"].bool()
-    shapes = {value.shape for value in batch["inputs"].values() if value.ndim == 2}
-    assert shapes == {ids.shape} == {batch["prompt_mask"].shape} if collate.answers else True
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+    shapes = {value.shape for value in batch.inputs.values() if value.ndim == 2}
+    assert shapes == {ids.shape} == {batch.prompt_mask.shape} if collate.answers else True
     assert mask.any(0).all()  # no column of padding alone
     return [collate.tokenizer.convert_ids_to_tokens(row[real]) for row, real in zip(ids, mask, strict=True)]
 
@@ -42,7 +42,7 @@ def test_a_rendered_prompt_equals_the_tokenizers_own_way() -> None:
     words = tokenizer("<s>")
     collate = Collator(words, answers=False)
     for text, options in (("<s>w1 <s> w2", {"add_special_tokens": False}), ("w1 w2", {})):
-        assert collate([{"prompt": text}])["inputs"]["input_ids"][0].tolist() == words(text, **options)["input_ids"]
+        assert collate([{"prompt": text}]).inputs["input_ids"][0].tolist() == words(text, **options)["input_ids"]
 
 
 def test_a_tokenizer_that_adds_nothing_keeps_the_prompts_own() -> None:
@@ -100,7 +100,7 @@ def test_the_batch_equals_one_of_plain_prompts() -> None:
     for batch in batches[1:]:
         for name in ("labels", "prompt_mask"):
             assert torch.equal(batch[name], batches[0][name])
-        assert all(torch.equal(value, batches[0]["inputs"][name]) for name, value in batch["inputs"].items())
+        assert all(torch.equal(value, batches[0].inputs[name]) for name, value in batch.inputs.items())
 
 
 def test_placeholders_go_behind_the_prompts_own_beginning() -> None:
@@ -141,5 +141,5 @@ def test_an_answer_to_a_processor_that_takes_suffixes() -> None:
 
     processor.__class__ = Prefixed
     batch = Collator(processor)([{"prompt": "w1 w2", "answer": "w3"}])
-    assert batch["inputs"]["token_type_ids"].tolist() == [[0, 0, 1, 1]]
-    assert "labels" not in batch["inputs"]
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 1, 1]]
+    assert "labels" not in batch.inputs

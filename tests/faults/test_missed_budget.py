@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import adaskip
+from adaskip.batch import Batch
 from adaskip.errors import DataError
 from adaskip.recipe import load
 from adaskip.report import write
@@ -48,7 +49,7 @@ def routed(
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[:, -1] = inputs["input_ids"][:, -1]
         mask = inputs["attention_mask"].bool() & (labels < 0)
-        batches.append({"inputs": inputs, "labels": labels, "prompt_mask": mask})
+        batches.append(Batch(inputs, labels, mask))
     return model, batches
 
 
@@ -71,7 +72,7 @@ def test_nothing_better_lies_between() -> None:
     found = hold_budget(model, batches, 0.55)
     values: list[float] = []
     for batch in batches:
-        model(**batch["inputs"], prompt_mask=batch["prompt_mask"])
+        model(**batch.arguments())
         values += model.routing.decided.tolist()
     rates = []
     for value in values:

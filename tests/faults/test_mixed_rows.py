@@ -106,8 +106,8 @@ def test_rows_of_one_sort_are_read_as_ever(pictured: int, text: int) -> None:
         before.set_epoch(epoch)
         read.sampler.set_epoch(epoch)
         expected = [[rows[i]["answer"] for i in batch] for batch in BatchSampler(before, 4, False)]
-        assert [batch["answer"] for batch in read] == expected
-    assert [len(batch["answer"]) for batch in loader(rows, Collator(picture_processor()), 8)] == [8, 8, 4]
+        assert [batch.answer for batch in read] == expected
+    assert [len(batch.answer) for batch in loader(rows, Collator(picture_processor()), 8)] == [8, 8, 4]
 
 
 def test_lightning_moves_a_mixed_loader_to_its_round() -> None:
@@ -116,9 +116,9 @@ def test_lightning_moves_a_mixed_loader_to_its_round() -> None:
 
     rows = records(9, 9)
     read = training_loader(rows, Collator(picture_processor()), 2, 6, 0)
-    first = [batch["answer"] for batch in read]
+    first = [batch.answer for batch in read]
     _set_sampler_epoch(read, 1)
-    second = [batch["answer"] for batch in read]
+    second = [batch.answer for batch in read]
     assert len(first) == len(second) == 3
     assert not {a for batch in first for a in batch} & {a for batch in second for a in batch}
 
@@ -143,10 +143,10 @@ def test_a_batch_of_both_sorts_where_the_processor_takes_it() -> None:
     collate = Collator(picture_processor())
     rows = records(2, 1)
     together, alone = collate(rows), collate(rows[1:2])
-    assert len(together["inputs"]["pixel_values"]) == 2
+    assert len(together.inputs["pixel_values"]) == 2
     model = toys.make("llava").model
     with torch.no_grad():
-        mixed, single = (model(**batch["inputs"]).logits for batch in (together, alone))
+        mixed, single = (model(**batch.inputs).logits for batch in (together, alone))
     assert torch.allclose(mixed[1, -2:], single[0, -2:], atol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_a_processor_that_takes_no_such_batch_is_told_of_batches() -> None:
     ):
         collate(rows)
     found = list(DataLoader(rows, batch_sampler=adaskip.RoundBatches(rows, 2), collate_fn=collate))
-    assert sorted(answer for batch in found for answer in batch["answer"]) == [f"w{i}" for i in range(6)]
+    assert sorted(answer for batch in found for answer in batch.answer) == [f"w{i}" for i in range(6)]
 
 
 def test_nothing_to_batch() -> None:
@@ -227,7 +227,7 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     read = adaskip.training.data.load_records(str(tmp_path), "train", None, 0)
     assert ["image" in record for record in read] == [True, False, False, False]
-    assert sorted(len(batch["answer"]) for batch in training_loader(read, Collator(picture_processor()), 4, 8, 0)) == [
+    assert sorted(len(batch.answer) for batch in training_loader(read, Collator(picture_processor()), 4, 8, 0)) == [
         1,
         3,
     ]

@@ -75,7 +75,7 @@ def test_everyone_who_opens_pictures_sees_them_upright(tmp_path: Path) -> None:
     records = [{"prompt": "<image> w1", "answer": "w2", "image": picture} for picture in (path, upright)]
     assert digest(records[:1]) == digest(records[1:])
     batch = Collator(picture_processor())(records)
-    assert batch["inputs"]["pixel_values"][0].equal(batch["inputs"]["pixel_values"][1])
+    assert batch.inputs["pixel_values"][0].equal(batch.inputs["pixel_values"][1])
 
 
 @pytest.mark.parametrize(("mode", "colour", "expected"), [
@@ -125,7 +125,7 @@ def test_several_pictures_of_one_question(tmp_path: Path, field: str) -> None:
     records = read(tmp_path)
     assert [len(pictures_of(record)) for record in records] == [2, 1, 1]
     (batch,) = loader(records, Collator(picture_processor()), 8)
-    pixels = batch["inputs"]["pixel_values"]
+    pixels = batch.inputs["pixel_values"]
     assert len(pixels) == 4
     assert pixels[0].equal(pixels[3])
     assert pixels[1].equal(pixels[2])
@@ -245,7 +245,7 @@ def test_a_processor_that_puts_pictures_in_itself(tmp_path: Path, takes_some: bo
     save(tmp_path / "a.png")
     write(tmp_path, {"image": "a.png", "prompt": "w1"})
     (batch,) = loader(read(tmp_path), collate, 1)
-    assert (batch["inputs"]["input_ids"] == processor.image_token_id).sum() == 4
+    assert (batch.inputs["input_ids"] == processor.image_token_id).sum() == 4
     assert collate.placed(read(tmp_path)[0])["prompt"] == "w1"
     write(tmp_path, {"image": "a.png", "prompt": "<image> w1"})
     if takes_some:

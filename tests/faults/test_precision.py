@@ -88,7 +88,7 @@ def test_a_model_turned_double_routes_and_learns() -> None:
     """`model.double()` after attach: the heads stay in float32 and still meet states in float64."""
     model = adaskip.attach(toys.make("llama").model).double()
     batch = DATA[0]
-    out = model.train()(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
+    out = model.train()(**batch.arguments()).logits
     assert out.dtype == torch.float64
     out.sum().backward()
     assert all(weight.dtype == torch.float32 for weight in model.routers.parameters())

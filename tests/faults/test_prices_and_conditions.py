@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,14 @@ def test_an_input_is_known_again_under_other_padding() -> None:
     from adaskip.training.inputs import fingerprints
 
     batch = DATA[0]
-    wider = {
-        "inputs": {k: torch.nn.functional.pad(v, (3, 0)) for k, v in batch["inputs"].items()},
-        "labels": torch.nn.functional.pad(batch["labels"], (3, 0), value=-100),
-        "prompt_mask": torch.nn.functional.pad(batch["prompt_mask"], (3, 0)),
-    }
+    wider = adaskip.Batch(
+        {k: torch.nn.functional.pad(v, (3, 0)) for k, v in batch.inputs.items()},
+        torch.nn.functional.pad(batch.labels, (3, 0), value=-100),
+        torch.nn.functional.pad(batch.prompt_mask, (3, 0)),
+    )
     assert fingerprints([batch]) == fingerprints([wider])
     assert len(set(fingerprints(DATA))) == 8 * len(DATA)
-    other = {**batch, "labels": torch.where(batch["labels"] == -100, -100, 11)}
+    other = replace(batch, labels=torch.where(batch.labels == -100, -100, 11))
     assert not set(fingerprints([batch])) & set(fingerprints([other]))
 
 
@@ -227,11 +228,9 @@ def test_vision_that_is_absent_prices_attention_apart(tmp_path: Path) -> None:
 def test_what_is_no_batch_is_refused(tmp_path: Path) -> None:
     """A loader without the collator hands over Hugging Face's own dictionary; a KeyError before."""
     tuner = adaskip.RouterTuner(planted(1.0), adaskip.Objective(keep=0.5, bound_weight=0.0))
-    bare = [{**row["inputs"], "labels": row["labels"]} for row in DATA[:4]]
-    with pytest.raises(
-        DataError, match=r"training: expected batches with inputs, labels, prompt_mask, as adaskip.Coll"
-    ):
+    bare = [{**row.inputs, "labels": row.labels} for row in DATA[:4]]
+    with pytest.raises(DataError, match=r"training: expected batches as adaskip.Collator.*return adaskip.Batch\("):
         trainer(tmp_path).fit(tuner, loader(bare))
-    silent = [{**row, "labels": row["labels"].index_fill(0, torch.tensor([1]), -100)} for row in DATA[:4]]
+    silent = [replace(row, labels=row.labels.index_fill(0, torch.tensor([1]), -100)) for row in DATA[:4]]
     with pytest.raises(DataError, match=r"rows \[1\] of a batch have no answer to learn from"):
         trainer(tmp_path).fit(tuner, loader(silent))

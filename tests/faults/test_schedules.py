@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_validate_test_and_predict_before_a_fit_and_after(tmp_path: Path) -> Non
     assert {name.split("/")[1]: value for name, value in found.items()}.items() <= {
         name.split("/")[1]: value for name, value in again.items()
     }.items()
-    prompts = [{"inputs": row["inputs"], "prompt_mask": row["prompt_mask"]} for row in DATA[4:6]]
+    prompts = [replace(row, labels=torch.full_like(row.labels, -100)) for row in DATA[4:6]]
     routed = trainer(tmp_path).predict(one, loader(prompts))
     assert routed is not None
     assert torch.cat([part["keep_rate"] for part in routed]).mean() == pytest.approx(found["test/keep"])  # type: ignore
@@ -201,7 +202,7 @@ def test_averaged_weights_are_the_routers(tmp_path: Path) -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     trainer(tmp_path, steps=-1, max_epochs=4, callbacks=[averaging]).fit(one, loader(DATA[:2]))
     batch = DATA[4]
-    out = one.model.eval()(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
+    out = one.model.eval()(**batch.arguments()).logits
     assert out.isfinite().all()
     assert weights(one).isfinite().all()
 

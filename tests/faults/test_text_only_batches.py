@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adaskip import Objective, RouterConfig, RouterTuner, SkipPlan, attach
+from adaskip.batch import Batch
 from adaskip.survey.skips import measure
 from adaskip.theory.prices import Prices
 from tests.families import make
@@ -55,12 +56,8 @@ def test_a_training_step(scope: Any) -> None:
     text = torch.randint(16, 80, (2, 6), generator=torch.Generator().manual_seed(0))
     labels = text.clone()
     labels[:, :4] = -100
-    batch = {
-        "inputs": {"input_ids": text, "attention_mask": torch.ones_like(text)},
-        "prompt_mask": labels == -100,
-        "labels": labels,
-        "kind": ["text", "text"],
-    }
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    batch = Batch(inputs, labels, labels == -100, ["text", "text"])
     trainer = lightning.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -79,5 +76,5 @@ def test_layers_are_measured_beside_text() -> None:
     labels = text.clone()
     labels[:, :4] = -100
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-    found = measure(model, [{"inputs": inputs, "prompt_mask": labels == -100, "labels": labels}], attention=True)
+    found = measure(model, [Batch(inputs, labels, labels == -100)], attention=True)
     assert all(bool((values == 0).all()) for values in (found.rho, found.cosine, found.kl, found.s, found.mass))

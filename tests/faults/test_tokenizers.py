@@ -23,7 +23,7 @@ def test_no_end_token() -> None:
     """Without an end token an answer ends where it ends."""
     batch = Collator(tokenizer(eos_token=None))(RECORDS)
     ids = tokenizer().convert_tokens_to_ids
-    assert [row[row >= 0].tolist() for row in batch["labels"]] == [ids(["w4"]), ids(["w6", "w7"])]
+    assert [row[row >= 0].tolist() for row in batch.labels] == [ids(["w4"]), ids(["w6", "w7"])]
 
 
 @pytest.mark.parametrize("missing", [
@@ -36,8 +36,8 @@ def test_no_padding_token(missing: tuple[str, ...]) -> None:
     found = []
     for words in (tokenizer(eos_token=None), tokenizer(**dict.fromkeys((*missing, "eos_token")))):
         batch = Collator(words)(RECORDS)
-        logits = model(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
-        found.append(logits[batch["inputs"]["attention_mask"].bool()])
+        logits = model(**batch.arguments()).logits
+        found.append(logits[batch.inputs["attention_mask"].bool()])
     assert torch.allclose(*found, atol=1e-5)
 
 
@@ -45,7 +45,7 @@ def test_no_mask_unless_asked() -> None:
     """Some tokenizers return an attention mask only when told to."""
     words = tokenizer()
     words.model_input_names = ["input_ids"]
-    assert Collator(words)(RECORDS)["prompt_mask"].sum(1).tolist() == [3, 1]
+    assert Collator(words)(RECORDS).prompt_mask.sum(1).tolist() == [3, 1]
 
 
 def write(folder: Path, *rows: dict[str, str]) -> list:

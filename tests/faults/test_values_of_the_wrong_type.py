@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import adaskip
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import RouterConfig, SkipPlan
 from tests.routed_toys import answers, batch, llama, routed
+from tests.tuning import DATA
 
 PASSES = pytest.mark.parametrize("value", [torch.tensor(0.5), numpy.float32(0.5), numpy.array(0.5), 0.5])
 
@@ -124,9 +126,11 @@ def test_facts_of_other_libraries(tmp_path: Path) -> None:
     ("batches", "text"),
     [
         ({"inputs": 1, "labels": 2, "prompt_mask": 3}, "expected a loader or a list of batches, got a dict; put it"),
-        ([{"inputs": {}, "prompt_mask": 1}], r"expected batches with inputs, labels, prompt_mask.*got \['inputs', 'pr"),
+        ([{"inputs": {}, "prompt_mask": 1}], r"got a dict of inputs, prompt_mask; .*return adaskip.Batch\(inputs, lab"),
         ([batch(9)], r"as adaskip.Collator\(processor\) makes them, got .*; pass collate_fn=adaskip.Collator"),
-        (["text"], "expected batches with inputs, labels, prompt_mask, .* got str"),
+        (DATA[0], "expected a loader or a list of batches, got a Batch; put it into a list"),
+        ([replace(DATA[0], labels=DATA[0].labels * 0 - 100)], "expected prompts with answers, got bare prompts"),
+        (["text"], "expected batches as adaskip.Collator.*, got a str"),
         ("text", "expected a loader or a list of batches, got a str"),
         (3, "expected a loader or a list of batches, got a int"),
     ],

@@ -150,7 +150,7 @@ def model_route(model: adaskip.RoutedModel, example: dict) -> list[bool]:
     from adaskip.demo.backbone import load as load_demo
 
     batch = adaskip.Collator(load_demo()[1], answers=False)([example])
-    model(**batch["inputs"])
+    model(**batch.inputs)
     return model.routing.keep[:, 0].tolist()
 
 

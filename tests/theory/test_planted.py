@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adaskip
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.plan import Group, RouterConfig
 from adaskip.survey.bands import Band, early_exits, judge_bands, late_entries, measure_bands
@@ -86,7 +87,7 @@ KINDS = {
 }
 
 
-def batches(group: Any, count: int, seed: int, rows: int = 32) -> list[dict[str, Any]]:
+def batches(group: Any, count: int, seed: int, rows: int = 32) -> list[Batch]:
     """Random prompts, with a picture each where the model sees; what is predicted is their last token."""
     toy = toys.Toy(None, images=group.images, qwen=False)  # type: ignore[arg-type]
     found = []
@@ -97,7 +98,7 @@ def batches(group: Any, count: int, seed: int, rows: int = 32) -> list[dict[str,
         prompt[:, -1] = False
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[:, -1] = inputs["input_ids"][:, -1]
-        found.append({"inputs": inputs, "labels": labels, "prompt_mask": prompt})
+        found.append(Batch(inputs, labels, prompt))
     return found
 
 

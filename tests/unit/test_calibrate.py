@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import adaskip
+from adaskip.batch import exact_match
 from adaskip.errors import ConfigError, DataError
 from adaskip.generate.greedy import greedy_processors
 from adaskip.recipe import dump, load
 from adaskip.runtime.persist import load_backbone
-from adaskip.theory.costs import exact_match
 from adaskip.training.data import Collator
 from adaskip.verbs import run as opened
 from adaskip.verbs.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records
@@ -53,12 +53,12 @@ def found(run: Path) -> dict:
     return calibrate(run, risk=0.2, delta=0.2)
 
 
-def by_generation(model: adaskip.RoutedModel, batch: dict) -> list[bool]:
+def by_generation(model: adaskip.RoutedModel, batch: adaskip.Batch) -> list[bool]:
     """Whether the routed answer differs from the dense one, both generated, one input at a time."""
     options = {"max_new_tokens": 16, "do_sample": False}
     with model.dense():
-        dense = model.generate(**batch["inputs"], **options)
-    routed = model.generate(**batch["inputs"], **options)
+        dense = model.generate(**batch.inputs, **options)
+    routed = model.generate(**batch.inputs, **options)
     width = max(dense.shape[1], routed.shape[1])
     pad = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (dense, routed)]
     return (pad[0] != pad[1]).any(1).tolist()
@@ -67,7 +67,7 @@ def by_generation(model: adaskip.RoutedModel, batch: dict) -> list[bool]:
 def test_the_losses_are_those_of_generation(run: Path, found: dict) -> None:
     loaded = opened.open_run(run)
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, ""))
-    assert found["n"] == len(batch["answer"]) == 48
+    assert found["n"] == len(batch.answer) == 48
     losses = []
     for step in found["steps"][:: max(1, len(found["steps"]) // 3)] + found["steps"][-1:]:
         loaded.model.set_threshold(step["threshold"])
@@ -91,7 +91,7 @@ def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, o
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, ""))
     if options.get("suppress_tokens"):
         with model.dense():
-            first = model(**batch["inputs"]).logits[:, -1].argmax(-1)
+            first = model(**batch.inputs).logits[:, -1].argmax(-1)
         options = {"suppress_tokens": first.unique().tolist()}
     model.backbone.generation_config.update(**options)
     batch_answered = answered(model, batch, 16, 0)
@@ -103,13 +103,13 @@ def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, o
             break
     assert 0 < sum(expected) < len(expected)
     assert disagreement(model, batch_answered)[0].tolist() == expected
-    raw = model(**batch_answered["inputs"], prompt_mask=batch_answered["prompt_mask"], use_cache=False).logits
-    assert (~exact_match(raw, batch_answered["labels"])).tolist() != expected  # what the raw logits rank is not told
+    raw = model(**batch_answered.arguments()).logits
+    assert (~exact_match(raw, batch_answered.labels)).tolist() != expected  # what the raw logits rank is not told
 
 
 def test_a_generation_that_is_not_greedy_is_refused(run: Path) -> None:
     loaded = opened.open_run(run)
-    inputs = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:2])["inputs"]
+    inputs = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:2]).inputs
     assert list(greedy_processors(loaded.model, inputs, 4)) == []
     config = loaded.model.backbone.generation_config
     config.prompt_lookup_num_tokens = 2

@@ -58,7 +58,7 @@ def test_hold_makes_a_costly_layer_run_and_leaves_a_redundant_one_alone(tmp_path
     assert {layer: found.verdict for layer, found in check.look.skips.items()} == {1: "inadmissible", 2: "admissible"}
     assert (check.look.skips[1].n, check.looks) == (32, 3)
     batch = batches(1)[0]
-    arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"]}
+    arguments = batch.arguments()
     routed = model.eval()(**arguments).logits
     assert model.routing.keep[:, 0].tolist() == [True, True, False, True]
     with model.soft():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from adaskip.batch import Batch
 from adaskip.errors import DataError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
@@ -17,7 +18,7 @@ def prepared(name, group, dtype=torch.float64):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -2:] = inputs["input_ids"][:, -2:]
-    batch = {"inputs": inputs, "labels": labels, "prompt_mask": inputs["attention_mask"].bool() & (labels == -100)}
+    batch = Batch(inputs, labels, inputs["attention_mask"].bool() & (labels == -100))
     states = []
     with (
         torch.no_grad(),
@@ -35,14 +36,14 @@ def skipped_state(model, batch, states, layer):
     keep[layer] = False
     seen = {}
     with model.observe(lambda index, before, after: seen.update({index: after})):
-        model(**batch["inputs"], prompt_mask=batch["prompt_mask"], routing=keep, use_cache=False)
+        model(**batch.arguments(), routing=keep)
     return seen[layer]
 
 
 @torch.no_grad()
 def moved(model, batch, states, layer, shift):
     with model.dense(), model.replay([*states[: layer + 1], states[layer + 1] + shift]):
-        return model(**batch["inputs"], use_cache=False).logits
+        return model(**batch.inputs, use_cache=False).logits
 
 
 @pytest.mark.parametrize(("name", "group"), [("llama", "all"), ("llava", "vision"), ("qwen2_vl", "vision")])
@@ -53,7 +54,7 @@ def test_the_tangent_is_the_derivative(name, group):
         tangent = logit_tangent(model, batch, states, layer, shift)
         step = 2e-3  # the models' norms work in float32, whatever the weights
         ahead, back = (moved(model, batch, states, layer, sign * step * shift) for sign in (1, -1))
-        valid = batch["inputs"]["attention_mask"].bool()
+        valid = batch.inputs["attention_mask"].bool()
         torch.testing.assert_close(tangent[valid], ((ahead - back) / (2 * step))[valid], rtol=1e-2, atol=2e-3)
         assert tangent[:, -1].abs().max() > 1e-3
 
@@ -62,7 +63,7 @@ def test_the_tangent_is_the_derivative(name, group):
 def test_scores_at_drawn_labels_average_to_the_fisher_form(name, group):
     model, batch, states, logits = prepared(name, group)
     shifts = [skipped_state(model, batch, states, layer) - states[layer + 1] for layer in range(4)]
-    where = batch["labels"][:, 1:] != -100
+    where = batch.labels[:, 1:] != -100
     expected = []
     for layer, shift in enumerate(shifts):
         tangent = logit_tangent(model, batch, states, layer, shift)
@@ -79,6 +80,6 @@ def test_scores_at_drawn_labels_average_to_the_fisher_form(name, group):
 
 def test_nothing_predicted_is_an_error():
     model, batch, states, _ = prepared("llama", "all")
-    batch["labels"][1] = -100
+    batch.labels[1] = -100
     with pytest.raises(DataError, match="expected a supervised token in every input; collate with answers=True"):
         score_products(model, batch, states, states[:-1])

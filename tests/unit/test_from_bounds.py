@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import adaskip
+from adaskip.batch import Batch
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import load
 from adaskip.survey.flips import Flips, survey_flips
@@ -48,7 +49,7 @@ def test_a_survey_equals_rerunning_everything(family: str) -> None:
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -2:] = inputs["input_ids"][:, -2:]
     prompt = inputs["attention_mask"].bool() & (labels == -100)
-    found = survey_flips(model, [{"inputs": inputs, "labels": labels, "prompt_mask": prompt}], task_weight=0.5)
+    found = survey_flips(model, [Batch(inputs, labels, prompt)], task_weight=0.5)
     arguments = {**inputs, "prompt_mask": prompt}
     with torch.no_grad():
         with model.dense():
@@ -59,7 +60,7 @@ def test_a_survey_equals_rerunning_everything(family: str) -> None:
             answer = torch.nn.functional.cross_entropy(
                 logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
             ).sum(1) / (labels[:, 1:] >= 0).sum(1)
-            return compare(dense, logits, labels)["kl"] + 0.5 * answer.double()
+            return compare(dense, logits, labels[:, 1:] != -100)["kl"] + 0.5 * answer.double()
 
         base = cost(None)
         routing = model.routing

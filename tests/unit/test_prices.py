@@ -26,7 +26,7 @@ def test_slopes_of_open_gates_are_the_first_order_spread() -> None:
     """Against the whole Jacobian d logits / d gate; and against skipping a small step of a layer for real."""
     model = adaskip.attach(toys.make("llama").model)
     batch = batches(1, rows=3)[0]
-    arguments = {**batch["inputs"], "prompt_mask": batch["prompt_mask"], "use_cache": False}
+    arguments = batch.arguments()
     with torch.enable_grad(), model.keep_all(), model.soft():
         logits = model(**arguments).logits[:, -2].double()
         gates = model.gates()

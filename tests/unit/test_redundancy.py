@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import adaskip
+from adaskip.batch import Batch
 from adaskip.errors import BackboneError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.report.redundancy import profile_plot
@@ -25,7 +26,7 @@ def batches_of(toy, n=48, size=16, lengths=(7, 4, 6, 5)):
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[:, -2:] = inputs["input_ids"][:, -2:]
         prompt = inputs["attention_mask"].bool() & (labels == -100)
-        found.append({"inputs": inputs, "labels": labels, "prompt_mask": prompt})
+        found.append(Batch(inputs, labels, prompt))
     return found
 
 
@@ -124,15 +125,15 @@ def test_what_cannot_be_measured_is_a_plain_error():
     toy = toys.make("llava")
     kept = batches_of(toy, 48)
     for few in ([], batches_of(toy, 16)):
-        count = sum(len(batch["labels"]) for batch in few)
+        count = sum(len(batch) for batch in few)
         with pytest.raises(DataError, match=rf"expected at least 33 inputs, .* at alpha=0\.1, got {count}"):
             adaskip.profile(toy.model, few, ("all",), tangents=0)
-    kept[0]["labels"][3] = -100
+    kept[0].labels[3] = -100
     with pytest.raises(DataError, match=r"input 3 of a batch has no supervised token \(group 'all'\); leave it out"):
         adaskip.profile(toy.model, kept, ("all",))
     kept = batches_of(toy, 48)
-    kept[0]["inputs"]["input_ids"][2, kept[0]["inputs"]["input_ids"][2] == toys.IMAGE] = 11
-    kept[0]["inputs"]["pixel_values"] = kept[0]["inputs"]["pixel_values"][1:]
+    kept[0].inputs["input_ids"][2, kept[0].inputs["input_ids"][2] == toys.IMAGE] = 11
+    kept[0].inputs["pixel_values"] = kept[0].inputs["pixel_values"][1:]
     with pytest.raises(DataError, match=r"input 2 of a batch has no token of its group \(group 'vision'\)"):
         adaskip.profile(toy.model, kept, ("vision",))
     toy.model.model.language_model.layers[1].mlp.down_proj.weight.data.fill_(math.nan)
@@ -153,7 +154,7 @@ def test_exact_costs_of_all_layers_take_at_most_half_the_passes(group):
         layer.self_attn.register_forward_pre_hook(count, with_kwargs=True)
     batch = batches_of(toy, 16, lengths=(2, 3, 2, 3))
     measure(model, batch)
-    layers, whole = 4, batch[0]["labels"].numel()
+    layers, whole = 4, batch[0].labels.numel()
     passes = tokens[0] / (layers * whole)
     # under group vision a skipped layer still runs on the text, here half of the prompt
     assert passes <= layers / 2 + 1

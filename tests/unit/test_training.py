@@ -11,13 +11,14 @@ import torch
 from torch.utils.data import DataLoader
 
 import adaskip
+from adaskip.batch import exact_match
 from adaskip.errors import ConfigError, DataError
 from adaskip.routers.features import mean_weights, pool
 from adaskip.routers.gates import hard, straight_through
 from adaskip.survey.search import Search, best
 from adaskip.survey.skips import measure
 from adaskip.theory.conditions import judge, judge_joint
-from adaskip.theory.costs import compare, exact_match
+from adaskip.theory.costs import compare
 from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.training.data import RoundSampler
 from adaskip.training.keep_rates import KeepByKind
@@ -114,10 +115,10 @@ def test_the_lightning_objects_by_themselves(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "conditions.jsonl").read_text().splitlines()] == [20, 40]
     assert not any("backbone" in name for name in tuner.state_dict())
     batch = batches(1)[0]
-    expected = model.eval()(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits
+    expected = model.eval()(**batch.arguments()).logits
     model.save_pretrained(tmp_path / "router")
     again = adaskip.RoutedModel.from_pretrained(tmp_path / "router", model.detach())
-    assert torch.equal(again(**batch["inputs"], prompt_mask=batch["prompt_mask"]).logits, expected)
+    assert torch.equal(again(**batch.arguments()).logits, expected)
 
 
 def test_measure_equals_brute_force() -> None:
@@ -129,11 +130,11 @@ def test_measure_equals_brute_force() -> None:
     for layer in range(4):
         keep = torch.ones(4, 8, dtype=torch.bool)
         keep[layer] = False
-        arguments = {**data[1]["inputs"], "prompt_mask": data[1]["prompt_mask"]}
+        arguments = data[1].arguments()
         with model.dense():
             dense = model(**arguments).logits
         skipped = model(**arguments, routing=keep).logits
-        brute = compare(dense, skipped, data[1]["labels"])
+        brute = compare(dense, skipped, data[1].supervised)
         assert torch.allclose(found.kl[8:, layer].double(), brute["kl"], atol=1e-5)
         assert torch.allclose(found.s[8:, layer].double(), brute["s"], atol=1e-4)
     assert (found.kl > 0).all()
