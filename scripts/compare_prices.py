@@ -25,9 +25,9 @@ from adaskip.runtime.persist import load_backbone
 from adaskip.survey.calibration import Kind, price
 from adaskip.survey.firstorder import first_order_of
 from adaskip.survey.flips import survey_flips
+from adaskip.survey.record import record
 from adaskip.survey.skips import measure
 from adaskip.theory.bounds import joint_quadratic, redundancy_bound
-from adaskip.theory.costs import compare
 from adaskip.theory.measures import spearman
 from adaskip.theory.prices import Prices
 from adaskip.training.data import Collator, loader
@@ -41,12 +41,10 @@ def joint_kl(model: RoutedModel, batches: list[Any], keep: Tensor | None) -> tup
     """Exact KL(dense || plan) of each input, (n), and the plan (n l); ``keep`` (n l), or None: the routers decide."""
     found, plans, start = [], [], 0
     for batch in batches:
-        arguments = batch.arguments()
         rows = slice(start, start + len(batch))
-        with model.dense():
-            dense = model(**arguments).logits
-        routed = model(**arguments, routing=None if keep is None else keep[rows].T).logits
-        found.append(compare(dense, routed, batch.supervised)["kl"])
+        recorded = record(model, batch)
+        routed = record(model, batch, routed=True).logits if keep is None else recorded.rerun(keep[rows].T)
+        found.append(recorded.compare(routed)["kl"])
         plans.append(model.routing.keep.T)
         start = rows.stop
     return torch.cat(found), torch.cat(plans)

@@ -1,20 +1,19 @@
-"""Everything that can be measured of each layer on each input, for one token group, without training anything."""
+"""Measure everything that can be measured of each layer on each input, for one token group; train nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from adaskip.batch import Batch, exact_match
+from adaskip.batch import Batch
 from adaskip.errors import DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.crossmodal import read_attention, remove_keys
+from adaskip.survey.crossmodal import remove_keys
 from adaskip.survey.firstorder import logit_tangent, score_products
+from adaskip.survey.record import find_group, record
 from adaskip.theory import bounds, measures
 from adaskip.theory.costs import per_input
 from adaskip.theory.tables import Survey
@@ -68,12 +67,11 @@ class _Batch:
     def __init__(
         self, model: RoutedModel, batch: Batch, tokens: int, seed: int, chain: dict[str, tuple[int, int]]
     ) -> None:
-        self.model, self.batch, self.count, self.seed, self.chain = model, batch, tokens, seed, chain
-        self.where = batch.supervised
-        self.read = model.read_tokens(batch.inputs)
-        vision = model.runtime.group == "vision"
-        self.group = self.read.vision if vision and self.read.vision is not None else self.read.valid
-        for name, has in (("supervised token", self.where.any(1)), ("token of its group", self.group.any(1))):
+        self.batch, self.seed, self.chain = batch, seed, chain
+        self.supervised = batch.supervised
+        self.vision = model.runtime.group == "vision"
+        self.group = find_group(model, model.read_tokens(batch.inputs))
+        for name, has in (("supervised token", self.supervised.any(1)), ("token of its group", self.group.any(1))):
             if not has.all():
                 row = int((~has).nonzero()[0])
                 raise DataError(
@@ -81,104 +79,100 @@ class _Batch:
                     "leave it out, or profile group 'all' on prompts with answers"
                 )
         self.places = _spread(self.group, tokens)
-        self.n_layers = len(model.spec.layers)
-        self.states: list[Tensor] = []
-        self.kept: list[Tensor] = []  # (b m d) each
-        self.pooled: list[Tensor] = []  # (b d) each
+        self.recorded = record(model, batch, attention=self.vision)
+        if not self.recorded.logits.isfinite().all():
+            raise DataError("profile: the dense model's logits are not finite; load it in another dtype")
 
     def measure(self, tangents: int) -> dict[str, Tensor]:
-        columns: dict[str, list[Tensor]] = {name: [] for name in ("cosine", "rho")}
-        logits = self._dense(columns)
-        found = {name: torch.stack(values, 1) for name, values in columns.items()}
-        before = logits[:, :-1][self.where]
-        shifts = self._exact(before, logits, found)
-        found["score"] = score_products(self.model, self.batch, self.states, shifts, seed=self.seed) / 2
-        found["tangent"] = self._tangents(before, shifts, tangents)
-        labels = self.batch.labels
-        first = self.where.long().argmax(1)
-        p = logits.gather(1, first[:, None, None].expand(-1, 1, logits.shape[-1]))[:, 0].double().softmax(-1)
-        draw = torch.Generator(p.device).manual_seed(self.seed)
-        return {name: value.double() for name, value in found.items()} | {
-            "dense_hit": exact_match(logits, labels).double(),
-            "drawn": torch.multinomial(p, 1, generator=draw)[:, 0],
-            "pooled": torch.stack(self.pooled, 1),
-            "tokens": torch.stack(self.kept, 2),
+        """Measure everything; forward-mode products for the first ``tangents`` inputs only."""
+        recorded = self.recorded
+        columns, shifts = self._skips()
+        columns = self._geometry() | columns
+        columns["score"] = score_products(recorded, shifts, seed=self.seed) / 2
+        columns["tangent"] = self._tangents(shifts, tangents)
+        samples = [self._sample(state) for state in recorded.states]
+        return {name: value.double() for name, value in columns.items()} | {
+            "dense_hit": recorded.match(recorded.logits).double(),
+            "drawn": self._draw_first(),
+            "pooled": torch.stack([pooled for _, pooled in samples], 1),
+            "tokens": torch.stack([states for states, _ in samples], 2),
         }
 
-    def _dense(self, columns: dict[str, list[Tensor]]) -> Tensor:
-        """The dense pass: its states, and the geometry, samples and attention of every layer."""
+    def _geometry(self) -> dict[str, Tensor]:
+        """Read off the dense pass, (b l) each: how far every layer moves the group, and what the text takes from it."""
+        recorded = self.recorded
+        around = list(zip(recorded.entered, recorded.states[1:], strict=True))
+        nothing = torch.zeros(len(self.batch), len(around), device=recorded.logits.device)
+        text = recorded.attention
+        return {
+            "cosine": torch.stack([measures.cosine_distance(*pair, self.group) for pair in around], 1),
+            "rho": torch.stack([measures.relative_change(*pair, self.group) for pair in around], 1),
+            "mass": nothing if text is None else text.mass,
+            "moved": nothing if text is None else text.moved,
+        }
 
-        def watch(index: int, before: Tensor, after: Tensor) -> None:
-            for state in (after,) if self.states else (before, after):
-                self.states.append(state)
-                self._sample(state)
-            columns["cosine"].append(measures.cosine_distance(before, after, self.group))
-            columns["rho"].append(measures.relative_change(before, after, self.group))
+    def _skips(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Rerun each layer's suffix without the group, and without vision's keys.
 
-        vision = self.model.runtime.group == "vision"
-        reading = read_attention(self.model, self.read) if vision else nullcontext()
-        with self.model.dense(), self.model.observe(watch), reading as attention:
-            logits = self._run()
-        if not logits[:, :-1][self.where].isfinite().all():
-            raise DataError("profile: the dense model's logits are not finite; load it in another dtype")
-        rows = len(logits)
-        nothing = torch.zeros(rows, self.n_layers, device=logits.device)
-        columns["mass"] = [*(nothing if attention is None else attention.mass).T]
-        columns["moved"] = [*(nothing if attention is None else attention.moved).T]
-        return logits
-
-    def _sample(self, state: Tensor) -> None:
-        rows = rearrange(torch.arange(len(state), device=state.device), "b -> b 1")
-        self.kept.append(state[rows, self.places].float())
-        inside = state.float().masked_fill(rearrange(~self.group, "b t -> b t 1"), 0.0)
-        self.pooled.append(inside.sum(1) / self.group.sum(1, keepdim=True))
-
-    def _exact(self, before: Tensor, logits: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
-        """Rerun each layer's suffix without the group, and without vision's keys; returns how far each skip moves."""
+        Returns:
+            (b l) columns, and for each layer how far its skip moves the state after it, (b t d).
+        """
         columns: dict[str, list[Tensor]] = {name: [] for name in ("kl", "s", "u", "hit", "removal")}
         shifts: list[Tensor] = []
-        keep = torch.ones(self.n_layers, len(logits), dtype=torch.bool, device=logits.device)
-        for layer in range(self.n_layers):
+        recorded = self.recorded
+        for layer in range(len(recorded.keep)):
 
             def watch(index: int, _: Tensor, after: Tensor, layer: int = layer) -> None:
                 if index == layer:
-                    shifts.append(after - self.states[layer + 1])
+                    shifts.append(after - recorded.states[layer + 1])
 
-            keep[layer] = False
-            with self.model.replay(self.states[: layer + 1]), self.model.observe(watch):
-                skipped = self._run(routing=keep)
-            keep[layer] = True
-            after = skipped[:, :-1][self.where]
-            shift, kl = bounds.logit_shift(before, after), bounds.kl_exact(before, after)
-            self._check_links(before, after, shift, kl)
+            with recorded.model.observe(watch):
+                skipped = recorded.rerun(recorded.skipping([layer]))
+            shift, kl = bounds.logit_shift(recorded.logits, skipped), bounds.kl_exact(recorded.logits, skipped)
+            self._check_links(recorded.logits, skipped, shift, kl)
             columns["kl"].append(self._per_input(kl, "mean"))
             columns["s"].append(self._per_input(shift.s, "max"))
             columns["u"].append(self._per_input(shift.u, "max"))
-            columns["hit"].append(exact_match(skipped, self.batch.labels).double())
-            if self.model.runtime.group == "all":
-                columns["removal"].append(torch.zeros(len(logits), device=logits.device))
-                continue
-            blinded = remove_keys(self.model, self.read, layer)
-            with self.model.dense(), self.model.replay(self.states[: layer + 1]), blinded:
-                blind = self._run()[:, :-1][self.where]
-            columns["removal"].append(self._per_input(bounds.kl_exact(before, blind), "mean"))
-        found |= {name: torch.stack(values, 1) for name, values in columns.items()}
-        return shifts
+            columns["hit"].append(recorded.match(skipped).double())
+            columns["removal"].append(self._remove_keys(layer))
+        return {name: torch.stack(values, 1) for name, values in columns.items()}, shifts
 
-    def _tangents(self, before: Tensor, shifts: list[Tensor], wanted: int) -> Tensor:
-        rows = len(self.where)
-        if wanted <= 0:
-            return torch.full((rows, self.n_layers), torch.nan, device=before.device)
+    def _remove_keys(self, layer: int) -> Tensor:
+        """Return the exact KL (b) of hiding vision from the text at one layer; 0 for group all."""
+        recorded = self.recorded
+        if not self.vision:
+            return torch.zeros(len(self.batch), device=recorded.logits.device)
+        with remove_keys(recorded.model, recorded.tokens, layer):
+            blind = recorded.rerun_dense(layer)
+        return self._per_input(bounds.kl_exact(recorded.logits, blind), "mean")
+
+    def _tangents(self, shifts: list[Tensor], count: int) -> Tensor:
+        rows, dense = len(self.batch), self.recorded.logits
+        if count <= 0:
+            return torch.full((rows, len(shifts)), torch.nan, device=dense.device)
         columns = []
         for layer, shift in enumerate(shifts):
-            moved = logit_tangent(self.model, self.batch, self.states, layer, shift)[:, :-1][self.where]
-            s = bounds.logit_shift(before, before + moved).s
+            s = bounds.logit_shift(dense, dense + logit_tangent(self.recorded, layer, shift)).s
             columns.append(self._per_input(bounds.kl_quadratic(s), "mean"))
-        measured = torch.arange(rows, device=before.device) < wanted
+        measured = torch.arange(rows, device=dense.device) < count
         return torch.stack(columns, 1).where(rearrange(measured, "b -> b 1"), torch.nan)
 
+    def _sample(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states (b m d) of some tokens of the group, and the mean (b d) over all of them."""
+        rows = rearrange(torch.arange(len(state), device=state.device), "b -> b 1")
+        inside = state.float().masked_fill(rearrange(~self.group, "b t -> b t 1"), 0.0)
+        return state[rows, self.places].float(), inside.sum(1) / self.group.sum(1, keepdim=True)
+
+    def _draw_first(self) -> Tensor:
+        """Draw a label long (b) from the dense model at the first predicted token of each input."""
+        # logits are kept of predicted tokens only, row by row: the first of a row lies behind all of the rows before
+        count = self.supervised.sum(1)
+        p = self.recorded.logits[count.cumsum(0) - count].double().softmax(-1)
+        draw = torch.Generator(p.device).manual_seed(self.seed)
+        return torch.multinomial(p, 1, generator=draw)[:, 0]
+
     def _check_links(self, before: Tensor, after: Tensor, shift: bounds.LogitShift, kl: Tensor) -> None:
-        """Every bound of links 3 and 3d on every predicted token of this very skip."""
+        """Check every bound of links 3 and 3d on every predicted token of this very skip."""
         tv = (before.double().softmax(-1) - after.double().softmax(-1)).abs().sum(-1) / 2
         changed = before.argmax(-1) != after.argmax(-1)
         below = {
@@ -198,15 +192,11 @@ class _Batch:
         self.chain[link] = checked + violated.numel(), wrong + int(violated.sum())
 
     def _per_input(self, values: Tensor, reduce: str) -> Tensor:
-        return per_input(values, self.where, reduce)
-
-    def _run(self, **more: Any) -> Tensor:
-        logits: Tensor = self.model(**self.batch.arguments(), **more).logits
-        return logits
+        return per_input(values, self.supervised, reduce)
 
 
 def _spread(group: Tensor, count: int) -> Tensor:
-    """long (b count): positions evenly spaced over each row's own group tokens, repeated where there are fewer."""
+    """Return long (b count): positions evenly spaced over each row's group tokens, repeated where there are fewer."""
     order = torch.argsort(~group, dim=1, stable=True)
     have = group.sum(1, keepdim=True)
     steps = (torch.arange(count, device=group.device) + 0.5) / count

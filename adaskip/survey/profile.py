@@ -216,8 +216,8 @@ class _Profiler:
         joint = ~torch.tensor(sets["admissible"])
         costs = plan_costs(self.model, self.batches, [*plans["late_entry"], *plans["early_exit"], joint])
         bands = {
-            "late_entry": PlanCosts(costs.kl[:, : self.n_layers + 1], costs.hit[:, : self.n_layers + 1]),
-            "early_exit": PlanCosts(costs.kl[:, self.n_layers + 1 : -1], costs.hit[:, self.n_layers + 1 : -1]),
+            "late_entry": costs.select(slice(0, self.n_layers + 1)),
+            "early_exit": costs.select(slice(self.n_layers + 1, -1)),
         }
         claims = judge_claims(
             measured.group,

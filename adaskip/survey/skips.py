@@ -1,29 +1,23 @@
-"""Measure what leaving out each single layer costs each input: one dense pass, one rerun of the suffix per layer."""
+"""Measure what leaving out a layer, or a band of layers, costs each input: one dense pass, and a rerun for each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from adaskip.batch import Batch
+from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.crossmodal import read_attention
+from adaskip.survey.record import Recorded, record
 from adaskip.theory import measures
-from adaskip.theory.costs import compare
+from adaskip.theory.bands import Band
 from adaskip.theory.tables import LayerMeasures
 
 
-def _of_group(values: Tensor) -> Tensor:
-    """Measures of each input, 0 where it has no token of the group: a skip that nothing makes changes nothing."""
-    return values.nan_to_num(0.0, posinf=math.inf)
-
-
-@torch.no_grad()
 def measure(
     model: RoutedModel,
     batches: Iterable[Batch],
@@ -31,7 +25,7 @@ def measure(
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> LayerMeasures:
-    """All per-layer quantities of the routed group on batches of prompts with answers.
+    """Measure all per-layer quantities of the routed group on batches of prompts with answers.
 
     Costs one dense pass a batch and, per layer, the decoder's suffix from that layer on.
 
@@ -42,36 +36,56 @@ def measure(
         attention: also measure the text's attention mass on vision, in the same pass.
         progress: called with the number of inputs done after each batch.
     """
+    chosen = tuple(range(len(model.spec.layers)) if layers is None else layers)
+    table = measure_bands(model, batches, [Band(layer, layer) for layer in chosen], attention, progress)
+    return replace(table, layers=chosen)
+
+
+@torch.no_grad()
+def measure_bands(
+    model: RoutedModel,
+    batches: Iterable[Batch],
+    bands: Sequence[Band],
+    attention: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> LayerMeasures:
+    """Measure of bands what `measure` measures of layers: column i is band i, its states those at entry and at exit.
+
+    The single layers of a band say little about it: cosine distances may grow like the square of its length (link 6b),
+    and costs neither add up nor bound one another. Costs a dense pass a batch and a suffix from its entry per band.
+    ``mass`` is the mean over the band's layers.
+
+    Raises:
+        ConfigError: no band, or one outside the model.
+    """
     n_layers = len(model.spec.layers)
-    chosen = tuple(range(n_layers) if layers is None else layers)
-    rows: list[dict[str, Tensor]] = []
+    if not bands or any(not 0 <= band.first <= band.last < n_layers for band in bands):
+        raise ConfigError(f"bands: expected bands within layers 0 to {n_layers - 1}, got {list(bands)}")
+    tables: list[dict[str, Tensor]] = []
     for batch in batches:
-        states: list[Tensor] = []
-        geometry: dict[str, list[Tensor]] = {"cosine": [], "rho": []}
-
-        def watch(index: int, before: Tensor, after: Tensor) -> None:
-            # what a layer returned, not what the next one got: some models add to the states in between
-            states.extend([after] if states else [before, after])  # noqa: B023 - read within this very batch
-            group = model.group_mask()
-            geometry["cosine"].append(_of_group(measures.cosine_distance(before, after, group)))  # noqa: B023
-            geometry["rho"].append(_of_group(measures.relative_change(before, after, group)))  # noqa: B023
-
-        reading = read_attention(model, model.read_tokens(batch.inputs)) if attention else nullcontext()
-        with model.dense(), model.observe(watch), reading as read:
-            dense = model(**batch.arguments()).logits
-        found: dict[str, list[Tensor]] = {"kl": [], "s": [], "u": []}
-        for index in chosen:
-            keep = torch.ones(n_layers, len(dense), dtype=torch.bool, device=dense.device)
-            keep[index] = False
-            with model.replay(states[: index + 1]):
-                out = model(**batch.arguments(), routing=keep)
-            for name, value in compare(dense, out.logits, batch.supervised).items():
-                found[name].append(value)
-        columns = {name: torch.stack(values, 1) for name, values in found.items()}
-        columns |= {name: torch.stack([values[i] for i in chosen], 1) for name, values in geometry.items()}
-        columns["mass"] = torch.zeros_like(columns["rho"]) if read is None else read.mass[:, list(chosen)]
-        rows.append({name: value.float().cpu() for name, value in columns.items()})
+        recorded = record(model, batch, attention=attention)
+        columns = [_measure_band(recorded, band) for band in bands]
+        tables.append({name: torch.stack([c[name] for c in columns], 1).float().cpu() for name in columns[0]})
         if progress is not None:
-            progress(sum(len(row["kl"]) for row in rows))
-    names = [f.name for f in fields(LayerMeasures) if f.name != "layers"]
-    return LayerMeasures(chosen, **{name: torch.cat([row[name] for row in rows]) for name in names})
+            progress(sum(len(table["kl"]) for table in tables))
+    whole = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+    return LayerMeasures(tuple(range(len(bands))), **whole)
+
+
+def _measure_band(recorded: Recorded, band: Band) -> dict[str, Tensor]:
+    """Measure one column, (b) each."""
+    layers = range(band.first, band.last + 1)
+    entry, leave, group = recorded.entered[band.first], recorded.states[band.last + 1], recorded.group
+    cost = recorded.compare(recorded.rerun(recorded.skipping(layers)))
+    mass = torch.zeros_like(cost["kl"]) if recorded.attention is None else recorded.attention.mass[:, layers].mean(1)
+    return {
+        "cosine": _of_group(measures.cosine_distance(entry, leave, group)),
+        "rho": _of_group(measures.relative_change(entry, leave, group)),
+        "mass": mass,
+        **cost,
+    }
+
+
+def _of_group(values: Tensor) -> Tensor:
+    """Put 0 where an input has no token of the group: a skip that nothing makes changes nothing."""
+    return values.nan_to_num(0.0, posinf=math.inf)
