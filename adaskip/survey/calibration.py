@@ -1,4 +1,4 @@
-"""Prices of a skip beside the calibrated rho: how skips correlate, and what the input's own gradient says of them."""
+"""Calibrate prices: the constants of each layer, how skips correlate, and what an input's own gradient says of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MASS_EVERY = 4
 
 
 def needed(model: RoutedModel, alpha: float) -> int:
-    """The fewest inputs that `price` can calibrate this model's constants on without another source of the mass."""
+    """Return the fewest inputs that `price` can calibrate this model on without another source of the mass."""
     scored = smallest_sample(alpha)
     return -(-scored * MASS_EVERY // (MASS_EVERY - 1)) if model.runtime.hides_vision else scored
 
@@ -60,7 +60,7 @@ def price(
 
 
 def mean_correlation(model: RoutedModel, batches: Iterable[Batch]) -> Tensor:
-    """R_lm: how two skips' changes of the logits correlate under p, averaged over inputs; (l l), estimator [D].
+    """Estimate R_lm, how two skips' changes of the logits correlate under p, averaged over inputs; (l l) [D].
 
         R_lm = E_x[ G_lm / sqrt(G_ll G_mm) ],  G the gate matrix (link 6c)
 
@@ -76,6 +76,4 @@ def mean_correlation(model: RoutedModel, batches: Iterable[Batch]) -> Tensor:
     own = dense.pairs.double().diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
     size = own.unsqueeze(1) * own.unsqueeze(2)
     each = torch.where(size > 0, dense.pairs.double() / size.where(size > 0, 1.0), 0.0)
-    found = each.mean(0)
-    found.fill_diagonal_(1.0)
-    return found
+    return each.mean(0).fill_diagonal_(1.0)

@@ -1,4 +1,4 @@
-"""How much the text takes from vision at each layer: attention mass, how far it moves the text, and its causal cost."""
+"""Read what the text takes from vision at each layer: attention mass, how far it moves the text, its causal cost."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _CHUNK = 2**24  # attention probabilities held at once
 
 
 class AttentionReading:
-    """What `read_attention` collected. ``mass`` and ``moved`` are (b l), once the pass is over; NaN without text."""
+    """The columns that `read_attention` collects: ``mass`` and ``moved``, (b l) after the pass; NaN without text."""
 
     def __init__(self, layers: int) -> None:
         self._columns: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     @property
     def mass(self) -> Tensor:
-        """Share of the text queries' attention on vision, mean over heads and queries, in [0, 1]; `attention_mass`."""
+        """Return the share of the text's attention on vision, mean over heads and queries; `attention_mass`."""
         return self._stack(0)
 
     @property
     def moved(self) -> Tensor:
-        """How far those keys move the text queries' attention output; `value_weighted_mass`."""
+        """Return how far those keys move the text queries' attention output; `value_weighted_mass`."""
         return self._stack(1)
 
     def put(self, layer: int, mass: Tensor, moved: Tensor) -> None:
@@ -51,7 +51,7 @@ class AttentionReading:
 
 @contextmanager
 def read_attention(model: RoutedModel, tokens: Tokens) -> Iterator[AttentionReading]:
-    """Inside: one pass of the model also reads the text's attention on vision, layer by layer.
+    """Read, in one pass of the model inside, the text's attention on vision, layer by layer.
 
     Probabilities are recomputed for text queries only, a chunk of queries at a time, so SDPA stays SDPA and nothing
     the size of the whole attention is held. What is recomputed is compared with what the kernel returned.
@@ -118,7 +118,7 @@ def _check_same(call: AttentionCall, ours: Tensor, theirs: Tensor, queries: Tens
 
 @contextmanager
 def remove_keys(model: RoutedModel, tokens: Tokens, layer: int) -> Iterator[None]:
-    """Inside: at one layer the text does not see the vision keys; vision itself is updated as always.
+    """Hide, inside and at one layer, the vision keys from the text; vision itself is updated as always.
 
     The causal counterpart of attention mass [D]: the KL that it costs is exact.
     """

@@ -42,12 +42,12 @@ class GroupProfile:
     early_exit: list[dict[str, Any]]  # one row a k: layers the group stays for
     claims: list[Claim]
     chain: dict[str, tuple[int, int]]  # link -> times checked, times violated
-    undecided: dict[str, str]  # notion -> why it could not be told
+    undecided: dict[str, str]  # notion -> why it could not be measured
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` found. The last of ``groups`` is ``vision``, the paper's setting, where it was measured."""
+    """The result of `profile`. The last of ``groups`` is ``vision``, the paper's setting, where it was measured."""
 
     model: str
     n: int
@@ -57,11 +57,11 @@ class Profile:
 
     @property
     def chain_violations(self) -> int:
-        """How often any link of the chain did not hold; a proved link that fails is a defect."""
+        """Count how often any link of the chain did not hold; a proved link that fails is a defect."""
         return sum(wrong for group in self.groups for _, wrong in group.chain.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. ``layers`` holds the rows of all groups; ``rank_correlation`` is that of ``group``."""
+        """Return it JSON-ready. ``layers`` holds the rows of all groups; ``rank_correlation`` is that of ``group``."""
         main = self.groups[-1]
         rho = {name: None if row is None else row["estimate"] for name, row in main.rank_correlation.items()}
         return {
@@ -94,7 +94,7 @@ ALPHA = 0.1
 
 
 def smallest_profile(alpha: float = ALPHA) -> int:
-    """So many inputs a profile needs: with fewer, the quarter that calibrates is too small for this alpha.
+    """Return how many inputs a profile needs: with fewer, the quarter that calibrates is too small for this alpha.
 
     >>> smallest_profile(0.1)
     33

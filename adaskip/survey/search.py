@@ -17,7 +17,7 @@ from adaskip.survey.record import record
 
 @dataclass(frozen=True)
 class Scored:
-    """A plan and how the model fares under it on some inputs."""
+    """A plan, and the model's quality and cost under it on some inputs."""
 
     plan: SkipPlan
     accuracy: float  # share of inputs whose every answer token is right (teacher-forced)
@@ -26,7 +26,7 @@ class Scored:
 
 
 class Search:
-    """Scores plans on validation data; the dense logits are computed once.
+    """Score plans on validation data; the dense logits are computed once.
 
     Args:
         model: attached, with routers or without; only its execution is used.

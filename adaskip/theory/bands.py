@@ -19,19 +19,19 @@ class Band:
     last: int
 
     def name(self, layers: int) -> str:
-        """``late entry k`` or ``early exit k`` as `SkipPlan` counts, else ``layers first-last``."""
+        """Return ``late entry k`` or ``early exit k`` as `SkipPlan` counts, else ``layers first-last``."""
         if self.first == 0:
             return f"late entry {self.last + 1}"
         return f"early exit {self.first}" if self.last == layers - 1 else f"layers {self.first}-{self.last}"
 
 
 def late_entries(layers: int) -> list[Band]:
-    """Absent from the first 1, 2, ... layers; one layer at least stays."""
+    """Return the bands that are absent from the first 1, 2, ... layers; one layer at least stays."""
     return [Band(0, last) for last in range(layers - 1)]
 
 
 def early_exits(layers: int) -> list[Band]:
-    """Absent after the first 1, 2, ... layers."""
+    """Return the bands that are absent after the first 1, 2, ... layers."""
     return [Band(first, layers - 1) for first in range(1, layers)]
 
 
@@ -44,7 +44,7 @@ class BandFinding:
     rows: tuple[Finding, ...]  # `layer` is the band's first
 
     def to_dict(self, layers: int) -> dict[str, Any]:
-        """JSON-ready: the band's name in a model of so many layers, its exact cost, and every notion."""
+        """Return it JSON-ready: the band's name in a model of so many layers, its exact cost, and every notion."""
         cost = next(row for row in self.rows if row.notion == "functional").to_dict()
         told = {name: cost[name] for name in ("estimate", "low", "high", "threshold", "margin", "n")}
         notions = [row.to_dict() for row in self.rows]

@@ -26,7 +26,7 @@ class Claim:
     about: str  # which layers
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return it JSON-ready."""
         return asdict(self)
 
 

@@ -57,31 +57,31 @@ class Finding:
 
     @property
     def margin(self) -> float:
-        """How far the estimate lies below the threshold; negative above it."""
+        """Return how far the estimate lies below the threshold; negative above it."""
         return self.threshold - self.estimate
 
     @property
     def verdict(self) -> Verdict:
-        """Admissible when the whole interval lies within the threshold, inadmissible when all of it lies beyond."""
+        """Return admissible if the whole interval lies within the threshold, inadmissible if all of it lies beyond."""
         if self.high <= self.threshold:
             return "admissible"
         return "inadmissible" if self.low > self.threshold else "undecided"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, infinite ends as None."""
+        """Return it JSON-ready, infinite ends as None."""
         values = {**asdict(self), "margin": self.margin, "verdict": self.verdict}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything one look at the layers found."""
+    """All findings of one look at the layers."""
 
     rows: tuple[Finding, ...]
     rank_correlation: dict[str, float]  # Spearman's rho over layers of each cheap notion with the exact cost
 
     def verdict(self, layer: int) -> Verdict:
-        """All notions hold: admissible; one clearly fails: inadmissible; else undecided."""
+        """Return admissible if all notions hold, inadmissible if one clearly fails, else undecided."""
         verdicts = {row.verdict for row in self.rows if row.layer == layer}
         if "inadmissible" in verdicts:
             return "inadmissible"
@@ -89,7 +89,7 @@ class Findings:
 
     @property
     def layers(self) -> dict[int, Verdict]:
-        """The verdict of every layer looked at."""
+        """Return the verdict of every layer looked at."""
         return {layer: self.verdict(layer) for layer in sorted({row.layer for row in self.rows})}
 
 
@@ -136,7 +136,7 @@ def judge(
 
 @dataclass(frozen=True)
 class SkipFinding:
-    """Whether a router's skips of one layer, at one look, cost more than they may."""
+    """The verdict on a router's skips of one layer at one look: do they cost more than they may?"""
 
     layer: int
     n: int  # inputs for which the router leaves the layer out
@@ -144,7 +144,7 @@ class SkipFinding:
 
     @property
     def verdict(self) -> Verdict:
-        """The exact cost decides where it is clear; where it is not, all notions together do."""
+        """Return the verdict of the exact cost where it is clear; where it is not, that of all notions together."""
         functional = next(row for row in self.rows if row.notion == "functional")
         if functional.verdict != "undecided":
             return functional.verdict
@@ -152,7 +152,7 @@ class SkipFinding:
 
     @property
     def sentence(self) -> str:
-        """What speaks for the verdict: the exact cost, or the notion that fails where that is not clear."""
+        """Say what speaks for the verdict: the exact cost, or the notion that fails where that is not clear."""
         failing = [row for row in self.rows if row.verdict == "inadmissible"]
         cost = next(row for row in self.rows if row.notion == "functional")
         text = (
@@ -166,7 +166,7 @@ class SkipFinding:
         return f"{text}, and {row.notion} {row.estimate:.3g} [{row.low:.3g}, {row.high:.3g}] > {row.threshold:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return it JSON-ready."""
         return {"layer": self.layer, "n": self.n, "verdict": self.verdict, "rows": [row.to_dict() for row in self.rows]}
 
 
@@ -202,7 +202,7 @@ def judge_skips(
 
 
 def rank_correlations(measured: LayerMeasures) -> dict[str, float]:
-    """Spearman's rho over layers between the mean of each cheap notion and the mean exact KL; empty below 3 layers."""
+    """Return Spearman's rho over layers of each cheap notion's mean with the mean exact KL; empty below 3 layers."""
     if len(measured.layers) < 3:
         return {}
     cost = measured.kl.double().mean(0)
@@ -214,7 +214,7 @@ def rank_correlations(measured: LayerMeasures) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Joint:
-    """What the router's real decisions cost together, against the calibrated bound kappa * B."""
+    """The joint cost of the router's real decisions, against the calibrated bound kappa * B."""
 
     kl: float  # mean exact KL(dense || routed), nats per predicted token
     bound: float  # mean kappa * B
@@ -231,7 +231,7 @@ class Joint:
     excess_high: float = math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, NaN and infinity as None."""
+        """Return it JSON-ready, NaN and infinity as None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
@@ -294,7 +294,7 @@ def judge_joint(
 
 @dataclass(frozen=True)
 class Conclusion:
-    """Whether the conditions hold for a run's real decisions, and the reasons, a sentence each."""
+    """The verdict on a run's real decisions, and the reasons, a sentence each."""
 
     verdict: Conclusive
     reasons: tuple[str, ...]

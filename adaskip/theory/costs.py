@@ -1,4 +1,4 @@
-"""What a skip does to the prediction: exact KL, s and u of each input over its predicted tokens."""
+"""Costs of a skip to the prediction: exact KL, s and u of each input over its predicted tokens."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from adaskip.errors import DataError
 
 
 def token_cosine_distance(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cos per token, in [0, 2] (identity): half the squared distance of the unit vectors. (b t d) twice -> (b t).
+    """Return 1 - cos per token, in [0, 2]: half the squared distance of the unit vectors. (b t d) twice -> (b t).
 
     Identical vectors give exactly 0, small distances keep their digits. A zero vector is at distance 1 from any other
     and 0 from another zero. Raises DataError if the shapes differ.
@@ -32,7 +32,7 @@ def token_cosine_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def cosine_distance(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """Mean of 1 - cos over the masked tokens, in [0, 2]: the paper's geometric notion [P], per input.
+    """Average 1 - cos over the masked tokens, in [0, 2]: the paper's geometric notion [P], per input.
 
     (b t d), (b t d), (b t) bool -> (b,). Values outside the mask never matter, not even NaN. Empty mask: NaN.
     Raises DataError on shapes that do not fit.
@@ -47,7 +47,7 @@ def cosine_distance(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
 
 
 def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """rho = ||H_l[g] - H_{l-1}[g]||_F / ||H_l[g]||_F per input: the norm-aware geometric measure [D]; an identity.
+    """Return rho = ||H_l[g] - H_{l-1}[g]||_F / ||H_l[g]||_F per input: the norm-aware geometric measure [D].
 
     `before` is H_{l-1}, `after` H_l. (b t d), (b t d), (b t) bool -> (b,). 0/0 on a non-empty mask is 0 (unchanged),
     x/0 is inf. Empty mask: NaN. Raises DataError on shapes that do not fit.
@@ -66,7 +66,7 @@ def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention_mass(attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
-    """Share of attention that the masked queries pay to the masked keys, mean over heads and queries, in [0, 1].
+    """Return the share of attention that masked queries pay to masked keys, mean over heads and queries, in [0, 1].
 
     The paper's cross-modal notion [P] with text queries and vision keys. As a predictor of cost a heuristic: mass alone
     does not say how far the output moves [D, link 7]. (b h q k), (b q), (b k) bool -> (b,). No query: NaN; no key: 0.
@@ -86,7 +86,7 @@ def attention_mass(attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> T
 
 
 def value_weighted_mass(attention: Tensor, values: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
-    """a ||v_removed - v_rest||: how far the masked keys move the masked queries' attention output [D, link 7].
+    """Return a ||v_removed - v_rest||: how far masked keys move the masked queries' attention output [D, link 7].
 
     v_removed and v_rest are the attention-weighted mean values of the masked and of the other keys, a the masked keys'
     mass. Per query the norm is over all heads together, and the queries are averaged. Identity: it is the change of
@@ -111,7 +111,7 @@ def value_weighted_mass(attention: Tensor, values: Tensor, query_mask: Tensor, k
 
 
 def output_change(removed: Tensor, output: Tensor, values: Tensor) -> Tensor:
-    """(b q): norm over heads of the output's change when the mass ``removed`` (b h q k) goes."""
+    """Return (b q): the norm over heads of the output's change when the mass ``removed`` (b h q k) goes."""
     mass = removed.sum(-1, keepdim=True)
     left = 1.0 - mass
     alone = left < 1e-6
@@ -144,19 +144,19 @@ class TailCurve:
         return cls(sample.sort().values)
 
     def __call__(self, delta: Tensor | float) -> Tensor:
-        """Share of the sample strictly above `delta` (any shape, same shape out)."""
+        """Return the share of the sample strictly above `delta` (any shape, same shape out)."""
         delta = torch.as_tensor(delta, dtype=self.sample.dtype, device=self.sample.device)
         n = len(self.sample)
         return (n - torch.searchsorted(self.sample, delta, right=True)) / n
 
     @property
     def mean(self) -> float:
-        """Mean of the sample; of cosine distances the geometric eps."""
+        """Return the mean of the sample; of cosine distances the geometric eps."""
         return self.sample.double().mean().item()
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Spearman's rank correlation of two equally long samples, in [-1, 1]; estimator. NaN when undefined.
+    """Return Spearman's rank correlation of two equally long samples, in [-1, 1]; estimator. NaN when undefined.
 
     Undefined: fewer than two pairs, or a constant sample. Raises DataError if the lengths differ.
 

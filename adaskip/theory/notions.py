@@ -23,7 +23,7 @@ _FOLDS = 10  # groups of inputs in the jackknife
 
 
 class Notions:
-    """What the survey's numbers say of each layer.
+    """The notions of each layer, read off a survey's numbers.
 
     Args:
         measured: the survey.
@@ -31,7 +31,7 @@ class Notions:
         level: of the intervals.
         seed: of folds, codebooks and bootstraps.
 
-    ``undecided`` says of each notion that could not be told, why.
+    ``undecided`` says of each notion that could not be measured, why.
     """
 
     def __init__(self, measured: Survey, bound: Tensor, level: float, seed: int) -> None:
@@ -42,7 +42,7 @@ class Notions:
         self.probes, self.codes = self._probes(), self._codes()
 
     def row(self, layer: int) -> dict[str, Any]:
-        """JSON-ready: every notion of one layer."""
+        """Return every notion of one layer, JSON-ready."""
         measured, similar, codes = self.measured, self.similar, self.codes
 
         def mean(values: Tensor) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ class Notions:
         return row
 
     def predictors(self) -> dict[str, Tensor]:
-        """Notion -> (n l); what is known per layer only stands in every row."""
+        """Return notion -> (n l); what is known per layer only stands in every row."""
         measured = self.measured
 
         def everywhere(values: Iterable[float]) -> Tensor:
@@ -142,7 +142,7 @@ class Notions:
         ]
 
     def state_links(self) -> dict[str, tuple[int, int]]:
-        """Link -> times checked and violated: 1 (tails), 5 (Fano) and 6b (a band's entry and exit)."""
+        """Return link -> times checked and violated: 1 (tails), 5 (Fano) and 6b (a band's entry and exit)."""
         tails = torch.tensor([0.5, 1.0, 2.0])
         checked: dict[str, list[bool]] = {"1 proximal": [], "1 geometric": [], "5 fano": [], "6b band": []}
         for column in self.measured.cosine.T:
@@ -161,7 +161,7 @@ class Notions:
 
 
 def plain(interval: Interval | None) -> dict[str, Any] | None:
-    """JSON-ready; an end that the sample cannot tell is None."""
+    """Return it JSON-ready; an end that the sample cannot tell is None."""
     if interval is None:
         return None
     return {k: v if math.isfinite(v) else None for k, v in vars(interval).items()}

@@ -1,4 +1,4 @@
-"""How well a cheap notion predicts what a skip really costs: Spearman's rho, over layers and over inputs."""
+"""Rank correlation of a cheap notion with what a skip really costs, over layers and over inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaskip.theory.measures import spearman
 def rank_over_layers(
     notion: Tensor, cost: Tensor, level: float = 0.95, resamples: int = 400, seed: int = 0
 ) -> Interval | None:
-    """Spearman's rho over layers between the mean notion and the mean exact cost; estimator.
+    """Return Spearman's rho over layers between the mean notion and the mean exact cost; estimator.
 
     The interval is the percentile bootstrap over inputs, for these very layers: it says how sure the ranks are, not how
     another model would rank. Inputs where either is NaN are left out. (n l) twice.
@@ -45,7 +45,7 @@ def rank_over_layers(
 
 
 def rank_over_inputs(notion: Tensor, cost: Tensor) -> float | None:
-    """Spearman's rho over inputs at one layer, mean over layers; estimator. (n l) twice.
+    """Return Spearman's rho over inputs at one layer, mean over layers; estimator. (n l) twice.
 
     It asks whether the notion tells inputs apart, which a router must. None where no layer has three inputs that
     differ in both.

@@ -23,16 +23,16 @@ class Prices:
     mass: Tensor  # float64 (l): mean attention mass per layer, a constant fixed before calibration
     alpha: float
     c: float = 1.0
-    correlation: Tensor | None = None  # float64 (l l): of skips, from `prices.mean_correlation`; None: they add up
+    correlation: Tensor | None = None  # float64 (l l): of skips, from `mean_correlation`; None: they add up
     slope: Tensor | None = None  # float64 (2 l): Lambda for s and for u over the first-order s instead of rho
 
     def costs(self, rho: Tensor) -> tuple[Tensor, Tensor]:
-        """(b l) relative changes of the dense pass -> the s and u a skip is predicted to cost, (b l) each."""
+        """Predict the s and u that a skip costs from relative changes of the dense pass, (b l) -> (b l) each."""
         scale = rho.double() + self.c * self.mass.to(rho.device)
         return scale * self.shift.to(rho.device), scale * self.peak.to(rho.device)
 
     def first_order_costs(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from `prices.first_order`, (b l).
+        """Predict the same from `survey.firstorder.first_order`, (b l).
 
         Raises:
             ConfigError: the constants of that price were not calibrated.
@@ -52,7 +52,7 @@ def calibrate_prices(
     correlation: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Prices:
-    """Split-conformal constants from calibration inputs (one score an input); link 9 of the chain.
+    """Calibrate split-conformal constants on inputs of their own (one score an input); link 9 of the chain.
 
     Args:
         measured: of inputs that nothing else was fitted on.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """Per input and layer, for the routed token group. Rows are inputs, columns the measured layers (``layers``)."""
+    """Measures that verdicts are drawn from, for the routed token group: a row an input, a column a layer or band."""
 
     layers: tuple[int, ...]
     cosine: Tensor  # (n l) mean 1 - cos of the states before and after the layer, in [0, 2]
@@ -23,11 +23,11 @@ class LayerMeasures:
         return len(self.kl)
 
     def rows(self, rows: Tensor) -> LayerMeasures:
-        """The given inputs (bool (n))."""
+        """Return some inputs (bool (n))."""
         return LayerMeasures(self.layers, **{f.name: getattr(self, f.name)[rows] for f in fields(self)[1:]})
 
     def select(self, rows: Tensor, layer: int) -> LayerMeasures:
-        """One layer's column, of the given inputs (bool (n))."""
+        """Return one layer's column, of some inputs (bool (n))."""
         column = self.layers.index(layer)
         values = {f.name: getattr(self, f.name)[rows, column : column + 1] for f in fields(self)[1:]}
         return LayerMeasures((layer,), **values)
@@ -35,7 +35,7 @@ class LayerMeasures:
 
 @dataclass(frozen=True)
 class Survey:
-    """Per input (n) and layer (l), for one token group. float64 on the CPU; NaN: not measured for that input."""
+    """All measures of n inputs and l layers, for one token group. float64 on the CPU; NaN: not measured there."""
 
     group: str
     cosine: Tensor  # (n l) mean 1 - cos of the states around the layer, in [0, 2]
@@ -59,6 +59,6 @@ class Survey:
         return len(self.kl)
 
     def select(self, rows: Tensor) -> LayerMeasures:
-        """What `calibrate_prices` and `judge` read, of some inputs."""
+        """Return what `calibrate_prices` and `judge` read, of some inputs."""
         names = [f.name for f in fields(LayerMeasures) if f.name != "layers"]
         return LayerMeasures(tuple(range(self.kl.shape[1])), **{name: getattr(self, name)[rows] for name in names})

@@ -10,8 +10,8 @@ import torch
 
 from adaskip.errors import CheckpointError
 from adaskip.stages import SILENT, Stages
-from adaskip.survey.bands import early_exits, judge_bands, late_entries, measure_bands
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure, measure_bands
+from adaskip.theory.bands import early_exits, judge_bands, late_entries
 from adaskip.theory.conditions import conclude
 from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.training.callbacks import ConditionCheck

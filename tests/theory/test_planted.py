@@ -13,8 +13,8 @@ import adaskip
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.plan import Group, RouterConfig
-from adaskip.survey.bands import Band, early_exits, judge_bands, late_entries, measure_bands
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure, measure_bands
+from adaskip.theory.bands import Band, early_exits, judge_bands, late_entries
 from adaskip.theory.conditions import judge
 from adaskip.theory.prices import calibrate_prices
 from tests import toys
