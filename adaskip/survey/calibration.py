@@ -53,6 +53,8 @@ def price(
     correlation = mean_correlation(model, batches) if kind == "gates" else None
     slopes = first_order_of(model, batches, seed=seed) if kind == "fisher" else None
     if mass is None:
+        # a quantile holds for fresh inputs only if the score was fixed before it saw these: what the mean mass is
+        # taken of must not be scored
         apart = torch.arange(len(measured)) % MASS_EVERY == 0 if reads else torch.zeros(len(measured)).bool()
         mass = measured.rows(apart).mass.mean(0) if reads else torch.zeros(len(measured.layers))
         measured, slopes = measured.rows(~apart), None if slopes is None else slopes[~apart]

@@ -84,13 +84,14 @@ def _vision(tokens: Tokens) -> Tensor:
 def _read(call: AttentionCall, output: Tensor, text: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads = call.query.shape[:2]
     values = repeat_heads(call.value, heads).float()
-    places = text.any(0).nonzero()[:, 0]
+    places = text.any(0).nonzero()[:, 0]  # positions that are text in some row: queries elsewhere are of no interest
     mass, moved = (torch.zeros(text.shape, device=text.device) for _ in range(2))
     step = max(1, _CHUNK // (batch * heads * values.shape[2]))
     on_vision = rearrange(vision.float(), "b k -> b 1 1 k")
     for start in range(0, len(places), step):
         chosen = places[start : start + step]
         weights = call.weights(chosen)
+        # (b h q k) @ (b h k e): what the kernel must have returned if this is the attention that it computed
         here = weights @ values
         _check_same(call, here, rearrange(output[:, chosen], "b q h e -> b h q e").float(), text[:, chosen])
         removed = weights * on_vision

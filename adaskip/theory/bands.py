@@ -46,9 +46,9 @@ class BandFinding:
     def to_dict(self, layers: int) -> dict[str, Any]:
         """Return it JSON-ready: the band's name in a model of so many layers, its exact cost, and every notion."""
         cost = next(row for row in self.rows if row.notion == "functional").to_dict()
-        told = {name: cost[name] for name in ("estimate", "low", "high", "threshold", "margin", "n")}
+        figures = {name: cost[name] for name in ("estimate", "low", "high", "threshold", "margin", "n")}
         notions = [row.to_dict() for row in self.rows]
-        return {"band": self.band.name(layers), "verdict": self.verdict, **told, "notions": notions}
+        return {"band": self.band.name(layers), "verdict": self.verdict, **figures, "notions": notions}
 
 
 def judge_bands(
@@ -71,9 +71,9 @@ def judge_bands(
         level: that all intervals of all bands and looks hold at once (Bonferroni).
         looks: how often this question is asked.
     """
-    found: Findings = judge(measured, prices, group, tolerance, level, looks)
+    findings: Findings = judge(measured, prices, group, tolerance, level, looks)
     judged = []
     for column, band in enumerate(bands):
-        rows = tuple(replace(row, layer=band.first) for row in found.rows if row.layer == column)
-        judged.append(BandFinding(band, found.verdict(column), rows))
+        rows = tuple(replace(row, layer=band.first) for row in findings.rows if row.layer == column)
+        judged.append(BandFinding(band, findings.verdict(column), rows))
     return judged

@@ -104,8 +104,8 @@ def _names(chosen: Tensor) -> str:
 def _claim(claim: str, values: Tensor, threshold: float, level: float, about: str, below: bool = False) -> Claim:
     if not len(values):
         return Claim(claim, None, None, None, None, threshold, 0, about)
-    found: Interval = bootstrap_mean(values, level)
-    under, over = found.high <= threshold, found.low > threshold
+    interval: Interval = bootstrap_mean(values, level)
+    under, over = interval.high <= threshold, interval.low > threshold
     holds = None if not (under or over) else under if below else over
-    low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
-    return Claim(claim, holds, found.estimate, low, high, threshold, found.n, about)
+    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
+    return Claim(claim, holds, interval.estimate, low, high, threshold, interval.n, about)

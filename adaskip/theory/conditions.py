@@ -129,8 +129,10 @@ def judge(
             "cross-modal": (bootstrap_mean(measured.mass[:, column], each), mass_limit),
         }
         for notion in notions:
-            found, threshold = read[notion]
-            rows.append(Finding(layer, group, notion, found.estimate, found.low, found.high, threshold, found.n))
+            interval, threshold = read[notion]
+            rows.append(
+                Finding(layer, group, notion, interval.estimate, interval.low, interval.high, threshold, interval.n)
+            )
     return Findings(tuple(rows), rank_correlations(measured))
 
 
@@ -192,13 +194,13 @@ def judge_skips(
         level: that all intervals of all layers and looks hold at once (Bonferroni).
         looks: how often this question is asked during a run.
     """
-    found = {}
+    findings = {}
     for layer in measured.layers:
         rows = ~keep[layer].cpu()
         if int(rows.sum()) >= 2:
             judged = judge(measured.select(rows, layer), prices, group, tolerance, level, looks * len(measured.layers))
-            found[layer] = SkipFinding(layer, int(rows.sum()), judged.rows)
-    return found
+            findings[layer] = SkipFinding(layer, int(rows.sum()), judged.rows)
+    return findings
 
 
 def rank_correlations(measured: LayerMeasures) -> dict[str, float]:
@@ -269,8 +271,8 @@ def judge_joint(
     fresh = len(kl) - half
     skipped = ~keep
     allowed = torch.tensor([verdicts.get(layer) == "admissible" for layer in range(len(keep))])
-    left = skipped.double() if share is None else 1 - share.double()
-    tolerated = tolerance * left.sum(0)
+    skips = skipped.double() if share is None else 1 - share.double()
+    tolerated = tolerance * skips.sum(0)
     low, high = -math.inf, math.inf
     if math.isfinite(tolerance):
         excess = bootstrap_mean(kl.double() - tolerated, level)
@@ -282,10 +284,10 @@ def judge_joint(
         coverage=covered / fresh,
         coverage_p=beta_binomial_pvalue(covered, fresh, half, alpha) if math.isfinite(kappa) else math.nan,
         skips=int(skipped.sum()),
-        admissible_skips=float(left[allowed].sum() / left.sum()) if left.any() else math.nan,
+        admissible_skips=float(skips[allowed].sum() / skips.sum()) if skips.any() else math.nan,
         recall=float(skipped[allowed].float().mean()) if allowed.any() else math.nan,
         n=len(kl),
-        skips_per_input=float(left.sum(0).mean()),
+        skips_per_input=float(skips.sum(0).mean()),
         tolerated=float(tolerated.mean()),
         excess_low=low,
         excess_high=high,
@@ -335,9 +337,9 @@ def conclude(joint: Joint, skips: dict[int, SkipFinding], tolerance: float, alph
             f"the bound covers {joint.coverage:.0%} of fresh inputs, {1 - alpha:.0%} are promised "
             f"(p = {joint.coverage_p:.2g})"
         )
-    for found in skips.values():
-        if found.verdict == "inadmissible":
-            against.append(f"{found.sentence}, {tolerance:.3g} nats tolerated")
+    for finding in skips.values():
+        if finding.verdict == "inadmissible":
+            against.append(f"{finding.sentence}, {tolerance:.3g} nats tolerated")
     if not joint.admissible_skips:
         open_.append(f"none of the {joint.skips} skips lies on a layer that was found admissible")
     together = (

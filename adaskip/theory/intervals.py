@@ -124,8 +124,8 @@ def share_lost(before: Tensor, after: Tensor, level: float = 0.95) -> Interval:
     right before only and right after only, each by `clopper_pearson` with half of what the level leaves open.
     Raises DataError if lengths differ, ConfigError as `clopper_pearson`.
 
-    >>> found = share_lost(torch.tensor([1, 1, 1, 0]), torch.tensor([1, 0, 0, 1]))
-    >>> found.estimate, round(found.low, 3), round(found.high, 3)
+    >>> interval = share_lost(torch.tensor([1, 1, 1, 0]), torch.tensor([1, 0, 0, 1]))
+    >>> interval.estimate, round(interval.low, 3), round(interval.high, 3)
     (0.25, -0.801, 0.95)
     """
     if before.shape != after.shape:

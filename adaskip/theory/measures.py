@@ -113,10 +113,10 @@ def value_weighted_mass(attention: Tensor, values: Tensor, query_mask: Tensor, k
 def output_change(removed: Tensor, output: Tensor, values: Tensor) -> Tensor:
     """Return (b q): the norm over heads of the output's change when the mass ``removed`` (b h q k) goes."""
     mass = removed.sum(-1, keepdim=True)
-    left = 1.0 - mass
-    alone = left < 1e-6
-    rest = (output - removed @ values) / left.masked_fill(alone, 1.0)
-    change = torch.where(alone, output, torch.where(mass > 0, output - rest, 0.0))
+    remaining = 1.0 - mass
+    emptied = remaining < 1e-6
+    rest = (output - removed @ values) / remaining.masked_fill(emptied, 1.0)
+    change = torch.where(emptied, output, torch.where(mass > 0, output - rest, 0.0))
     norms: Tensor = rearrange(change, "b h q e -> b q (h e)").norm(dim=-1)
     return norms
 

@@ -81,7 +81,7 @@ class Notions:
             return torch.tensor([*values], dtype=torch.float64).expand(self.n, -1)
 
         middle = measured.cosine.median()
-        found = {
+        columns = {
             "cosine": measured.cosine,
             "rho": measured.rho,
             "proximal": (measured.cosine > middle).double(),
@@ -91,31 +91,31 @@ class Notions:
         }
         for name, intervals in self.similar.items():
             if intervals:
-                found[name] = everywhere(i.estimate for i in intervals)
+                columns[name] = everywhere(i.estimate for i in intervals)
         if self.probes:
-            found["usable_information_lost"] = everywhere(i.estimate for i in self.probes)
+            columns["usable_information_lost"] = everywhere(i.estimate for i in self.probes)
         if all(self.codes):
-            found["code_entropy"] = everywhere(rows[-1]["entropy"] for rows in self.codes)
+            columns["code_entropy"] = everywhere(rows[-1]["entropy"] for rows in self.codes)
         if measured.group == "vision":
-            found |= {"attention_mass": measured.mass, "value_weighted_mass": measured.moved}
-            found["key_removal"] = measured.removal
-        return found
+            columns |= {"attention_mass": measured.mass, "value_weighted_mass": measured.moved}
+            columns["key_removal"] = measured.removal
+        return columns
 
     def _similarity(self, name: str) -> list[Interval] | None:
         folds = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed)) % min(_FOLDS, self.n)
         tokens = self.measured.tokens
-        found = []
+        intervals = []
         try:
             for layer in range(self.n_layers):
                 parts = [
                     Moments.of(tokens[folds == fold, :, layer], tokens[folds == fold, :, layer + 1])
                     for fold in range(int(folds.max()) + 1)
                 ]
-                found.append(dissimilarity(parts, name, self.level))
+                intervals.append(dissimilarity(parts, name, self.level))
         except DataError as error:
             self.undecided[name] = str(error)
             return None
-        return found
+        return intervals
 
     def _probes(self) -> list[Interval] | None:
         measured = self.measured
@@ -153,6 +153,7 @@ class Notions:
                 checked["1 geometric"].append(bool(eps > bounds.geometric_from_proximal(delta, tau) + 1e-9))
         for rows in self.codes:
             checked["5 fano"].extend(row["entropy"] > row["fano"] + 1e-9 for row in rows)
+        # (n m l+1 d) on the unit sphere: half a squared chord is 1 - cos
         unit = torch.nn.functional.normalize(self.measured.tokens.double(), dim=-1)
         steps = (unit.diff(dim=2) ** 2).sum(-1) / 2
         whole = ((unit[:, :, -1] - unit[:, :, 0]) ** 2).sum(-1) / 2

@@ -48,9 +48,9 @@ def probe_loss(states: Tensor, labels: Tensor, folds: int = 5, penalty: float = 
     names, counts = np.unique(y, return_counts=True)
     usable = np.isin(y, names[counts >= folds])
     if len(set(y[usable])) < 2:
-        found = ", ".join(f"{name} x {count}" for name, count in zip(names[:8], counts, strict=False))
+        seen = ", ".join(f"{name} x {count}" for name, count in zip(names[:8], counts, strict=False))
         raise DataError(
-            f"probe: expected at least two labels with {folds} inputs each, got {found}; give more inputs or other data"
+            f"probe: expected at least two labels with {folds} inputs each, got {seen}; give more inputs or other data"
         )
     x = states.double().cpu().numpy()
     rows = np.flatnonzero(usable)
@@ -139,8 +139,8 @@ def code_entropy(
         raise DataError("code_entropy: expected finite states, got NaN or infinity")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct states than codes
-        found = KMeans(codes, n_init=3, random_state=seed).fit_predict(states.numpy())
-    first, second = torch.from_numpy(found).long().view(2, n, m)
+        assigned = KMeans(codes, n_init=3, random_state=seed).fit_predict(states.numpy())
+    first, second = torch.from_numpy(assigned).long().view(2, n, m)
     draw = torch.Generator().manual_seed(seed)
     again = []
     for _ in range(resamples):

@@ -138,8 +138,8 @@ def learn_then_test(
             )
         fits = np.isin(losses, (0.0, 1.0)) if binary else (losses >= 0) & (losses <= 1)
         if not fits.all():
-            wanted = "0 or 1" if binary else "in [0, 1]"
-            raise DataError(f"risk control: expected losses {wanted}, got {losses[~fits][0]} at threshold {threshold}")
+            values = "0 or 1" if binary else "in [0, 1]"
+            raise DataError(f"risk control: expected losses {values}, got {losses[~fits][0]} at threshold {threshold}")
         mean = float(losses.mean())
         p = binomial_pvalue(losses.sum(), n, risk) if binary else hoeffding_bentkus_pvalue(mean, n, risk)
         steps.append(Step(threshold, mean, float(p)))
@@ -164,11 +164,11 @@ def e_process(losses: ArrayLike, risk: float) -> Array:
     (True, True)
     """
     losses = np.asarray(losses, dtype=np.float64)
-    state, found = _start(losses.shape[:-1]), np.empty_like(losses)
+    state, evidence = _start(losses.shape[:-1]), np.empty_like(losses)
     for t in range(losses.shape[-1]):
         state = _bet(state, losses[..., t], t + 1, risk)
-        found[..., t] = np.exp(_log_evidence(state, t + 1))
-    return found
+        evidence[..., t] = np.exp(_log_evidence(state, t + 1))
+    return evidence
 
 
 class DriftMonitor:

@@ -36,7 +36,7 @@ def gate_matrix(logits: Tensor, skipped: Tensor) -> Tensor:
     """
     p = torch.softmax(logits.double(), -1).unsqueeze(-2)
     x = centred_shift(logits.unsqueeze(-2).expand_as(skipped), skipped, p.expand(skipped.shape))
-    x = p.sqrt() * x
+    x = p.sqrt() * x  # so that x x^T sums over the vocabulary with weight p
     return x @ x.transpose(-1, -2)
 
 
