@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SPREAD := -n auto --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest check lint slow bench clean
+.PHONY: help install demo test test-oldest check lint slow bench gpu gpu-wheels clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,19 @@ bench: $(READY) ## seconds beside the dense and the physically cut model (three 
 	$(LLAMA) --skip 0.25,0.5 --prompt 64 --batch 32 --path many --paths 4 --phase decode --budget 1900 > benchmarks/bench-many-decode.json
 	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0.5 --image-tokens 576 --prompt 64 --batch 1 --budget 350 > benchmarks/bench-llava.json
 	$(BIN)/python scripts/bench_tables.py
+
+gpu: $(READY) ## tests and figures on one GPU, an H100 or H200 (eight minutes); what is in benchmarks/gpu is kept
+	$(BIN)/python scripts/gpu_check.py
+
+# For a GPU machine without a network that has torch and an older transformers; there, from the checkout:
+#   python3 -m pip install --no-index --no-deps --upgrade --target /tmp/site .whl/*.whl
+#   PYTHONPATH=/tmp/site:$PWD python3 scripts/gpu_check.py
+CARRIED := transformers pydantic pydantic_core annotated-types typing-inspection typing_extensions
+gpu-wheels: ## what such a machine lacks, as wheels for Python 3.12 on x86-64 Linux in .whl
+	rm -rf .whl
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  --dest .whl $(foreach name,$(CARRIED),$(shell grep '^$(name)==' constraints.txt))
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaskip.bench.forced import Path, check_forced, force, spread_out
-from adaskip.bench.rounds import Seconds, interleave, ratio, spread
+from adaskip.bench.rounds import Seconds, bounded_ratio, interleave, ratio, spread
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
@@ -158,9 +157,8 @@ def _width(seconds: Seconds, above: str, below: str) -> float:
 
 
 def _ratio(name: str, seconds: Seconds, above: str, below: str) -> dict[str, float | None]:
-    found = ratio(seconds[above], seconds[below])
-    ends = (found.low, found.high) if math.isfinite(found.high) and found.low > 0 else (None, None)
-    return {name: found.estimate, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    found = bounded_ratio(seconds[above], seconds[below])
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
 def _check_same(routed: Tensor | None, cut: Tensor | None) -> None:

@@ -201,14 +201,27 @@ def _llava(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture
 
 def _qwen2_vl(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture]:
     """A tower of one narrow layer over patches that are merged two by two, then a Qwen2."""
+    tower = {"depth": 1, "embed_dim": 64, "num_heads": 1, "hidden_size": names["hidden_size"], "mlp_ratio": 1}
+    return _patched("qwen2_vl", names, tower, slots)
+
+
+def _qwen2_5_vl(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture]:
+    """The same with that model's tower, whose one layer looks at the whole picture."""
+    tower = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1, "fullatt_block_indexes": [0]}
+    tower |= {"out_hidden_size": names["hidden_size"], "window_size": 8 * _PATCH}
+    return _patched("qwen2_5_vl", names, tower, slots)
+
+
+def _patched(
+    model_type: str, names: dict[str, Any], tower: dict[str, Any], slots: int
+) -> tuple[PreTrainedConfig, Picture]:
     half = names["head_dim"] // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    vision = {"depth": 1, "embed_dim": 64, "num_heads": 1, "hidden_size": names["hidden_size"], "patch_size": _PATCH}
-    kind: Any = CONFIG_MAPPING["qwen2_vl"]
+    kind: Any = CONFIG_MAPPING[model_type]
     config = kind(
         text_config={**names, "rope_parameters": rope},
-        vision_config={**vision, "mlp_ratio": 1},
+        vision_config={**tower, "patch_size": _PATCH},
         image_token_id=IMAGE,
         video_token_id=6,
         vision_start_token_id=7,
@@ -226,4 +239,5 @@ def _qwen2_vl(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Pict
 _PICTURES: dict[str, Callable[[dict[str, Any], int], tuple[PreTrainedConfig, Picture]]] = {
     "llava": _llava,
     "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -54,6 +55,17 @@ def ratio(above: list[float], below: list[float], level: float = 0.95) -> Interv
     found = bootstrap_mean(logs, level)
     low, middle, high = torch.tensor([found.low, found.estimate, found.high], dtype=torch.float64).exp().tolist()
     return Interval(middle, low, high, found.n)
+
+
+def bounded_ratio(above: list[float], below: list[float]) -> list[float | None]:
+    """`ratio` and the ends of its interval; None for ends that too few rounds leave open.
+
+    >>> bounded_ratio([2.0], [1.0])
+    [2.0, None, None]
+    """
+    found = ratio(above, below)
+    ends = (found.low, found.high) if math.isfinite(found.high) and found.low > 0 else (None, None)
+    return [found.estimate, *ends]
 
 
 def spread(values: list[float]) -> list[float]:

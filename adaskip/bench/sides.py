@@ -41,9 +41,10 @@ class Side:
         if hasattr(self.cache, "activate_past_recording"):  # without it a sliding window cannot be taken back
             self.cache.activate_past_recording()
 
-    def decode(self) -> None:
+    def decode(self) -> Tensor | None:
         """Write ``new`` tokens after the prompt: the greedy choice is made, the token fed is always the same.
 
+        Returns the last one's logits (b v), where the model has a head.
         Where prompts are padded a token stands behind the real ones; what a picture takes off its place is left aside.
         """
         mask, rows = self.inputs["attention_mask"], len(self.inputs["input_ids"])
@@ -59,6 +60,7 @@ class Side:
             out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True, **seen)
             if self.logits is not None:
                 out.logits[:, -1:].argmax(-1)
+        return None if self.logits is None else out.logits[:, -1]
 
     def prefill_seconds(self) -> float:
         """Seconds of one prefill, times the share."""

@@ -265,8 +265,7 @@ class Runtime:
         request = slot.request
         if request is None:
             return self._run_again(index, layer, call, states, named)
-        if torch.is_grad_enabled():
-            self.reruns.note(request, named)
+        self.reruns.note(request, named)
         return self._run(request, index, layer, call, states, named)
 
     def _run_again(
@@ -303,7 +302,8 @@ class Runtime:
             out = call(states, **named)
         else:
             soft = request.mode == "soft"
-            decision = self._gate(request, index, states) if soft else self._keep(request, index, states)
+            with torch.set_grad_enabled(request.learns):  # which a reentrant checkpoint turns off
+                decision = self._gate(request, index, states) if soft else self._keep(request, index, states)
             if self.unit == "block":
                 out = executor.execute(request, call, states, named, decision)
             else:
@@ -358,8 +358,8 @@ class Runtime:
             keep = gate > 0.5
         else:
             logit = self._logit(request, index, states)
-            options = request.options
-            gate = gates.straight_through(logit, request.threshold, options.temperature, options.noise)
+            temperature, noise = request.options.temperature, request.noise(index)
+            gate = gates.straight_through(logit, request.threshold, temperature, noise)
             if index in request.held:
                 gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning
             keep = gate.detach() > 0.5

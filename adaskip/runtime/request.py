@@ -38,7 +38,9 @@ class Request:
     gates: list[Tensor] = field(default_factory=list)  # float32 (b) each
     threshold: float = 0.0  # of the routers, and the layers that run whatever they say, as this request began
     held: tuple[int, ...] = ()
+    learns: bool = field(default_factory=torch.is_grad_enabled)  # whether gradients are to come
     rerun: Request | None = None  # what a layer follows that runs again for its gradient
+    drawn: dict[int, Tensor] = field(default_factory=dict)  # where the noise stood as each layer was decided
     decisions: dict[int, Any] = field(default_factory=dict)  # of each layer, for its sublayers
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -55,6 +57,18 @@ class Request:
             self.memo["vision"] = self.tokens.has_vision
         some: bool = self.memo["vision"]
         return some
+
+    def noise(self, index: int) -> torch.Generator | None:
+        """Return what a layer's gates are drawn from: where it runs again, a source that gives the same draws."""
+        source = self.options.noise
+        if source is None:
+            return None
+        if index not in self.drawn:
+            self.drawn[index] = source.get_state()
+            return source
+        again = torch.Generator(source.device)
+        again.set_state(self.drawn[index])
+        return again
 
 
 def read_cache(cache: Any, mode: Mode, use: bool) -> bool:

@@ -3,6 +3,11 @@
 The forward pass is over by then, another one may have begun, and for tensors on a GPU autograd computes in a thread of
 its own, where no request is under way. What the layer is called with tells: beside its states it gets the very objects
 that it got in the forward pass (masks, positions), because the checkpoint holds them.
+
+What runs again depends on transformers. Before 5.23 its checkpoint holds the whole call of a layer, so that gates are
+decided anew, by the same draws. Since then it holds the forward of the layer's class, inside the routed one, so that
+only sublayers come back. A reentrant checkpoint runs what it holds without gradients the first time, so whether a pass
+has any is asked as it begins.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ class Reruns:
         Of dense passes too, so that none is taken for another's. A cache would be written twice: what has one is no
         training. Dynamo can trace no weak reference, and needs none: it recomputes its graphs by itself.
         """
-        if request.cache is not None or torch.compiler.is_dynamo_compiling():
+        if request.cache is not None or not request.learns or torch.compiler.is_dynamo_compiling():
             return
         if request.rerun is None:
             # What this request holds must not hold the tensors, or they would never die: its memo does.

@@ -120,12 +120,13 @@ def _bytes_of(pixels: np.ndarray) -> np.ndarray:
 
 def _stream(picture: Any) -> Any:
     """What Pillow opens: a path, or a stream of the bytes that a picture of a data set may come as."""
+    held = picture
     if isinstance(picture, Mapping):  # {"bytes": ..., "path": ...}: a column of pictures, not decoded
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, bytes | bytearray):
-        return io.BytesIO(picture)
-    if isinstance(picture, str | Path | Image.Image):
-        return picture
+        held = picture.get("bytes") or picture.get("path")
+    if isinstance(held, bytes | bytearray):
+        return io.BytesIO(held)
+    if isinstance(held, str | Path | Image.Image):
+        return held
     raise DataError(f"image is {_short(picture)}; {_EXPECTED}")
 
 

@@ -145,6 +145,8 @@ class Board:
 
     def conditions(self, look: dict[str, Any]) -> None:
         """The verdicts as a table."""
+        if not self.runs:
+            return
         import wandb
 
         columns: list[Any] = [
@@ -165,6 +167,8 @@ class Board:
 
     def keep_rates(self, rates: dict[str, list[float]], figure: Figure) -> None:
         """The heat map layer x kind, as a picture and as a table."""
+        if not self.runs:
+            return
         import wandb
 
         rows: list[Any] = [[kind, layer, rate] for kind, row in rates.items() for layer, rate in enumerate(row)]
@@ -178,6 +182,8 @@ class Board:
 
     def router(self, folder: Path, facts: dict[str, Any]) -> None:
         """The routers as an artifact."""
+        if not self.runs:
+            return
         import wandb
 
         for run in self.runs:

@@ -23,6 +23,9 @@ from adaskip.training.tracking import CONDITIONS, METRICS, environment, write_te
 LOCK = ".lock"
 _STARTED = (RESOLVED, "env.json", METRICS, CONDITIONS, LOCK, CHECKPOINTS, "wandb")
 """What a start leaves in a folder before its first step."""
+_NO_KEY = 3
+_QUESTION = f"import sys, wandb; sys.exit(0 if wandb.login(prompt=False) else {_NO_KEY})"
+"""Asks W&B whether a key is configured, and taken; whatever is raised ends with status 1."""
 _FREE_TO_CHANGE = {"name", "output", "tracking", "trainer.progress", "trainer.workers"}
 """Keys that a resumed run may have otherwise: they change nothing that it computes."""
 
@@ -174,9 +177,15 @@ def _check_tracking(recipe: Recipe) -> None:
     if recipe.tracking.wandb != "online":
         return
     # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
-    question = "import sys, wandb; sys.exit(not wandb.login(prompt=False))"
-    if subprocess.run([sys.executable, "-c", question], capture_output=True, check=False).returncode:
+    asked = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
+    if asked.returncode == _NO_KEY:
         raise ConfigError(
             "tracking.wandb: online needs a W&B API key, and none is configured; type `wandb login`, "
+            "or keep the run on this machine: tracking.wandb=offline"
+        )
+    if asked.returncode:
+        reason = next(reversed(asked.stderr.strip().splitlines()), "no reason given")
+        raise ConfigError(
+            f"tracking.wandb: online was refused ({reason}); mend the key with `wandb login --relogin`, "
             "or keep the run on this machine: tracking.wandb=offline"
         )

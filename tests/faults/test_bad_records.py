@@ -49,6 +49,7 @@ def read(folder: Path, split: str = "train", limit: int | None = None, **columns
     ('{"prompt": "w1", "answer": "w2", "answer": "w3"}', "answer appears twice; keep one"),
     ('{"prompt": "w1"', "not JSON (Expecting ',' delimiter); expected one object a line"),
     ('{"prompt": "w1", "image": NaN, "answer": "w2"}', "image is nan; expected a path"),
+    ({"image": {"url": "x.png"}}, "image is {'url': 'x.png'}; expected a path"),
 ], ids=str)  # fmt: skip
 def test_a_wrong_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
     """Each wrong type ends in one sentence with file, line, what arrived and what to write."""

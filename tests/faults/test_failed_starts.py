@@ -60,6 +60,15 @@ def test_wandb_online_without_a_key_is_said_at_once(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_key_that_wandb_refuses_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: "none is configured" where a key is set, but wrong, or W&B cannot be reached to ask."""
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"online was refused \(.*API key must have.*tracking.wandb=off"):
+        train(recipe(tmp_path / "run", "tracking.wandb=online"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_with_progress_is_kept(tmp_path: Path) -> None:
     """Would catch: a killed run that a second start wipes, or goes on under other settings."""
     folder = tmp_path / "run"

@@ -15,6 +15,7 @@ from adaskip import cli
 from adaskip.backbone.inspect import inspect_backbone, twin
 from adaskip.bench import bench
 from adaskip.bench.forced import check_forced, different, force, spread_out
+from adaskip.bench.graph import Graph
 from adaskip.bench.many import many_cell
 from adaskip.bench.random_model import Size, random_subject
 from adaskip.bench.rounds import LEAST, interleave, ratio, spread
@@ -91,7 +92,9 @@ def test_routers_decide_as_they_are_made_to(image_tokens: int) -> None:
         check_forced(subject.routed.routing.keep, ~keep)
 
 
-@pytest.mark.parametrize(("backbone", "image_tokens"), [("llama", 0), ("mixtral", 0), ("llava", 9), ("qwen2_vl", 6)])
+@pytest.mark.parametrize(
+    ("backbone", "image_tokens"), [("llama", 0), ("mixtral", 0), ("llava", 9), ("qwen2_vl", 6), ("qwen2_5_vl", 6)]
+)
 def test_every_row_adds_up(backbone: str, image_tokens: int) -> None:
     subject = small(backbone, image_tokens)
     rows = bench(subject, [0.0, 0.5], [1, 3], ["uniform", "mixed"], new=2, budget=0)
@@ -123,7 +126,7 @@ def test_every_row_adds_up(backbone: str, image_tokens: int) -> None:
     json.dumps(rows)
 
 
-@pytest.mark.parametrize(("backbone", "image_tokens"), [("llama", 0), ("llava", 9), ("qwen2_vl", 6)])
+@pytest.mark.parametrize(("backbone", "image_tokens"), [("llama", 0), ("llava", 9), ("qwen2_vl", 6), ("qwen2_5_vl", 6)])
 def test_many_prompts_beside_their_paths_cut_out(backbone: str, image_tokens: int) -> None:
     subject = random_subject(backbone, SIZE, 9, 3, image_tokens, "all", "sdpa", torch.float32, CPU, seed=0)
     rows = bench(subject, [0.0, 0.5], [6], ["many"], new=2, budget=0, different=3)
@@ -361,3 +364,20 @@ def test_the_verb(capfd: pytest.CaptureFixture[str]) -> None:
     out, _ = capfd.readouterr()
     assert "effic" in out
     assert "decode" in out
+
+
+def test_a_graph_decodes_what_a_side_does() -> None:
+    """Over a static cache, and again after the first turn; on a CPU without the capture."""
+    subject = small()
+    inputs, keep = subject.batch(2), spread_out(4, 0.5, 2, "uniform")
+    side = ideal(subject, inputs, keep, 3).parts[0]
+    with torch.no_grad():
+        side.settle()
+        wanted = side.decode()
+    assert wanted is not None
+    graph = Graph(side.model, inputs, 3)
+    graph.settle()
+    for _ in range(2):
+        assert graph.decode_seconds() > 0
+        assert graph.logits is not None
+        assert torch.allclose(graph.logits, wanted, atol=1e-5)
