@@ -99,7 +99,7 @@ def test_the_batch_equals_one_of_plain_prompts() -> None:
     ]
     for batch in batches[1:]:
         for name in ("labels", "prompt_mask"):
-            assert torch.equal(batch[name], batches[0][name])
+            assert torch.equal(getattr(batch, name), getattr(batches[0], name))
         assert all(torch.equal(value, batches[0].inputs[name]) for name, value in batch.inputs.items())
 
 

@@ -66,6 +66,8 @@ def test_a_row_matches_when_each_scored_token_is_the_likeliest() -> None:
 
 def test_arguments_are_what_the_model_takes() -> None:
     batch, model = DATA[0], planted(1.0).eval()
+    for head in model.routers:
+        torch.nn.init.normal_(head.outer.weight)
     decided = []
     for given in ({"prompt_mask": batch.prompt_mask, "use_cache": False}, {}):
         model(**batch.inputs, **given)

@@ -95,7 +95,7 @@ def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, o
         options = {"suppress_tokens": first.unique().tolist()}
     model.backbone.generation_config.update(**options)
     batch_answered = answered(model, batch, 16, 0)
-    assert batch_answered["processors"]
+    assert batch_answered.processors
     for threshold in (-6.0, -5.5, -5.0, -4.5, -4.0, -3.0, -2.0, 0.0, 2.0):
         model.set_threshold(threshold)
         expected = by_generation(model, batch)
