@@ -51,7 +51,6 @@ from adaskip.bench.waits import count_waits
 from adaskip.errors import AdaSkipError
 from adaskip.runtime.measure import clock, peak_memory, timed
 from adaskip.training.fit import fit_from_bounds
-from adaskip.training.inputs import to_device
 from adaskip.training.objective import Fit
 from adaskip.training.tracking import environment, write_text
 
@@ -238,7 +237,7 @@ class Lab:
         model, inputs = self.fresh(), self.inputs()
         tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.5))
         with torch.no_grad(), model.dense():
-            dense = min(timed(lambda: [model(**batch["inputs"], use_cache=False) for batch in inputs])[1] for _ in "ab")
+            dense = min(timed(lambda: [model(**batch.inputs, use_cache=False) for batch in inputs])[1] for _ in "ab")
         took = timed(lambda: tuner.calibrate(inputs))[1]
         return [{"inputs": self.scale.priced, "prices_s": took, "dense_s": dense, "dense_passes": took / dense}]
 
@@ -255,18 +254,18 @@ class Lab:
         """Return the Llama under untrained routers, which keep everything."""
         return adaskip.attach(twin(self.model("llama").spec), adaskip.RouterConfig())
 
-    def inputs(self) -> list[dict[str, Any]]:
+    def inputs(self) -> list[adaskip.Batch]:
         """Return batches of four, of a quarter of a training row's length."""
         count = self.scale.priced // 4
-        return [to_device(self.answered(4, self.scale.trained[1] // 4, seed), self.device) for seed in range(count)]
+        return [self.answered(4, self.scale.trained[1] // 4, seed).to(self.device) for seed in range(count)]
 
-    def answered(self, rows: int, tokens: int, seed: int = 0) -> dict[str, Any]:
+    def answered(self, rows: int, tokens: int, seed: int = 0) -> adaskip.Batch:
         """Return random prompts whose last quarter is the answer."""
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(16, self.scale.llama.vocabulary, (rows, tokens), generator=draw)
         prompt = (torch.arange(tokens) < tokens - max(1, tokens // 4)).expand(rows, -1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return {"inputs": inputs, "labels": ids.masked_fill(prompt, -100), "prompt_mask": prompt, "kind": [""] * rows}
+        return adaskip.Batch(inputs, ids.masked_fill(prompt, -100), prompt, kind=[""] * rows)
 
 
 class Staying(adaskip.RouterTuner):
@@ -299,7 +298,7 @@ class Watch(lightning.Callback):
         """Look again."""
         self.steps.append(clock() - self.begun)
         with tuner.model.dense():
-            self.dense.append(timed(lambda: tuner.model(**batch["inputs"], use_cache=False))[1])
+            self.dense.append(timed(lambda: tuner.model(**batch.inputs, use_cache=False))[1])
 
 
 def describe(device: torch.device, scale: Scale) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 import adaskip
 from adaskip.plan import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.training.inputs import to_device
 from tests import families, tuning
 from tests.families import EAGER_ONLY, LAYERS, Toy
 from tests.routed_toys import spread
@@ -253,7 +252,7 @@ def test_routers_train(price: Any, precision: Any, tmp_path: Path) -> None:
 def test_a_profile_is_that_of_a_cpu() -> None:
     costs = []
     for device in ("cpu", DEVICE):
-        batches = [to_device(batch, torch.device(device)) for batch in tuning.DATA[:5]]
+        batches = [batch.to(torch.device(device)) for batch in tuning.DATA[:5]]
         layers = adaskip.profile(toy("llama", device).model, batches).to_dict()["layers"]
         costs.append([layer["functional"]["estimate"] for layer in layers])
     assert len(costs[0]) == LAYERS
