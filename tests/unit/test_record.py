@@ -10,7 +10,7 @@ from adaskip.batch import Batch, exact_match
 from adaskip.errors import ConfigError
 from adaskip.survey.record import Recorded, record
 from adaskip.theory.costs import predicted
-from tests import toys
+from tests import families, toys
 
 
 def prepared(name: str = "llama", group: str = "all", **options: bool) -> Recorded:
@@ -51,6 +51,22 @@ def test_a_rerun_gives_what_a_whole_pass_gives(name: str, group: str, routed: bo
         rate = recorded.model.routing.keep_rate
         assert logits.equal(whole(recorded, keep))
         assert rate.equal(recorded.model.routing.keep_rate)
+
+
+@torch.no_grad()
+def test_states_that_a_model_adds_to_between_layers_are_those_that_layers_got() -> None:
+    """qwen3_vl adds picture features to the states between its first layers."""
+    toy = families.make("qwen3_vl", "sdpa")
+    model = adaskip.attach(toy.model, plan=adaskip.SkipPlan(group="vision"))
+    inputs = toy.batch([7, 4])
+    real = inputs["attention_mask"].bool()
+    recorded = record(model, Batch(inputs, torch.where(real, inputs["input_ids"], -100), real))
+    between = [entered.equal(state) for entered, state in zip(recorded.entered, recorded.states, strict=False)]
+    assert between[0]
+    assert not all(between)
+    for layer in range(len(between)):
+        keep = recorded.skipping([layer])
+        torch.testing.assert_close(recorded.rerun(keep), whole(recorded, keep), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
