@@ -23,12 +23,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaskip import policies as policies
     from adaskip.batch import Batch as Batch
     from adaskip.errors import AdaSkipError as AdaSkipError
     from adaskip.generate.cut import cut as cut
-    from adaskip.plan import RouterConfig as RouterConfig
     from adaskip.plan import Routing as Routing
     from adaskip.plan import SkipPlan as SkipPlan
+    from adaskip.plan import Target as Target
+    from adaskip.policies.learned.config import RouterConfig as RouterConfig
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
     from adaskip.runtime.patch import detach as detach
@@ -49,10 +51,11 @@ _HOMES = {
     "Objective": "training.objective",
     "RoundBatches": "training.batches",
     "RoutedModel": "runtime.attach",
-    "RouterConfig": "plan",
+    "RouterConfig": "policies.learned.config",
     "RouterTuner": "training.module",
     "Routing": "plan",
     "SkipPlan": "plan",
+    "Target": "plan",
     "attach": "runtime.attach",
     "cut": "generate.cut",
     "detach": "runtime.patch",
@@ -62,6 +65,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "policies":
+        return import_module("adaskip.policies")
     if name not in _HOMES:
         raise AttributeError(f"module 'adaskip' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"adaskip.{_HOMES[name]}"), name)

@@ -4,46 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import FrozenInstanceError, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from operator import index
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from adaskip.errors import ConfigError, MissingAttributeError, did_you_mean
+from adaskip.errors import ConfigError, did_you_mean
 
 Scope = Literal["prompt", "token"]
 Unit = Literal["block", "attention", "mlp"]
 Group = Literal["all", "vision"]
 KV = Literal["absent", "kept"]
+Phase = Literal["both", "prefill", "decode"]
 Flags = tuple[bool, ...]
 """Decisions that Python knows: one a row."""
 KEEP_ALL = -1e9
 """A threshold below any logit: every layer runs."""
 
 
-@dataclass(frozen=True)
-class RouterConfig:
-    """What the routers decide and how they are built.
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What decisions speak of: whose, about what of a layer, for which tokens, and when.
 
     Args:
-        scope: ``prompt``: each layer's router looks at the prompt once, at prefill; generated tokens follow. ``token``:
-            it looks at every token's own state, and every token decides for itself.
+        scope: ``prompt``: each layer is decided once from the prompt, at prefill; generated tokens follow. ``token``:
+            every token decides for itself.
         unit: what is left out of a layer: the whole ``block``, only its ``attention``, or only its ``mlp``. A sublayer
             that is left out adds nothing to the states.
         group: the positions that leave the unit: ``all`` tokens of a row, or only its ``vision`` tokens.
-        kv: ``absent``: what skips an attention is not in it at all, so nothing can attend to it there. ``kept``: it is
-            not updated, but its keys and values are projected from the state that bypasses the layer, stored, and
-            attended to by what runs; for group ``vision`` or scope ``token``. A skipped ``mlp`` has keys as ever.
-        hidden: width of each router's hidden layer.
-        keep_bias: every router's logit before training; positive, so that training starts from the dense model.
-        threshold: a layer runs where its router's logit exceeds this value.
-        held: layers that run whatever their router says.
+        kv: ``absent``: what skips an attention has no keys there, so nothing can attend to it. ``kept``: it is not
+            updated, but its keys and values are projected from the state that bypasses the layer, stored, and attended
+            to by what runs; for group ``vision``, scope ``token`` or phase ``prefill``. A skipped ``mlp`` has keys as
+            ever.
+        phase: when the group leaves the unit. ``both``: while the prompt is read and in what is generated. ``prefill``:
+            only while the prompt is read; generated tokens run every layer. ``decode``: the prompt runs whole and
+            generated tokens skip. In training and in uncached passes the answer's tokens stand for the generated ones.
 
     Raises:
-        ConfigError: a value outside its set or range; all faults at once.
+        ConfigError: a value outside its set, or two that do not go together; all faults at once.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -52,73 +53,79 @@ class RouterConfig:
     unit: Unit = "block"
     group: Group = "all"
     kv: KV = "absent"
-    hidden: int = 64
-    keep_bias: float = 2.0
-    threshold: float = 0.0
-    held: tuple[int, ...] = ()
+    phase: Phase = "both"
 
     def __post_init__(self) -> None:
-        faults = _unknown(self)
-        faults += _convert(self, {"hidden": _count, "keep_bias": _number, "threshold": _number, "held": _layers})
-        if isinstance(self.hidden, int) and self.hidden < 1:
-            faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
-        if faults:
-            raise ConfigError("RouterConfig: " + "; ".join(faults))
-        _check_kv("RouterConfig", self.scope, self.unit, self.group, self.kv)
+        name = type(self).__name__
+        if faults := self._faults():
+            raise ConfigError(f"{name}: " + "; ".join(faults))
+        self._check_sound(name)
 
-    def __getattr__(self, name: str) -> Any:
-        """Say where the Hugging Face configuration is, to whoever takes ``model.config`` for it."""
-        raise AttributeError(name) if name.startswith("_") else MissingAttributeError("RouterConfig", name)
+    @property
+    def partial(self) -> bool:
+        """Whether some tokens of a row may run a layer that others of it leave."""
+        return self.scope == "token" or self.group == "vision" or self.phase != "both"
+
+    @property
+    def hides(self) -> bool:
+        """Whether tokens that run a layer miss the keys of others of their row that leave it."""
+        gone = self.group == "vision" or self.phase == "prefill"
+        return gone and self.kv == "absent" and self.unit != "mlp"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values."""
+        """Return plain JSON-ready values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RouterConfig:
-        """The inverse of `to_dict`; unknown keys are an error."""
-        valid = [f.name for f in fields(cls)]
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Make what `to_dict` described; unknown keys are an error."""
+        valid, name = [f.name for f in fields(cls)], cls.__name__
         if not isinstance(values, dict):
-            raise ConfigError(f"RouterConfig: expected a dictionary of fields, got {values!r}")
+            raise ConfigError(f"{name}: expected a dictionary of fields, got {values!r}")
         if unknown := [key for key in values if key not in valid]:
-            raise ConfigError(
-                "RouterConfig: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown)
-            )
+            raise ConfigError(f"{name}: " + "; ".join(f"{k}: no such field, {did_you_mean(k, valid)}" for k in unknown))
         return cls(**values)
 
+    def _faults(self) -> list[str]:
+        """Return a text for each value that is not in the set of its field."""
+        faults = []
+        for name, hint in get_type_hints(type(self)).items():
+            allowed, value = get_args(hint) if get_origin(hint) is Literal else (), getattr(self, name, None)
+            if allowed and value not in allowed:
+                hint = did_you_mean(str(value), allowed)
+                faults.append(f"{name}: expected {' | '.join(allowed)}, got {value!r}; {hint}")
+        return faults
 
-def _refuse_setting(config: RouterConfig, name: str, value: Any) -> None:
-    """Say the same to whoever sets on ``model.config`` what belongs to the Hugging Face configuration."""
-    if name in {f.name for f in fields(config)}:
-        raise FrozenInstanceError(f"cannot assign to field {name!r}; write dataclasses.replace(config, {name}=...)")
-    raise MissingAttributeError("RouterConfig", name)
+    def _convert(self, kinds: dict[str, Callable[[Any], Any]]) -> list[str]:
+        """Give fields their plain Python values; return a text for each that cannot be read."""
+        faults = []
+        for name, read in kinds.items():
+            try:
+                object.__setattr__(self, name, read(getattr(self, name)))
+            except (TypeError, ValueError) as error:
+                faults.append(f"{name}: {error}")
+        return faults
+
+    def _check_sound(self, where: str) -> None:
+        if self.kv == "kept" and self.unit == "mlp":
+            raise ConfigError(
+                f"{where}: kv='kept' says nothing for unit 'mlp', whose attention runs and keeps every key and value; "
+                "leave kv out"
+            )
+        if self.kv == "kept" and self.group == "all" and self.scope == "prompt" and self.phase != "prefill":
+            raise ConfigError(
+                f"{where}: kv='kept' is pure waste for group 'all' under scope 'prompt': all tokens of a row skip "
+                "together, so no query would ever read the keys; use kv='absent', group='vision', scope='token' or "
+                "phase='prefill'"
+            )
+        if self.group == "vision" and self.phase == "decode":
+            raise ConfigError(
+                f"{where}: phase='decode' with group='vision' skips nothing: generated tokens are text; "
+                "use group='all', or phase='both'"
+            )
 
 
-RouterConfig.__setattr__ = _refuse_setting  # type: ignore[assignment]  # a frozen dataclass may not define its own
-
-
-def _unknown(config: RouterConfig | SkipPlan) -> list[str]:
-    """Values that are not in the set of their field."""
-    faults = []
-    for name, hint in get_type_hints(type(config)).items():
-        allowed, value = get_args(hint) if get_origin(hint) is Literal else (), getattr(config, name, None)
-        if allowed and value not in allowed:
-            faults.append(f"{name}: expected {' | '.join(allowed)}, got {value!r}; {did_you_mean(str(value), allowed)}")
-    return faults
-
-
-def _convert(config: RouterConfig | SkipPlan, kinds: dict[str, Callable[[Any], Any]]) -> list[str]:
-    """Give fields their plain Python values; the text of those that cannot be read."""
-    faults = []
-    for name, read in kinds.items():
-        try:
-            object.__setattr__(config, name, read(getattr(config, name)))
-        except (TypeError, ValueError) as error:
-            faults.append(f"{name}: {error}")
-    return faults
-
-
-def _number(value: Any) -> float:
+def read_number(value: Any) -> float:
     """A finite float out of Python's, numpy's or a tensor's single number.
 
     Raises:
@@ -131,7 +138,7 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _count(value: Any) -> int:
+def read_count(value: Any) -> int:
     """An int out of Python's, numpy's or a tensor's single whole number.
 
     Raises:
@@ -146,11 +153,11 @@ def _count(value: Any) -> int:
     raise ValueError(f"expected an integer, got {value!r}")
 
 
-def _count_or_none(value: Any) -> int | None:
-    return None if value is None else _count(value)
+def read_count_or_none(value: Any) -> int | None:
+    return None if value is None else read_count(value)
 
 
-def _layers(values: Any) -> tuple[int, ...]:
+def read_layers(values: Any) -> tuple[int, ...]:
     """Numbers of layers, each once, in order.
 
     Raises:
@@ -160,35 +167,20 @@ def _layers(values: Any) -> tuple[int, ...]:
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"expected layer numbers such as [1, 3], got {values!r}")
     try:
-        return tuple(sorted({_count(value) for value in values}))
+        return tuple(sorted({read_count(value) for value in values}))
     except ValueError as error:
         raise ValueError(f"expected layer numbers such as [1, 3]; one of them: {error}") from None
 
 
-def _check_kv(where: str, scope: Scope, unit: Unit, group: Group, kv: KV) -> None:
-    if kv == "kept" and unit == "mlp":
-        raise ConfigError(
-            f"{where}: kv='kept' says nothing for unit 'mlp', whose attention runs and keeps every key and value; "
-            "leave kv out"
-        )
-    if kv == "kept" and group == "all" and scope == "prompt":
-        raise ConfigError(
-            f"{where}: kv='kept' is pure waste for group 'all' under scope 'prompt': all tokens of a row skip "
-            "together, so no query would ever read the keys; use kv='absent', group='vision' or scope='token'"
-        )
-
-
 @dataclass(frozen=True)
-class SkipPlan:
-    """A hand-written, input-independent choice of layers.
+class SkipPlan(Target):
+    """A choice of layers that is the same for every input.
 
     Args:
         skip: layers the group leaves out, counted from 0.
         enter: the group is absent from the first ``enter`` layers (late entry).
         leave: the group is absent after the first ``leave`` layers (early exit); ``None``: it stays to the end.
-        group: the positions the plan speaks of.
-        unit: what of a layer is left out, and
-        kv: what becomes of its keys and values, both as in `RouterConfig`.
+        group: the positions that leave, with ``unit``, ``kv`` and ``phase`` as in `Target`; its scope is ``prompt``.
 
     >>> SkipPlan.static([1, 3]).keep(5).tolist()
     [True, False, True, False, True]
@@ -196,34 +188,33 @@ class SkipPlan:
     [True, True, False, False]
     """
 
+    kind: ClassVar[str] = "static"
+
     skip: tuple[int, ...] = ()
     enter: int = 0
     leave: int | None = None
-    group: Group = "all"
-    unit: Unit = "block"
-    kv: KV = "absent"
 
-    def __post_init__(self) -> None:
-        faults = _unknown(self)
-        faults += _convert(self, {"skip": _layers, "enter": _count, "leave": _count_or_none})
-        if faults:
-            raise ConfigError("SkipPlan: " + "; ".join(faults))
-        _check_kv("SkipPlan", "prompt", self.unit, self.group, self.kv)
+    def _faults(self) -> list[str]:
+        faults = super()._faults()
+        faults += self._convert({"skip": read_layers, "enter": read_count, "leave": read_count_or_none})
+        if self.scope == "token":
+            faults.append("scope: expected prompt, got 'token'; a plan is the same for every token")
+        return faults
 
     @classmethod
-    def static(cls, skip: Iterable[int], group: Group = "all", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
+    def static(cls, skip: Iterable[int], group: Group = "all", **target: Any) -> SkipPlan:
         """Leave out exactly these layers."""
-        return cls(skip=skip, group=group, unit=unit, kv=kv)  # type: ignore[arg-type]
+        return cls(skip=skip, group=group, **target)  # type: ignore[arg-type]
 
     @classmethod
-    def late_entry(cls, layers: int, group: Group = "vision", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
+    def late_entry(cls, layers: int, group: Group = "all", **target: Any) -> SkipPlan:
         """Be absent from the first ``layers`` layers."""
-        return cls(enter=layers, group=group, unit=unit, kv=kv)
+        return cls(enter=layers, group=group, **target)
 
     @classmethod
-    def early_exit(cls, layers: int, group: Group = "vision", unit: Unit = "block", kv: KV = "absent") -> SkipPlan:
+    def early_exit(cls, layers: int, group: Group = "all", **target: Any) -> SkipPlan:
         """Be absent after the first ``layers`` layers."""
-        return cls(leave=layers, group=group, unit=unit, kv=kv)
+        return cls(leave=layers, group=group, **target)
 
     def keep(self, n_layers: int) -> Tensor:
         """bool (l): whether the group runs each layer.
@@ -264,7 +255,7 @@ class Routing:
 
     keep: Tensor  # bool (l b): row b's group runs layer l; scope token: bool (l b t), whether token t of it does
     group: Group
-    logits: Tensor | None = None  # float32, shaped like keep: the routers' outputs; None for a hand-written plan
+    logits: Tensor | None = None  # float32, shaped like keep: the routers' outputs; None where nothing gives any
     gates: Tensor | None = None  # float32 (l b): gates that carry the gradient, scope token: their means; None else
     tokens: Tensor | None = None  # bool (b t), scope token: the tokens that decide
     executed: Tensor | None = None  # float64 (b): decoder FLOPs really spent on each row
@@ -292,7 +283,7 @@ class Routing:
     def decided(self) -> Tensor:
         """float32 (n): the logits of all decisions of the request, in no order that matters."""
         if self.logits is None:
-            raise ConfigError("Routing.decided: a hand-written plan has no logits; attach with a RouterConfig")
+            raise ConfigError("Routing.decided: this policy decides without logits; attach with a RouterConfig")
         return self.logits.flatten() if self.tokens is None else self.logits[:, self.tokens].flatten()
 
     @property

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, did_you_mean
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective
 

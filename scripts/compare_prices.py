@@ -19,9 +19,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from adaskip.backbone.load import load_backbone
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.runtime.persist import load_backbone
 from adaskip.survey.calibration import Kind, price
 from adaskip.survey.firstorder import first_order_of
 from adaskip.survey.flips import survey_flips

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from adaskip.backbone.load import load_backbone, load_processor
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
-from adaskip.runtime.persist import load_backbone, load_processor
 from adaskip.survey.crossmodal import read_attention
 from adaskip.survey.firstorder import logit_tangent, score_products
 from adaskip.survey.record import record
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/notions.json"))
     options = parser.parse_args()
 
-    model = attach(load_backbone(options.model), plan=SkipPlan(group=options.group))
+    model = attach(load_backbone(options.model), SkipPlan(group=options.group))
     records = load_records(options.data, "validation", options.batch_size, 0)
     batch = next(iter(loader(records, Collator(load_processor(options.model)), options.batch_size)))
     inputs, tokens = batch.inputs, model.read_tokens(batch.inputs)

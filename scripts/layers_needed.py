@@ -18,7 +18,7 @@ from typing import Any
 
 from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.demo.digits import KINDS
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
 from adaskip.survey.search import Search
 from adaskip.training.data import Collator, load_records

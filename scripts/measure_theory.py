@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.demo.backbone import EMBEDDED, load
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.survey.record import record

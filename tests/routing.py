@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaskip.backbone.inspect import inspect_backbone
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
 from tests.families import IMAGE, LAYERS, Toy
@@ -31,8 +31,8 @@ def decide(model: RoutedModel) -> RoutedModel:
     """Give routers weights that make them differ."""
     torch.manual_seed(1)
     for head in model.routers:
-        nn.init.normal_(head.outer.weight, std=3.0)
-        nn.init.normal_(head.outer.bias, std=0.3)
+        for weight, spread in ((head.outer.weight, 3.0), (head.outer.bias, 0.3)):
+            weight.data.copy_(nn.init.normal_(torch.empty(weight.shape), std=spread))  # the same on every device
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import AdaSkipError
-from adaskip.routers.features import mean_weights, pool
+from adaskip.policies.learned.features import mean_weights, pool
 from adaskip.runtime.attach import RoutedModel
 
 Path = Literal["uniform", "mixed", "many"]
@@ -57,7 +57,7 @@ def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
         AdaSkipError: some router decides otherwise (two rows that look the same to it).
     """
     assert model.routers is not None
-    spec, threshold = model.spec, model.config.threshold
+    spec, threshold = model.spec, model.policy.threshold
     signs = torch.where(keep, _LOGIT, -_LOGIT).to(spec.device)
     seen: dict[int, Tensor] = {}
     if bool((keep != keep[:, :1]).any()):

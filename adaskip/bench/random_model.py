@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from adaskip.backbone.inspect import inspect_backbone, size_of, twin
 from adaskip.bench.subject import Subject
 from adaskip.errors import BackboneError, ConfigError, did_you_mean
-from adaskip.plan import Group, RouterConfig
+from adaskip.plan import Group
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
 
 IMAGE = 5

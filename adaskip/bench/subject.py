@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adaskip.backbone.inspect import BackboneSpec, inspect_backbone, twin
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 
 
@@ -55,12 +55,12 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
             )
         run = open_run(Path(target))
         processor, trained = run.processor, True
-        config, heads = run.model.config, run.model.routers
+        policy = run.model.policy
         spec = inspect_backbone(nn.Module.to(run.model.detach().requires_grad_(False), device))
-        routed = attach(twin(spec), config)
-        assert heads is not None
-        assert routed.routers is not None
-        routed.routers.load_state_dict(heads.state_dict())
+        routed = attach(twin(spec), type(policy).from_dict(policy.to_dict()))
+        routed.policy.load_state_dict(policy.state_dict())
+        routed.set_threshold(policy.threshold)
+        routed.hold(policy.held)
         records = split(run.recipe, "test")
     collate = Collator(processor, answers=False)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
     Args:
         model: blocks of which whole rows leave out (unit ``block``, group ``all``).
         path: whether each layer runs: a `SkipPlan`, an answer's ``path``, a column of ``model.routing.keep``;
-            None: the plan that the model was attached with.
+            None: the one that the model's policy knows beforehand, such as a plan's.
 
     Raises:
         ConfigError: no such path, or one that leaves more of a layer than nothing.
@@ -61,14 +60,15 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
 def _path(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None) -> Tensor:
     """bool (l)."""
     runtime, layers = model.runtime, len(model.spec.layers)
-    path = model.plan if path is None else path
+    if path is None and runtime.known is not None:
+        path = runtime.known
     if path is None:
         raise ConfigError("cut: routers choose a path for every prompt; say which, such as path=answer.path")
-    decides: Any = path if isinstance(path, SkipPlan) else runtime
-    if (decides.unit, decides.group) != ("block", "all"):
+    target = path if isinstance(path, SkipPlan) else model.target
+    if (target.unit, target.group, target.phase) != ("block", "all", "both"):
         raise ConfigError(
-            f"cut: with unit {decides.unit!r} and group {decides.group!r} a part of every layer still runs, so none "
-            "can be cut out; expected unit 'block' and group 'all'"
+            f"cut: with unit {target.unit!r}, group {target.group!r} and phase {target.phase!r} a part of every layer "
+            "still runs, so none can be cut out; expected unit 'block', group 'all' and phase 'both'"
         )
     if isinstance(path, SkipPlan):
         return path.keep(layers)

@@ -43,8 +43,8 @@ def join(parts: list[Part]) -> SkipCache:
     )
     ledgers = [_tokens(part, whole.length) for part in parts]
     assert first.ledger is not None
-    chunk = torch.cat([text for text, _ in ledgers]), torch.cat([vision for _, vision in ledgers])
-    whole.ledger = Ledger(first.ledger.group, [chunk])
+    chunk = torch.cat([always for always, _ in ledgers]), torch.cat([routed for _, routed in ledgers])
+    whole.ledger = Ledger(first.ledger.routes_answers, [chunk])
     whole.note()
     return whole
 
@@ -96,7 +96,7 @@ def _moved(places: Tensor | None, keys: Tensor, part: Part, width: int, length: 
 
 
 def _tokens(part: Part, length: int) -> tuple[Tensor, Tensor]:
-    """bool (r length) each: the text and the vision tokens of a part's rows."""
+    """bool (r length) each: the tokens of a part's rows that always run, and those that are routed."""
     ledger = part.cache.ledger
     assert ledger is not None
     masks = []

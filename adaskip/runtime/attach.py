@@ -1,11 +1,11 @@
-"""Attach routers to a Hugging Face model, and the handle that owns them."""
+"""Attach a policy to a Hugging Face model, and the handle that owns it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from adaskip.backbone.inspect import BackboneSpec, Tokens, inspect_backbone, read_tokens
 from adaskip.errors import BackboneError, ConfigError
-from adaskip.plan import KEEP_ALL, RouterConfig, Routing, SkipPlan
-from adaskip.routers.heads import build_heads
+from adaskip.plan import KEEP_ALL, Routing, Target, read_layers, read_number
+from adaskip.policy import Policy, Settings, as_policy
 from adaskip.runtime.arguments import name_arguments
 from adaskip.runtime.cost import Flops, Ledger
 from adaskip.runtime.fingerprint import describe_unreadable
@@ -24,6 +24,7 @@ from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
 from adaskip.runtime.options import Mode, Observer
 from adaskip.runtime.patch import MARK, Patches, unwrap
+from adaskip.runtime.persist import read_saved, restore, save
 from adaskip.runtime.trial import try_tokens
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class RoutedModel(Handle):
-    """A frozen Hugging Face model with a router on every decoder layer.
+    """A frozen Hugging Face model whose decoder layers follow a policy.
 
     ``backbone`` is the Hugging Face object itself, still of its own class: calling it, its ``generate``, hooks and
     everything else that takes a PreTrainedModel work on it and follow the routing. Made by `attach` or
@@ -40,20 +41,30 @@ class RoutedModel(Handle):
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
     skipped work is really left out. Threads and tasks may share a model: `dense` and the like hold for the thread or
     task that enters them, `routing` is of the thread that reads it; all share weights, ``train()`` and `set_threshold`.
-    ``facts`` are figures measured on these routers; the model card shows them.
+    ``policy`` is what was attached, and ``target`` what its decisions speak of.
+    ``facts`` are figures measured with it; the model card shows them.
     ``certificate`` is what `adaskip calibrate` proved about the threshold, or None.
     """
 
-    def __init__(self, spec: BackboneSpec, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None):
+    def __init__(self, spec: BackboneSpec, policy: Policy):
         super().__init__(spec)
-        self.routers = heads
-        self.config = config
-        self.plan = plan
-        self.runtime = Runtime(spec, config, heads, plan)
+        self.policy = policy
+        self.runtime = Runtime(spec, policy)
         self.facts: dict[str, Any] = {}
         self.certificate: dict[str, Any] | None = None
         self.patches = Patches(spec.model)
         self.patches.install(self.runtime)
+
+    @property
+    def target(self) -> Target:
+        """What decisions speak of."""
+        return self.policy.target
+
+    @property
+    def routers(self) -> nn.ModuleList | None:
+        """The learned policy's heads, one a layer; None under another policy."""
+        heads = getattr(self.policy, "heads", None)
+        return heads if isinstance(heads, nn.ModuleList) else None
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -201,21 +212,19 @@ class RoutedModel(Handle):
         """bool (b t): the tokens of the request under way that the routing speaks of; for observers."""
         if self.runtime.request is None:
             raise ConfigError("group_mask: no request is under way; call it from an observer")
-        tokens = self.runtime.request.tokens
-        return tokens.valid if self.runtime.group == "all" or tokens.vision is None else tokens.vision
+        request = self.runtime.request
+        return request.tokens.valid if request.routed is None else request.routed
 
     def train(self, mode: bool = True) -> RoutedModel:
-        """Only the routers train; the frozen backbone stays in ``eval()``."""
+        """Only the policy trains; the frozen backbone stays in ``eval()``."""
         self.training = mode
-        if self.routers is not None:
-            self.routers.train(mode)
+        self.policy.train(mode)
         self.backbone.eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> RoutedModel:
-        """Only the routers' gradients: the backbone stays frozen; ``model.backbone.requires_grad_()`` is its own."""
-        if self.routers is not None:
-            self.routers.requires_grad_(requires_grad)
+        """Only the policy's gradients: the backbone stays frozen; ``model.backbone.requires_grad_()`` is its own."""
+        self.policy.requires_grad_(requires_grad)
         return self
 
     def _given(self, routing: Routing | Tensor | None) -> Tensor | None:
@@ -235,25 +244,35 @@ class RoutedModel(Handle):
         return "soft" if self.training and torch.is_grad_enabled() else "skip"
 
     def set_threshold(self, threshold: float) -> None:
-        """Run a layer where its router's logit exceeds ``threshold``; saved with the routers, voids a certificate."""
-        self.config = self.runtime.config = replace(self.config, threshold=threshold)
+        """Run a layer where its router's logit exceeds ``threshold``; saved with the policy, voids a certificate.
+
+        Raises:
+            ConfigError: no finite number.
+        """
+        try:
+            self.policy.threshold = read_number(threshold)
+        except ValueError as error:
+            raise ConfigError(f"threshold: {error}") from None
         self.certificate = None
 
     def hold(self, layers: Iterable[int]) -> None:
-        """Run exactly these layers whatever their routers say; saved with the routers, voids a certificate.
+        """Run exactly these layers whatever the policy says; saved with it, voids a certificate.
 
         Raises:
             ConfigError: a layer the model does not have.
         """
-        config = replace(self.config, held=layers)  # type: ignore[arg-type]
-        _check_held(config, len(self.spec.layers))
-        self.config = self.runtime.config = config
+        try:
+            held = read_layers(layers)
+        except ValueError as error:
+            raise ConfigError(f"held: {error}") from None
+        _check_held(held, len(self.spec.layers))
+        self.policy.held = held
         self.certificate = None
 
     # -- life --------------------------------------------------------------------------------------------------------
 
     def detach(self) -> PreTrainedModel:
-        """Take the routers off and return the model as it was: forwards, gradients asked for, training mode.
+        """Take the policy off and return the model as it was: forwards, gradients asked for, training mode.
 
         What somebody has changed since, such as adapters put in and what trains with them, stays as it is.
         """
@@ -268,9 +287,7 @@ class RoutedModel(Handle):
             )
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the routers only: ``adaskip_config.json``, ``router.safetensors`` and a model card."""
-        from adaskip.runtime.persist import save
-
+        """Write the policy only: ``adaskip_config.json``, ``router.safetensors`` and a model card."""
         return save(self, folder)
 
     @classmethod
@@ -282,7 +299,7 @@ class RoutedModel(Handle):
         strict: bool = True,
         **load: Any,
     ) -> RoutedModel:
-        """Load routers and attach them to the backbone they were trained on.
+        """Load a policy, whichever it is, and attach it to the backbone it was saved with.
 
         Args:
             folder: what `save_pretrained` wrote. Folder and backbone may be given in either order, so that PEFT's
@@ -296,85 +313,72 @@ class RoutedModel(Handle):
             BackboneError: the backbone is not the one the routers belong to; says what differs.
             ConfigError: no folder is given, or options to load a backbone that is loaded already.
         """
-        from adaskip.runtime.persist import load as load_routers
-
-        return load_routers(folder, backbone, strict=strict, options=load)
+        saved = read_saved(folder, backbone, load)
+        model = build(saved.backbone, saved.policy, 0)
+        try:
+            restore(saved, model, strict)
+        except BaseException:  # whatever it is, the model is handed back as it was
+            model.detach()
+            raise
+        return model
 
     def extra_repr(self) -> str:
         """Layers, and what of them is routed."""
-        runtime = self.runtime
-        what = f"scope={self.config.scope}, unit={runtime.unit}, group={runtime.group}, kv={runtime.kv}"
-        return f"layers={len(self.spec.layers)}, {what}"
+        said = ", ".join(f"{field.name}={getattr(self.target, field.name)}" for field in fields(Target))
+        return f"layers={len(self.spec.layers)}, {said}"
 
 
-def _check_held(config: RouterConfig, layers: int) -> None:
-    if wrong := [layer for layer in config.held if not 0 <= layer < layers]:
+def _check_held(held: tuple[int, ...], layers: int) -> None:
+    if wrong := [layer for layer in held if not 0 <= layer < layers]:
         raise ConfigError(f"held: expected layers 0 to {layers - 1}, got {', '.join(map(str, wrong))}")
 
 
-def attach(
-    model: PreTrainedModel, config: RouterConfig | None = None, *, plan: SkipPlan | None = None, seed: int = 0
-) -> RoutedModel:
-    """Put one router on every decoder layer, or follow a hand-written plan.
+def attach(model: PreTrainedModel, policy: Policy | Settings | None = None, *, seed: int = 0) -> RoutedModel:
+    """Let a policy decide which layers run: routers to be trained, a plan, or any other.
 
     The backbone is frozen, nothing of it is copied, and everything is checked before the first layer is touched.
 
     Args:
         model: any Hugging Face causal language or image-text-to-text model; of a PEFT model, the one inside is taken,
             and calling the PEFT model follows the routing too.
-        config: what the routers decide; default `RouterConfig()`. Not together with ``plan``.
-        plan: a static choice of layers; needs no router.
-        seed: of the routers' initial weights.
+        policy: a `RouterConfig` (default: ``RouterConfig()``, one router a layer), a `SkipPlan`, or a `Policy`.
+        seed: of the initial weights of what is to be trained.
 
     Raises:
         BackboneError: the model cannot be routed, or already is.
-        ConfigError: config and plan contradict one another or the model.
+        ConfigError: the policy contradicts itself or the model.
     """
-    routed = build(model, config, plan, seed)
-    if routed.routers is not None and (text := describe_unreadable(routed.spec)):
+    routed = build(model, policy, seed)
+    if next(routed.policy.parameters(), None) is not None and (text := describe_unreadable(routed.spec)):
         warnings.warn(text, stacklevel=2)
     return routed
 
 
-def build(model: PreTrainedModel, config: RouterConfig | None, plan: SkipPlan | None, seed: int) -> RoutedModel:
+def build(model: PreTrainedModel, policy: Policy | Settings | None, seed: int) -> RoutedModel:
     """Do what `attach` says, silently."""
-    _check_decides(config, plan)
+    policy = as_policy(policy)
     if isinstance(model, RoutedModel):
         raise BackboneError("this RoutedModel carries adaskip already; attach anew with adaskip.attach(model.detach())")
     model = unwrap(model)
-    config = config or RouterConfig()
     if getattr(model, MARK, None) is not None:
         raise BackboneError(
             f"{type(model).__name__} already carries adaskip; call detach() on its RoutedModel first, or, if there is "
             "none, as for a copy, adaskip.detach(model)"
         )
-    decides = config if plan is None else plan
-    backbone, group = inspect_backbone(model, decides.unit, decides.kv), decides.group
-    _check_held(config, len(backbone.layers))
-    if group == "vision" and not backbone.vision_ids:
+    target = policy.target
+    spec = inspect_backbone(model, target.unit, target.kv)
+    _check_held(policy.held, len(spec.layers))
+    if target.group == "vision" and not spec.vision_ids:
         raise BackboneError(
             f"group 'vision': {type(model).__name__} has no vision tokens in its sequence "
             "(its config names no image_token_id); use group='all'"
         )
-    heads = None
-    if plan is None:
-        kinds = 2 if backbone.vision_ids and config.scope == "prompt" else 1
-        heads = build_heads(len(backbone.layers), backbone.width, kinds, config.hidden, config.keep_bias, seed)
-        heads.to(backbone.device)
-    routed = RoutedModel(backbone, config, heads, plan)
-    if config.scope == "token" or decides.kv == "kept":
+    policy.build(spec, seed)
+    routed = RoutedModel(spec, policy)
+    if target.scope == "token" or target.kv == "kept" or target.phase != "both":
         try:
             try_tokens(routed)
         except BaseException:  # an interrupt too must leave the model as it was
             routed.detach()
             raise
     return routed.eval()
-
-
-def _check_decides(config: RouterConfig | None, plan: SkipPlan | None) -> None:
-    if plan is not None and config is not None:
-        raise ConfigError("attach: expected a RouterConfig or a plan, got both; a plan needs no routers")
-    for name, value, kind in (("config", config, RouterConfig), ("plan", plan, SkipPlan)):
-        if not isinstance(value, kind | None):
-            hint = "; write attach(model, plan=plan)" if isinstance(value, SkipPlan) else ""
-            raise ConfigError(f"attach: {name}: expected a {kind.__name__}, got {type(value).__name__}{hint}")

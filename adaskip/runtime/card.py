@@ -1,19 +1,22 @@
-"""The model card of saved routers."""
+"""The model card of a saved policy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from adaskip.plan import Target
 
-def write_card(meta: dict[str, Any], parameters: int) -> str:
+
+def write_card(meta: dict[str, Any], target: Target, parameters: int) -> str:
     """The card's text.
 
     Args:
         meta: the configuration beside it.
-        parameters: of all routers.
+        target: what the policy's decisions speak of.
+        parameters: of the policy.
     """
-    backbone, router = meta["backbone"], meta["router"]
+    backbone, policy = meta["backbone"], meta["policy"]
     # a card is for others, to whom a folder of this machine says nothing
     base = Path(backbone["name"]).name if Path(backbone["name"]).is_absolute() else backbone["name"]
     facts = (
@@ -22,13 +25,13 @@ def write_card(meta: dict[str, Any], parameters: int) -> str:
     return f"""---
 library_name: adaskip
 base_model: {base}
-tags: [layer-skipping, router]
+tags: [layer-skipping, {policy["kind"]}]
 ---
 
-# Layer-skipping routers for {base}
+# Layer-skipping {"routers" if policy["kind"] == "learned" else "policy"} for {base}
 
-One small router per decoder layer ({parameters:,} parameters in all) decides {_decides(router)} may leave out,
-of each of the {backbone["layers"]} layers: {_UNITS[router["unit"]]}.
+{_who(policy, parameters)} decides {_decides(target)} may leave out,
+of each of the {backbone["layers"]} layers: {_UNITS[target.unit]}{_WHEN[target.phase]}.
 The backbone is not in this folder and is not changed.
 
 ```python
@@ -38,7 +41,8 @@ model = adaskip.RoutedModel.from_pretrained("path/to/this/folder")
 ```
 
 Backbone: `{backbone["class"]}`, {backbone["layers"]} layers, width {backbone["width"]}; digest `{backbone["weights"]}`.
-Group `{router["group"]}`, scope `{router["scope"]}`, unit `{router["unit"]}`, keys and values `{router["kv"]}`.
+Group `{target.group}`, scope `{target.scope}`, unit `{target.unit}`, keys and values `{target.kv}`,
+phase `{target.phase}`.
 
 ## Measured
 
@@ -51,10 +55,21 @@ Made with adaskip {meta["adaskip"]}.
 _UNITS = {"block": "all of it", "attention": "its attention", "mlp": "its MLP"}
 
 
-def _decides(router: dict[str, Any]) -> str:
-    vision = router["group"] == "vision"
-    if router["scope"] == "token":
+_WHEN = {"both": "", "prefill": ", while the prompt is read", "decode": ", while the answer is generated"}
+
+
+def _who(policy: dict[str, Any], parameters: int) -> str:
+    if policy["kind"] == "learned":
+        return f"One small router per decoder layer ({parameters:,} parameters in all)"
+    return f"A policy of the kind `{policy['kind']}` ({parameters:,} parameters)"
+
+
+def _decides(target: Target) -> str:
+    vision = target.group == "vision"
+    if target.scope == "token":
         return f"what each {'vision token' if vision else 'token'}"
+    if target.phase == "decode":
+        return "from the prompt what the answer's tokens"
     return f"from the prompt what the {'vision tokens' if vision else 'whole sequence'}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaskip.backbone.inspect import BackboneSpec
 from adaskip.backbone.work import Work
-from adaskip.plan import KV, Group, Routing, Unit
+from adaskip.plan import KV, Routing, Unit
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,24 @@ class Ledger:
     What a rollback took back, as assisted generation does with refused candidates, is no part of it.
     """
 
-    group: Group
-    chunks: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # which are text, and vision: bool (b t) each
-    decoded: int = 0  # single text tokens after the last chunk
+    routes_answers: bool  # whether decisions speak of generated tokens
+    chunks: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # bool (b t) each: who always runs, who is routed
+    decoded: int = 0  # single generated tokens after the last chunk
     heads: int = 0  # positions of each row whose logits were computed
     held: tuple[Slots, ...] | None = None  # what each layer of the cache holds; None without a cache
 
-    def add(self, valid: Tensor, vision: Tensor | None) -> None:
-        """Record a chunk of (b t) token masks; a chunk of one position costs nothing to record."""
-        if valid.shape[1] == 1 and self.chunks:
+    def add(self, valid: Tensor, routed: Tensor | None, answering: bool) -> None:
+        """Record a chunk: its real tokens (b t), those that decisions speak of (None: all), whether it is generated.
+
+        A single generated token costs nothing to record.
+        """
+        if answering and valid.shape[1] == 1 and self.chunks:
             self.decoded += 1
             return
         self.chunks.extend(self._singles())
         self.decoded = 0
-        seen = vision if vision is not None else torch.zeros_like(valid)
-        self.chunks.append((valid & ~seen, valid & seen))
+        routed = valid if routed is None else valid & routed
+        self.chunks.append((valid & ~routed, routed))
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` positions."""
@@ -134,20 +137,23 @@ class Ledger:
         singles = min(count, self.decoded)
         self.decoded, count = self.decoded - singles, count - singles
         while count:
-            text, vision = self.chunks.pop()
-            left = text.shape[1] - count
+            always, routed = self.chunks.pop()
+            left = always.shape[1] - count
             if left > 0 or not self.chunks:
-                self.chunks.append((text[:, : max(left, 0)], vision[:, : max(left, 0)]))
+                self.chunks.append((always[:, : max(left, 0)], routed[:, : max(left, 0)]))
                 return
             count = -left
 
     def _singles(self) -> list[tuple[Tensor, Tensor]]:
-        one = [(text.new_ones(len(text), 1), text.new_zeros(len(text), 1)) for text, _ in self.chunks[:1]]
-        return one * self.decoded
+        if not self.decoded:
+            return []
+        first, _ = self.chunks[0]
+        yes, no = first.new_ones(len(first), 1), first.new_zeros(len(first), 1)
+        return [(no, yes) if self.routes_answers else (yes, no)] * self.decoded
 
     def select(self, rows: Tensor) -> None:
         """Follow a reordering of the batch."""
-        self.chunks = [(text[rows], vision[rows]) for text, vision in self.chunks]
+        self.chunks = [(always[rows], routed[rows]) for always, routed in self.chunks]
 
     def kv_bytes(self) -> Tensor | None:
         """long (b): bytes of the keys and values that each row holds in the cache; None without a cache."""
@@ -178,13 +184,11 @@ class Ledger:
         place, past, past_ran = 0, *[torch.zeros(len(self.chunks[0][0]), dtype=torch.long)] * 2
         run = torch.zeros(*cost.token.shape, len(past), dtype=torch.float64)
         left = torch.zeros_like(run)
-        for text, vision in [*self.chunks, *self._singles()]:
-            both = (text | vision).sum(1).cpu()
-            ran = text.sum(1).cpu() if self.group == "vision" else torch.zeros_like(both)
+        for always, routed in [*self.chunks, *self._singles()]:
+            both, ran = (always | routed).sum(1).cpu(), always.sum(1).cpu()
             if keep is not None:
-                group = vision if self.group == "vision" else text | vision
-                ran = ran + (keep[..., place : place + group.shape[1]] & group).sum(-1).cpu()
+                ran = ran + (keep[..., place : place + routed.shape[1]] & routed).sum(-1).cpu()
             run += cost.chunk(both, past)
             left += cost.skipped(ran, both, past_ran, past)
-            place, past, past_ran = place + text.shape[1], past + both, past_ran + ran
+            place, past, past_ran = place + always.shape[1], past + both, past_ran + ran
         return run, left

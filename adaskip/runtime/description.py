@@ -1,4 +1,4 @@
-"""`adaskip_config.json`: what stands beside a router's weights, read with every fault told in words."""
+"""`adaskip_config.json`: what stands beside a policy's weights, read with every fault told in words."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import RouterConfig
+from adaskip.plan import read_layers, read_number
+from adaskip.policy import Policy, find
 
 CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"
-FORMAT = 2
+FORMAT = 3
+"""1 and 2 knew routers only; 1 named its backbone by a hash."""
 
 _BACKBONE: dict[str, type] = {
     "name": str,
@@ -21,13 +23,13 @@ _BACKBONE: dict[str, type] = {
     "width": int,
     "vocabulary": int,
 }
-_BY_FORMAT: dict[int, dict[str, type]] = {1: {"weights": str}, 2: {"quantised": bool}}
-_FREE = ("threshold", "held")
+_BY_FORMAT: dict[int, dict[str, type]] = {1: {"weights": str}, 2: {"quantised": bool}, 3: {"quantised": bool}}
+_FREE: dict[str, Any] = {"threshold": 0.0, "held": []}
 """Settings that may be changed after training, in the file too."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of saved routers.
+    """The configuration of a saved policy.
 
     Raises:
         CheckpointError: the folder holds none, or a damaged one.
@@ -51,18 +53,67 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: format {number}, this adaskip reads formats 1 to {FORMAT}; upgrade adaskip")
     if faults := _faults(meta):
         raise CheckpointError(f"{path}: damaged ({'; '.join(faults)}); export the routers again")
-    if meta.get("trained") not in (None, sign(meta["router"])):
+    if meta.get("trained") not in (None, sign(_described(meta), meta["format"])):
+        name = "policy" if meta["format"] == FORMAT else "router"
         raise CheckpointError(
-            f"{path}: router: changed since the routers were trained; of it only {' and '.join(_FREE)} may be "
-            "changed by hand; take back the change, or export the routers again"
+            f"{path}: {name}: changed since the routers were trained; of it only {' and '.join(_FREE)} may be changed "
+            "by hand; take back the change, or export the routers again"
         )
     return meta
 
 
-def sign(router: dict[str, Any]) -> str:
-    """A hash of those settings without which the weights mean something else."""
-    values = {name: value for name, value in RouterConfig.from_dict(router).to_dict().items() if name not in _FREE}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def describe_policy(policy: Policy) -> dict[str, Any]:
+    """Return what brings a policy back, but for its weights: ``kind``, ``settings``, ``threshold``, ``held``.
+
+    Raises:
+        ConfigError: `find` would not know its kind, or JSON cannot hold its settings.
+    """
+    if not policy.kind or find(policy.kind) is not type(policy):
+        raise ConfigError(
+            f"save_pretrained: {type(policy).__name__} is no registered policy, so it could not be brought back; give "
+            "it a kind and decorate the class with @adaskip.policies.register"
+        )
+    settings = policy.to_dict()
+    try:
+        settings = json.loads(json.dumps(settings))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"save_pretrained: {type(policy).__name__}.to_dict(): JSON cannot hold it ({error})"
+        ) from None
+    return {"kind": policy.kind, "settings": settings, "threshold": policy.threshold, "held": list(policy.held)}
+
+
+def read_policy(meta: dict[str, Any]) -> Policy:
+    """Return the policy that a configuration describes, without its weights.
+
+    Raises:
+        ConfigError: no such kind, or settings that it does not take.
+    """
+    described = _described(meta)
+    policy = find(described["kind"]).from_dict(described["settings"])
+    policy.threshold, policy.held = read_number(described["threshold"]), read_layers(described["held"])
+    return policy
+
+
+def _described(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the policy's description, of an old file too."""
+    if meta["format"] == FORMAT:
+        policy: dict[str, Any] = meta["policy"]
+        return policy
+    values = dict(meta["router"])
+    free = {name: values.pop(name, default) for name, default in _FREE.items()}
+    return {"kind": "learned", "settings": values, **free}
+
+
+def sign(policy: dict[str, Any], number: int = FORMAT) -> str:
+    """Return a hash of those settings without which the weights mean something else, as files of a format have it."""
+    settings = find(policy["kind"]).from_dict(policy["settings"]).to_dict()
+    if number < 3:
+        settings.pop("phase", None)  # there was one only
+        kept = settings
+    else:
+        kept = {"kind": policy["kind"], "settings": settings}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _faults(meta: Any) -> list[str]:
@@ -82,10 +133,15 @@ def _faults(meta: Any) -> list[str]:
             for name, kind in (_BACKBONE | _BY_FORMAT[number]).items()
             if type(backbone.get(name)) is not kind
         ]
+    name = "policy" if number == FORMAT else "router"
     try:
-        RouterConfig.from_dict(meta.get("router"))  # type: ignore[arg-type]
-    except ConfigError as error:
-        faults.append(f"router: {error}")
+        if not isinstance(meta.get(name), dict):
+            raise ConfigError(f"expected an object, got {meta.get(name)!r}")
+        if missing := {"kind", "settings", "threshold", "held"} - meta[name].keys() if number == FORMAT else ():
+            raise ConfigError(f"no {', '.join(sorted(missing))}")
+        read_policy(meta)
+    except (ConfigError, ValueError) as error:
+        faults.append(f"{name}: {error}")
     for name in ("facts", "certificate"):
         if not isinstance(meta.get(name), dict | None):
             faults.append(f"{name}: expected an object, got {meta[name]!r}")

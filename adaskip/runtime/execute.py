@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from adaskip.plan import KV, Flags, Group, Unit
+from adaskip.plan import Flags, Target, Unit
 from adaskip.runtime.cache import KeptLayer, Projected, SkipCache, SkipLayer
 from adaskip.runtime.request import Request
 from adaskip.runtime.segment import MASKS, WHOLE, Segment, cut, hide_keys, take
@@ -30,21 +30,22 @@ class Executor:
     Args:
         index: the decoder layer.
         unit: what the module is. What leaves a block goes on as it was; what leaves a sublayer gets nothing added.
-        group: the positions that decisions speak of.
-        kv: what becomes of the keys and values of what leaves.
+        target: what the decisions speak of.
         outputs: what the module returns: a tensor (0), or a tuple of this many.
         cache_name: the argument by which it receives the cache.
     """
 
     def __init__(
-        self, index: int, unit: Unit, group: Group, kv: KV, outputs: int, cache_name: str = "past_key_values"
+        self, index: int, unit: Unit, target: Target, outputs: int, cache_name: str = "past_key_values"
     ) -> None:
-        self.index, self.unit, self.group, self.kv = index, unit, group, kv
+        self.index, self.unit, self.kv, self.hides = index, unit, target.kv, target.hides
         self.outputs, self.cache_name = outputs, cache_name
 
     def execute(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], decision: Any) -> Any:
         """What the module returns under a decision: gates (b) or (b t) while training, else who keeps."""
-        return (self.soft if request.mode == "soft" else self.skip)(request, call, states, named, decision)
+        if request.mode == "soft":
+            return self.soft(request, call, states, named, decision)
+        return self.skip(request, call, states, named, decision)
 
     def soft(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], gate: Tensor) -> Any:
         """``lerp(left, run, gate)``: both branches are computed, so the gate's gradient is their exact difference."""
@@ -55,12 +56,12 @@ class Executor:
         out = call(states, **named)
         left = self._left(states)
         weight = rearrange(gate, "b t -> b t 1") if by_token else rearrange(gate, "b -> b 1 1")
-        if not by_token and self.group == "vision" and (self.unit == "mlp" or self.kv == "kept"):
-            assert request.tokens.vision is not None
-            vision = rearrange(request.tokens.vision, "b t -> b t 1")
-            weight = torch.where(vision, weight, 1.0)  # what vision does here is no other token's business
-        elif not by_token and self.group == "vision":
-            left, _ = self._run_segment(request, call, states, named, _text(request), left)
+        if not by_token and request.routed is not None:
+            # what these tokens do is no business of the others, unless their keys are gone for those
+            weight = torch.where(rearrange(request.routed, "b t -> b t 1"), weight, 1.0)
+            if self.hides:
+                weight = rearrange(gate, "b -> b 1 1")
+                left, _ = self._run_segment(request, call, states, named, _others(request), left)
         run = states_of(out)  # of another precision than the states where autocast runs a sublayer
         mixed = torch.lerp(left.to(run.dtype), run, weight.to(run.dtype))
         return (mixed, *out[1:]) if isinstance(out, tuple | list) else mixed
@@ -98,13 +99,13 @@ class Executor:
         self, request: Request, flags: Flags, device: torch.device
     ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
         """What runs where these rows keep, and what only has its keys kept; the same objects for the same flags."""
-        if all(flags) or (self.group == "vision" and not request.has_vision):
+        if all(flags) or not request.has_routed:
             return (WHOLE,), ()
         if flags not in request.memo:
             kept, skipped = _rows(request, flags, device) if any(flags) else (None, None)
-            text = () if self.group == "all" else (_text(request, skipped),)
-            left = (_vision(request, skipped),) if self.kv == "kept" else ()
-            request.memo[flags] = (text if kept is None else (kept, *text)), left
+            others = () if request.routed is None else (_others(request, skipped),)
+            left = (_routed(request, skipped),) if self.kv == "kept" else ()
+            request.memo[flags] = (others if kept is None else (kept, *others)), left
         parts: tuple[tuple[Segment, ...], tuple[Segment, ...]] = request.memo[flags]
         return parts
 
@@ -205,16 +206,15 @@ def _rows(request: Request, flags: Flags, device: torch.device) -> tuple[Segment
     return known[flags]
 
 
-def _text(request: Request, rows: Tensor | None = None) -> Segment:
-    """The real text positions of the given rows."""
-    tokens = request.tokens
-    return _marked(request, "text", tokens.valid if tokens.vision is None else tokens.valid & ~tokens.vision, rows)
+def _others(request: Request, rows: Tensor | None = None) -> Segment:
+    """The real positions of the given rows that decisions do not speak of."""
+    assert request.routed is not None
+    return _marked(request, "others", request.tokens.valid & ~request.routed, rows)
 
 
-def _vision(request: Request, rows: Tensor | None = None) -> Segment:
-    """The vision positions of the given rows."""
-    assert request.tokens.vision is not None
-    return _marked(request, "vision", request.tokens.vision, rows)
+def _routed(request: Request, rows: Tensor | None) -> Segment:
+    """The positions of the given rows that decisions speak of."""
+    return _marked(request, "routed", request.tokens.valid if request.routed is None else request.routed, rows)
 
 
 def _gather(marked: Tensor) -> tuple[Segment, ...]:

@@ -9,21 +9,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from adaskip.backbone.inspect import BackboneSpec, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import Flags, RouterConfig, Routing, Scope, SkipPlan, Unit, host, mean_over
-from adaskip.routers import gates
-from adaskip.routers.features import mean_weights, pool
+from adaskip.plan import KV, Flags, Group, Routing, Scope, Unit, host
+from adaskip.policy import Policy
+from adaskip.runtime import decide
 from adaskip.runtime.attentions import Source, WeightRecord
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
-from adaskip.runtime.execute import Executor, Keep, states_of
+from adaskip.runtime.execute import Executor, states_of
 from adaskip.runtime.facts import Facts
 from adaskip.runtime.options import Mode, Options, State
-from adaskip.runtime.request import Request, check_unpacked, embedded_ids, read_cache, read_prompt
+from adaskip.runtime.request import (
+    Request,
+    check_unpacked,
+    embedded_ids,
+    read_answering,
+    read_cache,
+    read_prompt,
+    read_routed,
+)
 from adaskip.runtime.rerun import Reruns
 
 
@@ -32,25 +39,39 @@ class Runtime:
 
     Args:
         spec: what the model is made of.
-        config: what is decided.
-        heads: one router per layer, or None when a plan decides.
-        plan: a hand-written choice, or None.
+        policy: who decides.
     """
 
-    def __init__(
-        self, spec: BackboneSpec, config: RouterConfig, heads: nn.ModuleList | None, plan: SkipPlan | None
-    ) -> None:
-        self.spec, self.config, self.heads = spec, config, heads
-        self.planned = None if plan is None else plan.keep(len(spec.layers))
-        self.planned_flags: Flags = () if self.planned is None else tuple(self.planned.tolist())
-        decides = config if plan is None else plan
-        self.scope: Scope = config.scope if plan is None else "prompt"
-        self.group, self.unit, self.kv = decides.group, decides.unit, decides.kv
+    def __init__(self, spec: BackboneSpec, policy: Policy) -> None:
+        self.spec, self.policy, self.target = spec, policy, policy.target
+        # decisions that no input changes: they need no look at the device, and compile to one graph
+        self.known = policy.known(len(spec.layers))
+        self.known_flags: Flags = () if self.known is None else tuple(self.known.tolist())
         self.cost = CostModel.of(spec, self.unit, self.kv)
         self.facts = Facts(spec, self._untouched)
         self.layers = [self._executor(i, "block", spec.outputs) for i in range(len(spec.layers))]
         self.caches = "past_key_values" in inspect.signature(type(spec.model).forward).parameters
         self.state, self.reruns = State(), Reruns()
+
+    @property
+    def scope(self) -> Scope:
+        """The target's, as for the three below."""
+        return self.target.scope
+
+    @property
+    def unit(self) -> Unit:
+        """What is left out of a layer."""
+        return self.target.unit
+
+    @property
+    def group(self) -> Group:
+        """Whose decisions they are."""
+        return self.target.group
+
+    @property
+    def kv(self) -> KV:
+        """What becomes of the keys and values of what skips."""
+        return self.target.kv
 
     @property
     def mode(self) -> Mode:
@@ -75,16 +96,16 @@ class Runtime:
     @property
     def hides_vision(self) -> bool:
         """Whether vision tokens that skip are gone for the text's attention, so that what it had of them counts."""
-        return self.group == "vision" and self.kv == "absent" and self.unit != "mlp"
+        return self.group == "vision" and self.target.hides
 
     @property
     def cuts_keys(self) -> bool:
         """Whether single tokens of a row leave an attention that others of it run, so that masks have to be cut."""
-        return (self.group == "vision" or self.scope == "token") and self.unit != "mlp"
+        return self.target.partial and self.unit != "mlp"
 
     def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
         names = self.spec.sublayers[index].cache_names if self.kv == "kept" else ("", "")
-        return Executor(index, unit, self.group, self.kv, outputs, names[0 if unit == "block" else 1])
+        return Executor(index, unit, self.target, outputs, names[0 if unit == "block" else 1])
 
     def sublayers(self, index: int) -> list[tuple[nn.Module, Executor]]:
         """What of a layer is routed where not the layer itself is, with what runs it."""
@@ -99,7 +120,7 @@ class Runtime:
     def open(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Read the call's inputs; returns them as the model should see them."""
         # Taken once for the whole pass: nothing that is set meanwhile, here or in another thread, changes it midway.
-        slot, options, config = self.state.here, self.state.take(), self.config
+        slot, options, policy = self.state.here, self.state.take(), self.policy
         mode, slot.soft = options.mode, None
         sources = self.facts.requested_sources(mode, inputs)
         given = inputs.get("past_key_values")
@@ -131,22 +152,28 @@ class Runtime:
             )
         if cache is not None and cache.length == 0:
             cache.batch = tokens.valid.shape[0]
+        if started:
+            assert cache is not None
+            prompt = read_answering(tokens, cache.length, options.prompt_length)
+        else:
+            prompt = read_prompt(tokens, inputs, options.prompt_mask, options.prompt_length)
+        request = Request(mode, tokens, prompt, options, cache)
+        read_routed(request, self.target, started)
         if self.scope == "token":
-            request = self._by_token(options, tokens, cache)
+            self._by_token(request)
         elif started:
             assert cache is not None
             assert cache.routing is not None
-            decided = cache.routing
-            flags = decided.flags or host(decided.keep)
-            request = Request(mode, tokens, tokens.valid, options, cache, fixed=decided.keep, flags=flags)
+            request.fixed = cache.routing.keep
+            request.flags = cache.routing.flags or host(request.fixed)
         else:
-            fixed, known = self._fixed(options, tokens.valid.shape[0])
-            if fixed is None and mode != "dense":
+            request.fixed, request.flags = self._fixed(options, tokens.valid.shape[0])
+            if request.fixed is None and mode != "dense":
                 check_unpacked(tokens, inputs)
-            prompt = read_prompt(tokens, inputs, options.prompt_mask, options.prompt_length)
-            request = Request(mode, tokens, prompt, options, cache, fixed=fixed, flags=known)
-        request.held = config.held
-        request.threshold = config.threshold if options.threshold is None else options.threshold
+        request.held = policy.held
+        request.threshold = policy.threshold if options.threshold is None else options.threshold
+        if request.fixed is None and mode != "dense":
+            policy.start(request)
         if self.kv == "kept" and cache is None and mode == "skip":
             request.scratch = SkipCache(len(self.spec.layers), kept=True)
         if sources:
@@ -187,11 +214,11 @@ class Runtime:
         if failed or request.mode == "dense" or (request.fixed is None and not request.keep):
             return
         cache = request.cache
-        ledger = cache.ledger if cache is not None and cache.ledger is not None else Ledger(self.group)
-        ledger.add(request.tokens.valid, request.tokens.vision)
+        ledger = cache.ledger if cache is not None and cache.ledger is not None else Ledger(self._routes_answers)
+        ledger.add(request.tokens.valid, request.routed, request.answering)
         ledger.heads += heads
         if cache is None or cache.routing is None or request.deciding is not None:
-            keep = torch.stack(request.keep) if request.fixed is None else request.fixed
+            keep = torch.stack(request.keep) if request.fixed is None else request.fixed.to(request.tokens.valid.device)
             known = request.flags
             if known is None and cache is not None and request.deciding is None:
                 known = host(keep)
@@ -220,34 +247,37 @@ class Runtime:
             return None
         if isinstance(cache, SkipCache):
             return cache
-        return SkipCache(len(self.spec.layers), self.kv == "kept", self.scope == "token" or self.group == "vision")
+        return SkipCache(len(self.spec.layers), self.kv == "kept", self.target.partial)
 
-    def _by_token(self, options: Options, tokens: Tokens, cache: SkipCache | None) -> Request:
-        """A request whose tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""
-        deciding = tokens.vision if self.group == "vision" and tokens.vision is not None else tokens.valid
-        request = Request(options.mode, tokens, tokens.valid, options, cache, deciding=deciding)
-        if options.fixed is None:
-            return request
-        batch, length = tokens.valid.shape
-        fixed, _ = self._fixed(options, batch)
+    @property
+    def _routes_answers(self) -> bool:
+        """Whether decisions speak of generated tokens."""
+        return self.group == "all" and self.target.phase != "prefill"
+
+    def _by_token(self, request: Request) -> None:
+        """Let the request's tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""
+        request.deciding = request.tokens.valid if request.routed is None else request.routed
+        if request.options.fixed is None and self.known is None:
+            return
+        batch, length = request.deciding.shape
+        fixed, _ = self._fixed(request.options, batch)
         assert fixed is not None
         if fixed.dim() == 3:
             fixed = fixed[..., request.offset : request.offset + length]
             fixed = torch.nn.functional.pad(fixed, (0, length - fixed.shape[-1]), value=True)
         else:
             fixed = fixed[..., None].expand(-1, -1, length)
-        request.fixed = fixed.to(deciding.device) & deciding
-        return request
+        request.fixed = fixed.to(request.deciding.device) & request.deciding
 
     def _fixed(self, options: Options, batch: int) -> tuple[Tensor | None, tuple[Flags, ...] | None]:
-        """bool (l b): decisions made beforehand, for this request or by a plan; repeated for beams and samples.
+        """bool (l b): decisions made beforehand, for this request or for all; repeated for beams and samples.
 
-        And the same on the host: a plan's are known there, a routing's are read once.
+        And the same on the host: those for all are known there, a routing's are read once.
         """
         if options.fixed is None:
-            if self.planned is None:
+            if self.known is None:
                 return None, None
-            return self.planned[:, None].expand(-1, batch), tuple((keeps,) * batch for keeps in self.planned_flags)
+            return self.known[:, None].expand(-1, batch), tuple((keeps,) * batch for keeps in self.known_flags)
         repeats, rest = divmod(batch, options.fixed.shape[1])
         if rest:
             raise ConfigError(f"routing: expected decisions for {batch} rows, got {options.fixed.shape[1]}")
@@ -303,7 +333,7 @@ class Runtime:
         else:
             soft = request.mode == "soft"
             with torch.set_grad_enabled(request.learns):  # which a reentrant checkpoint turns off
-                decision = self._gate(request, index, states) if soft else self._keep(request, index, states)
+                decision = (decide.gate if soft else decide.keep)(self.policy, request, index, states)
             if self.unit == "block":
                 out = executor.execute(request, call, states, named, decision)
             else:
@@ -335,66 +365,8 @@ class Runtime:
         request.weights.part = None
         return request.weights.listen(index, module, call)
 
-    # -- decisions ---------------------------------------------------------------------------------------------------
-
-    def _logit(self, request: Request, index: int, states: Tensor) -> Tensor:
-        assert self.heads is not None
-        if request.deciding is not None:
-            seen = states.detach().masked_fill(~rearrange(request.deciding, "b t -> b t 1"), 0.0).float()
-            with torch.autocast(states.device.type, enabled=False):
-                logits = self.heads[index](rearrange(seen, "b t d -> (b t) 1 d"))
-            each: Tensor = rearrange(logits, "(b t) -> b t", b=len(states))
-            return each
-        if "weights" not in request.memo:
-            weights = mean_weights(request.tokens.kinds(request.prompt))
-            request.memo["weights"] = weights, bool((weights == 0).all(1).any())
-        with torch.autocast(states.device.type, enabled=False):
-            logit: Tensor = self.heads[index](pool(states.detach(), *request.memo["weights"]))
-        return logit
-
-    def _gate(self, request: Request, index: int, states: Tensor) -> Tensor:
-        if request.fixed is not None:
-            gate = request.fixed[index].to(states.device, torch.float32)
-            keep = gate > 0.5
-        else:
-            logit = self._logit(request, index, states)
-            temperature, noise = request.options.temperature, request.noise(index)
-            gate = gates.straight_through(logit, request.threshold, temperature, noise)
-            if index in request.held:
-                gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning
-            keep = gate.detach() > 0.5
-            _put(request.logits, index, logit)
-        _put(request.keep, index, keep if request.deciding is None else keep & request.deciding)
-        _put(request.gates, index, gate if request.deciding is None else mean_over(request.deciding, gate))
-        return gate if request.deciding is None else torch.where(request.deciding, gate, 1.0)
-
-    @torch.no_grad()
-    def _keep(self, request: Request, index: int, states: Tensor) -> Keep:
-        """Which rows or tokens run; only a router's fresh decision about rows has to be read from the device."""
-        if request.flags is not None:
-            return request.flags[index]
-        if request.fixed is not None and request.deciding is not None:
-            return request.fixed[index] | ~request.deciding
-        logit = self._logit(request, index, states)
-        keep = gates.hard(logit, request.threshold)
-        keep = torch.ones_like(keep) if index in request.held else keep
-        _put(request.logits, index, logit)
-        if request.deciding is not None:
-            _put(request.keep, index, keep & request.deciding)
-            return keep | ~request.deciding
-        _put(request.keep, index, keep)
-        return tuple(keep.tolist())
-
 
 def _sizes(request: Request) -> tuple[int, int, int]:
     """Rows of a request, positions before its chunk, and positions of its chunk."""
     batch, length = request.tokens.valid.shape
     return batch, request.offset, length
-
-
-def _put(values: list[Tensor], index: int, value: Tensor) -> None:
-    """Append, or replace when a layer is run again for its gradient."""
-    if index < len(values):
-        values[index] = value
-    else:
-        values.append(value)

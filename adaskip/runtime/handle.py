@@ -12,6 +12,16 @@ from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError, MissingAttributeError
 
 
+class _NoConfig:
+    """What tools find as ``model.config``: whatever they look for there, it says where it is."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("_") else MissingAttributeError("RoutedModel.config", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise MissingAttributeError("RoutedModel.config", name)
+
+
 class Handle(nn.Module):
     """A module around a Hugging Face model. Nothing is forwarded unseen; what is missing says what to pass instead.
 
@@ -33,6 +43,12 @@ class Handle(nn.Module):
     def dtype(self) -> torch.dtype:
         """The backbone's precision; routers compute in float32."""
         return self.backbone.dtype
+
+    @property
+    def config(self) -> Any:
+        """Nothing: ``model.backbone.config`` is Hugging Face's, ``model.policy`` is what adaskip follows."""
+        # An object, since tools that find no `config` go on without one, and then fail somewhere else or not at all.
+        return _NoConfig()
 
     @property
     def generation_config(self) -> Any:

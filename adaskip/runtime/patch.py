@@ -163,7 +163,7 @@ class Patches:
         runtime: Runtime = getattr(model, MARK)
         for forward in self.forwards:
             self._check(forward)
-        gathers = runtime.mode == "skip" and (runtime.planned is None or runtime.group == "vision")
+        gathers = runtime.mode == "skip" and (runtime.known is None or runtime.target.partial)
         if gathers and "peft" in sys.modules and not _continues(kwargs):
             _check_unmixed(model)
         return (), runtime.open(name_arguments(type(model).forward, args, kwargs, "model"))

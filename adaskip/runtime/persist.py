@@ -1,4 +1,4 @@
-"""Routers on disk: JSON, safetensors and a model card; never a pickle, never the backbone's weights."""
+"""A policy on disk: JSON, safetensors and a model card; never a pickle, never the backbone's weights."""
 
 from __future__ import annotations
 
@@ -6,100 +6,52 @@ import hashlib
 import json
 import uuid
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from adaskip import __version__
+from adaskip.backbone.load import load_backbone
 from adaskip.demo.backbone import EMBEDDED, FOLDER
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import RouterConfig
+from adaskip.policy import Policy
 from adaskip.runtime.card import write_card
-from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, read_config, sign
+from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_policy, read_config, read_policy, sign
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check, check_digest, fingerprint
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
 SAMPLES = "backbone."
-"""What the values that identify the backbone are called in the weights file; no router has such a name."""
+"""What the values that identify the backbone are called in the weights file; no policy has such a name."""
 
 
-def load_backbone(name: str, **options: Any) -> PreTrainedModel:
-    """Load a language or image-text-to-text model by Hugging Face id or folder; ``digits-vlm`` is the embedded one.
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds, read and checked as far as it can be without the model."""
 
-    Raises:
-        CheckpointError: it cannot be read; says why.
-    """
-    path = _located(name)
-    try:
-        remote = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
-        config = AutoConfig.from_pretrained(path, **remote)
-        auto = AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else None
-        return (auto or AutoModelForCausalLM).from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"backbone {name!r}: cannot be loaded ({_reason(error)}); expected a Hugging Face id, a folder that "
-            "save_pretrained wrote, or digits-vlm"
-        ) from error
-
-
-def load_processor(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """A backbone's processor, or its tokenizer where it has no pictures.
-
-    Raises:
-        CheckpointError: the folder or repository holds neither.
-    """
-    path = _located(name)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    try:
-        return AutoProcessor.from_pretrained(path, **options)
-    except (OSError, ValueError):
-        try:
-            return AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"backbone {name!r}: no processor and no tokenizer can be loaded ({_reason(error)}); expected a "
-                "Hugging Face id, or a folder where they stand beside the model: processor.save_pretrained(folder)"
-            ) from error
-
-
-def _located(name: str) -> str | Path:
-    if name == EMBEDDED:
-        return FOLDER
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise CheckpointError(
-            f"backbone {name!r}: no such folder; expected a Hugging Face id, a folder that save_pretrained wrote, or "
-            f"{EMBEDDED}"
-        )
-    return name
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    folder: Path
+    meta: dict[str, Any]
+    policy: Policy
+    weights: dict[str, Tensor]
+    samples: dict[str, Sample]
+    backbone: PreTrainedModel
 
 
 def save(model: RoutedModel, folder: str | Path) -> Path:
-    """Write a model's routers; each file appears whole or not at all.
+    """Write a model's policy; each file appears whole or not at all.
 
     Raises:
-        ConfigError: a plan has no routers; routers or facts that no file could hold.
+        ConfigError: a policy that cannot be brought back; weights or facts that no file could hold.
         CheckpointError: the folder cannot be written.
     """
-    if model.routers is None:
-        raise ConfigError("save_pretrained: this model follows a hand-written plan and has no routers to save")
-    _check_readable(model.routers)
+    _check_readable(model.policy)
+    policy = describe_policy(model.policy)
     folder, taken = Path(folder), fingerprint(model.spec)
     meta: dict[str, Any] = {
         "format": FORMAT,
@@ -110,16 +62,16 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
             "weights": taken.digest(),
             "quantised": taken.quantised,
         },
-        "router": model.config.to_dict(),
-        "trained": sign(model.config.to_dict()),
+        "policy": policy,
+        "trained": sign(policy),
         "facts": _plain("facts", model.facts),
         "certificate": _plain("certificate", model.certificate),
     }
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.routers.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.policy.state_dict().items()}
     count = sum(value.numel() for value in weights.values())
     content = _pack(weights, taken.samples)
-    meta["routers"] = hashlib.sha256(content).hexdigest()
-    card = write_card(meta, count)
+    meta["content"] = hashlib.sha256(content).hexdigest()
+    card = write_card(meta, model.target, count)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / WEIGHTS, content)
@@ -159,8 +111,8 @@ def _plain(name: str, values: Any) -> Any:
         ) from error
 
 
-def _check_readable(routers: nn.Module) -> None:
-    for name, value in routers.state_dict().items():
+def _check_readable(policy: nn.Module) -> None:
+    for name, value in policy.state_dict().items():
         if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
             raise ConfigError(
                 f"save_pretrained: the routers are quantised or sharded ({name}: {type(value).__name__} of "
@@ -177,31 +129,27 @@ def _load_named(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedM
         ) from error
 
 
-def load(folder: Any, backbone: Any, *, strict: bool, options: dict[str, Any]) -> RoutedModel:
-    """Read routers and attach them; see `RoutedModel.from_pretrained`."""
-    from adaskip.runtime.attach import build
-
+def read_saved(folder: Any, backbone: Any, options: dict[str, Any]) -> Saved:
+    """Read a saved policy and find its backbone; see `RoutedModel.from_pretrained`."""
     folder, backbone = _sort(folder, backbone, options)
     meta = read_config(folder)
-    config = RouterConfig.from_dict(meta["router"])
-    state, samples = read_weights(folder / WEIGHTS, meta)
+    policy = read_policy(meta)
+    weights, samples = read_weights(folder / WEIGHTS, meta)
     if backbone is None and not meta["backbone"]["name"]:
         raise CheckpointError(
             f"{folder}: the routers' backbone was built in memory and has no name to load it by; pass it: "
             "RoutedModel.from_pretrained(folder, backbone)"
         )
     base = backbone if backbone is not None else _load_named(folder, meta["backbone"]["name"], options)
-    model = build(base, config, None, 0)
-    try:
-        assert model.routers is not None
-        _check(meta, samples, model, strict)
-        model.facts, model.certificate = meta.get("facts") or {}, meta.get("certificate")
-        _check_shapes(folder / WEIGHTS, state, model.routers.state_dict())
-        model.routers.load_state_dict(state)
-    except BaseException:  # whatever it is, the model is handed back as it was
-        model.detach()
-        raise
-    return model
+    return Saved(folder, meta, policy, weights, samples, base)
+
+
+def restore(saved: Saved, model: RoutedModel, strict: bool) -> None:
+    """Give an attached model's policy the weights that were saved, once the backbone is known to be the right one."""
+    _check(saved.meta, saved.samples, model, strict)
+    model.facts, model.certificate = saved.meta.get("facts") or {}, saved.meta.get("certificate")
+    _check_shapes(saved.folder / WEIGHTS, saved.weights, model.policy.state_dict())
+    model.policy.load_state_dict(saved.weights)
 
 
 def _sort(folder: Any, backbone: Any, options: dict[str, Any]) -> tuple[Path, Any]:
@@ -242,20 +190,20 @@ def _check_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Tens
 
 
 def _pack(weights: dict[str, Tensor], samples: dict[str, Sample]) -> bytes:
-    """One safetensors file of the routers and of the values that identify their backbone."""
+    """One safetensors file of the policy's weights and of the values that identify their backbone."""
     values = {f"{SAMPLES}{n}": sample.values.contiguous() for n, sample in samples.items() if sample.values is not None}
     shapes = {name: sample.shape if sample.values is not None else None for name, sample in samples.items()}
     return pack({**weights, **values}, metadata={"format": "pt", "backbone": json.dumps(shapes)})
 
 
 def read_weights(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Sample]]:
-    """The routers' weights, and the values that identify their backbone (none in format 1).
+    """The policy's weights, and the values that identify their backbone (none in format 1).
 
     Raises:
         CheckpointError: the file is damaged, or not the one that the configuration speaks of.
     """
     try:
-        if meta.get("routers") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        if meta.get("content", meta.get("routers")) not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             raise CheckpointError(
                 f"{path}: damaged, or not saved together with {CONFIG} (two saves into one folder at once?); "
                 "save the routers again"
@@ -266,6 +214,8 @@ def read_weights(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], d
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or not of this configuration ({error})") from error
     samples = {n: Sample(tuple(shape or ()), tensors.pop(f"{SAMPLES}{n}", None)) for n, shape in shapes.items()}
+    if meta["format"] < 3:  # all was routers then, and their weights were called by their layers alone
+        tensors = {f"heads.{name}": value for name, value in tensors.items()}
     return tensors, samples
 
 

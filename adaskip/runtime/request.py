@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from adaskip.backbone.inspect import Tokens
 from adaskip.batch import IGNORED
 from adaskip.errors import DataError
-from adaskip.plan import Flags
+from adaskip.plan import Flags, Target
 from adaskip.runtime.attentions import WeightRecord
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.options import Mode, Options
@@ -30,6 +30,9 @@ class Request:
     options: Options
     cache: SkipCache | None = None
     scratch: SkipCache | None = None  # where kept keys meet the queries of an uncached request
+    routed: Tensor | None = None  # bool (b t): the tokens that decisions speak of; None: every real one
+    routes: bool | None = None  # whether there are any, where that is known without a look at the device
+    answering: bool = False  # whether the whole chunk stands behind the prompt
     fixed: Tensor | None = None  # bool (l b), scope token (l b t): decisions made beforehand
     deciding: Tensor | None = None  # bool (b t), scope token: whose decisions they are
     flags: tuple[Flags, ...] | None = None  # the same on the host: of each layer, of each row
@@ -51,12 +54,11 @@ class Request:
         return self.cache.length if self.cache is not None else 0
 
     @property
-    def has_vision(self) -> bool:
-        """Whether any row of this chunk holds a vision token."""
-        if "vision" not in self.memo:
-            self.memo["vision"] = self.tokens.has_vision
-        some: bool = self.memo["vision"]
-        return some
+    def has_routed(self) -> bool:
+        """Whether decisions speak of any token of this chunk."""
+        if self.routes is None:
+            self.routes = self.routed is None or bool(self.routed.any())
+        return self.routes
 
     def noise(self, index: int) -> torch.Generator | None:
         """Return what a layer's gates are drawn from: where it runs again, a source that gives the same draws."""
@@ -125,6 +127,43 @@ def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, len
     supervised = (labels != IGNORED).cumsum(1) > 0
     prompt: Tensor = tokens.valid & ~supervised
     return prompt
+
+
+def read_answering(tokens: Tokens, offset: int, length: int | None) -> Tensor:
+    """Return bool (b t): what of a chunk behind ``offset`` cached positions is still prompt, ``length`` tokens long."""
+    if length is None or length <= offset:
+        return torch.zeros_like(tokens.valid)
+    return tokens.valid & (torch.arange(tokens.valid.shape[1], device=tokens.valid.device) + offset < length)
+
+
+def read_routed(request: Request, target: Target, started: bool) -> None:
+    """Note which tokens of the chunk decisions speak of.
+
+        group all     phase both      prompt prompt prompt answer answer
+                                      routed routed routed routed routed
+                      phase prefill   routed routed routed   -      -
+                      phase decode      -      -      -    routed routed
+        group vision  phase both        -    vision   -      -      -
+
+    Args:
+        request: its ``prompt`` says where the answer begins.
+        target: of the policy.
+        started: whether the chunk goes on from a cache.
+    """
+    length, batch_tokens = request.options.prompt_length, request.tokens.valid.shape[1]
+    begins = request.offset >= length if length is not None else True
+    request.answering = started and begins
+    if target.group == "vision":
+        request.routed = request.tokens.vision
+        return
+    if target.phase == "both":
+        return
+    request.routed = request.prompt if target.phase == "prefill" else request.tokens.valid & ~request.prompt
+    # generate says how long the prompt is, so a chunk of one kind needs no look at the device
+    prompt_only = not started and request.options.prompt_mask is None and length is not None and batch_tokens <= length
+    if prompt_only or request.answering:
+        request.routes = request.answering == (target.phase == "decode")
+        request.routed = None if request.routes else request.routed
 
 
 def check_unpacked(tokens: Tokens, inputs: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaskip.backbone.probe import ROWS, SUFFIX, TOKENS, dense_pass
 from adaskip.errors import BackboneError
+from adaskip.plan import Target
 from adaskip.runtime.options import Mode
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ def try_tokens(routed: RoutedModel) -> None:
 def _logits(routed: RoutedModel, keep: Tensor, mode: Mode) -> Tensor:
     types = SUFFIX if routed.spec.reads_ahead else {}
     runtime = routed.runtime
-    before = runtime.scope, runtime.group
-    runtime.scope, runtime.group = "token", "all"  # on the runtime itself: while attaching, nobody else has it yet
+    before = runtime.target
+    runtime.target = Target(scope="token", unit=before.unit, kv=before.kv)  # while attaching, nobody else has it yet
     try:
         with runtime.state.using(fixed=keep, mode=mode), runtime.state.aside():
             logits: Tensor = dense_pass(routed.backbone, use_cache=False, **types).logits
             return logits.float()
     finally:
-        runtime.scope, runtime.group = before
+        runtime.target = before

@@ -81,9 +81,9 @@ def survey_flips(
     Raises:
         ConfigError: the model has no routers, or routers that decide for every token.
     """
-    if model.routers is None or model.config.scope != "prompt":
+    if model.routers is None or model.target.scope != "prompt":
         raise ConfigError(
-            "method from-bounds and price gates: expected one decision a layer and prompt, by routers; "
+            "method from-bounds and price gates: expected one decision a layer and prompt, by learned routers; "
             "attach with RouterConfig(scope='prompt') and without a plan"
         )
     parts: list[Flips] = []

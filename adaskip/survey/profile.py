@@ -150,7 +150,7 @@ def profile(
     remaining: list[Group] = ["all"] if groups is None else [*groups]
     while remaining:
         group = remaining.pop(0)
-        model = attach(base, plan=SkipPlan(group=group))
+        model = attach(base, SkipPlan(group=group))
         try:
             if groups is None and group == "all" and model.spec.vision_ids:
                 remaining.append("vision")

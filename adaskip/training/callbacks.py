@@ -118,7 +118,7 @@ class ConditionCheck(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Hold again what a resumed run held, also where its last step is done; count the inputs before any work."""
         tuner = _tuner(pl_module)
-        self._fixed = frozenset(tuner.model.config.held) - self._held
+        self._fixed = frozenset(tuner.model.policy.held) - self._held
         if self._held:
             tuner.model.hold(self._fixed | self._held)
         self.look, self.stopped, self._warned = None, None, set()
@@ -214,7 +214,7 @@ class ConditionCheck(lightning.Callback):
             "theory/admissible_skips": joint.admissible_skips,
             "theory/admissible_layers": sum(v == "admissible" for v in self.look.findings.layers.values()),
             "theory/violations": len(self.look.violations),
-            "theory/held_layers": len(tuner.model.config.held),
+            "theory/held_layers": len(tuner.model.policy.held),
         }
         for logger in trainer.loggers:  # under the number that Lightning gives what it logs of this very step
             logger.log_metrics(numbers, step=max(0, trainer.global_step - 1))
@@ -250,7 +250,7 @@ class ConditionCheck(lightning.Callback):
         skips = judge_skips(
             measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
         )
-        return Look(step, model.runtime.group, self.tolerance, self.findings, joint, skips, model.config.held)
+        return Look(step, model.runtime.group, self.tolerance, self.findings, joint, skips, model.policy.held)
 
     def _prepare(self, model: RoutedModel) -> LayerMeasures:
         """What each layer is worth to each input; measured once."""

@@ -81,12 +81,12 @@ def fit_round(
     draws = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=fit.learning_rate, weight_decay=0.01)
     schedule = OneCycle(optimizer, fit.learning_rate, fit.steps)
-    held = torch.tensor([i in model.config.held for i in range(len(routers))], device=flips.cost.device)
+    held = torch.tensor([i in model.policy.held for i in range(len(routers))], device=flips.cost.device)
     multiplier, figures = start, {}
     with torch.enable_grad():
         for _ in range(fit.steps):
             batch = flips.take(torch.randint(len(flips), (min(fit.batch_size, len(flips)),), generator=draws))
-            gates = torch.sigmoid(read_logits(routers, batch.pooled) - model.config.threshold)
+            gates = torch.sigmoid(read_logits(routers, batch.pooled) - model.policy.threshold)
             gates = torch.where(held, gates + (1.0 - gates).detach(), gates)  # run, and their routers go on learning
             cost, keep = batch.expected_cost(gates).mean(), batch.keep_rate(gates).mean()
             gap = keep - target

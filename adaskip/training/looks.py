@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adaskip.batch import Batch
-from adaskip.routers.gates import hard
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.gates import hard
 from adaskip.theory.bounds import redundancy_bound
 from adaskip.theory.conditions import Findings, Joint, SkipFinding
 from adaskip.theory.costs import compare_predicted, predicted
@@ -102,7 +102,7 @@ def joint_cost(
         kl.append(compare_predicted(before, predicted(routed, supervised), supervised)["kl"].cpu())
         routing = model.routing
         keep.append(routing.share.cpu())
-        decided = routing.keep if routing.logits is None else hard(routing.logits, model.config.threshold)
+        decided = routing.keep if routing.logits is None else hard(routing.logits, model.policy.threshold)
         wanted.append(routing.per_row(decided).cpu() > 0.5)
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)

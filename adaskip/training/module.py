@@ -288,10 +288,9 @@ class RouterTuner(lightning.LightningModule):
     # -- Lightning's bookkeeping -------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the routers, one-cycle."""
-        assert self.model.routers is not None
+        """AdamW on the policy's parameters, one-cycle."""
         self._length = length(self.trainer, self.steps, self.objective.warmup)
-        optimizer = torch.optim.AdamW(self.model.routers.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.model.policy.parameters(), lr=self.learning_rate, weight_decay=0.01)
         schedule = OneCycle(optimizer, self.learning_rate, self._length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -328,9 +327,10 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, RoutedModel):
         raise ConfigError(f"RouterTuner: expected a RoutedModel, got {type(model).__name__}; call adaskip.attach first")
-    if model.routers is None:
+    if next(model.policy.parameters(), None) is None:
         raise ConfigError(
-            "RouterTuner: the model follows a plan and has no routers to train; attach with a RouterConfig and no plan"
+            f"RouterTuner: the model's policy ({type(model.policy).__name__}) has no parameters to train; attach with "
+            "a RouterConfig, or a policy that has some and gives logits"
         )
     if prices is not None and calibration is not None:
         raise ConfigError("RouterTuner: expected prices or calibration, got both; calibration would replace the prices")

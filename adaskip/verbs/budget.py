@@ -119,7 +119,7 @@ def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advan
         return Budget(keep, dense.keep, KEEP_ALL, dense.keep)
     empty = _run(model, batches, -KEEP_ALL)
     # skipping everything is what the largest logit of that very run does as well
-    top = float(empty.logits.max()) if len(empty.logits) else model.config.threshold
+    top = float(empty.logits.max()) if len(empty.logits) else model.policy.threshold
     low, high, at_high = dense, top, empty.keep
     if empty.keep > keep + ROUNDING:
         model.set_threshold(top)
@@ -146,7 +146,7 @@ def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advan
 @torch.no_grad()
 def lightest(model: RoutedModel, batches: Sequence[Batch], keep: float) -> Budget:
     """What these inputs keep when every router skips, beside a budget; the model is left as it was."""
-    before = model.config.threshold
+    before = model.policy.threshold
     try:
         run = _run(model, batches, -KEEP_ALL)
     finally:
@@ -168,7 +168,7 @@ class _Ran:
 def _run(model: RoutedModel, batches: Sequence[Batch], threshold: float) -> _Ran:
     model.set_threshold(threshold)
     rates, logits = [], []
-    free = [layer for layer in range(len(model.spec.layers)) if layer not in model.config.held]
+    free = [layer for layer in range(len(model.spec.layers)) if layer not in model.policy.held]
     for batch in batches:
         model(**batch.arguments())
         routing = model.routing
@@ -188,19 +188,19 @@ def _run(model: RoutedModel, batches: Sequence[Batch], threshold: float) -> _Ran
 
 def _reasons(model: RoutedModel, rates: Tensor) -> tuple[str, ...]:
     """Why skipping everything still keeps as much as ``rates`` (n) say."""
-    config, layers, found = model.config, len(model.spec.layers), []
-    if config.held:
-        names = ", ".join(map(str, config.held))
-        found.append(f"{len(config.held)} of {layers} layers are held and run whatever their routers say ({names})")
+    target, held, layers, found = model.target, model.policy.held, len(model.spec.layers), []
+    if held:
+        names = ", ".join(map(str, held))
+        found.append(f"{len(held)} of {layers} layers are held and run whatever their routers say ({names})")
     if bound := int((rates >= 1 - ROUNDING).sum()):
         found.append(
             f"on {bound} of {len(rates)} inputs nothing can be left out"
-            + (", they hold no vision tokens" if config.group == "vision" and len(config.held) < layers else "")
+            + (", they hold no vision tokens" if target.group == "vision" and len(held) < layers else "")
         )
-    if config.group == "vision" and bound < len(rates):
+    if target.group == "vision" and bound < len(rates):
         found.append("text tokens run every layer under router.group=vision")
-    if config.unit != "block":
-        found.append(f"only the {config.unit} of a layer can be left out under router.unit={config.unit}")
-    if config.kv == "kept":
+    if target.unit != "block":
+        found.append(f"only the {target.unit} of a layer can be left out under router.unit={target.unit}")
+    if target.kv == "kept":
         found.append("keys and values of what skips are computed under router.kv=kept")
     return tuple(found)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaskip.backbone import load
 from adaskip.errors import AdaSkipError, DataError
-from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
@@ -145,7 +145,7 @@ def _open(folder: Path, stages: Stages) -> tuple[RoutedModel, Any, Run | None]:
         return loaded.model, loaded.processor, loaded
     with stages(f"loading the routers of {folder} and their backbone"):
         model = RoutedModel.from_pretrained(router_folder(folder))
-        return model, persist.load_processor(model.backbone.config._name_or_path), None
+        return model, load.load_processor(model.backbone.config._name_or_path), None
 
 
 def _record(

@@ -9,11 +9,11 @@ from typing import Any, cast, get_args
 
 import torch
 
+from adaskip.backbone.load import load_backbone, load_processor
 from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
-from adaskip.runtime.persist import load_backbone, load_processor
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.profile import profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from adaskip.backbone.load import load_backbone
 from adaskip.errors import AdaSkipError, CheckpointError, ConfigError, DataError, did_you_mean
 from adaskip.recipe import Recipe, load
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.persist import load_backbone
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import SPLITS, Record
 from adaskip.verbs.amounts import fitted

@@ -20,13 +20,13 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from adaskip import report
+from adaskip.backbone import load
+from adaskip.backbone.load import load_backbone
 from adaskip.batch import Batch, count
 from adaskip.errors import CheckpointError
 from adaskip.ranks import is_first_process, is_lost_process, launched, says_when_lost
 from adaskip.recipe import RESOLVED, Recipe
-from adaskip.runtime import persist
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.runtime.persist import load_backbone
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.calibration import price
 from adaskip.survey.skips import measure
@@ -59,7 +59,7 @@ RECIPE = RESOLVED
 def load_processor(recipe: Recipe) -> Any:
     """The backbone's processor, or its tokenizer where it has no pictures."""
     section = recipe.backbone
-    return persist.load_processor(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
+    return load.load_processor(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
 
 
 def backbone_options(recipe: Recipe) -> dict[str, Any]:

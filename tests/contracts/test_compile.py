@@ -33,7 +33,7 @@ def test_a_static_plan_is_one_graph(name: str) -> None:
     toy = families.make(name, "eager" if name in families.EAGER_ONLY else "sdpa")
     batch = toy.batch([6, 6])
     del batch["position_ids"]
-    model = attach(toy.model, plan=SkipPlan.static([0, 3]))
+    model = attach(toy.model, SkipPlan.static([0, 3]))
     plain = written(model, batch)
     torch._dynamo.reset()
     graphs = written(torch.compile(model, backend="eager", fullgraph=True), batch)

@@ -10,7 +10,8 @@ from transformers import StaticCache
 
 import adaskip
 from adaskip.errors import BackboneError, ConfigError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
 from tests.families import LAYERS, TEXT, VISION, Toy
@@ -59,7 +60,7 @@ def test_a_static_cache_holds_it(name: str) -> None:
 
 def test_the_path_of_a_plan_or_of_an_answer() -> None:
     toy = families.make("llama")
-    model = attach(toy.model, plan=SkipPlan.static([1]))
+    model = attach(toy.model, SkipPlan.static([1]))
     batch = toy.batch([6])
     with torch.no_grad():
         wanted = model(**batch).logits
@@ -78,13 +79,13 @@ def test_what_cannot_be_cut_is_told() -> None:
         ([False] * LAYERS, "expected at least one layer to stay"),
         ([True] * 3, r"expected a path of 4 booleans, got torch.bool of shape \(3,\)"),
         ([0, 1, 2, 3], r"got torch.int64"),
-        (SkipPlan.static([0], unit="mlp"), "with unit 'mlp' and group 'all' a part of every layer still runs"),
+        (SkipPlan.static([0], unit="mlp"), "with unit 'mlp', group 'all' and phase 'both' a part of every layer"),
         (SkipPlan.static([9]), "layer 9 is outside the model"),
     ):
         with pytest.raises(ConfigError, match=told):
             adaskip.cut(model, path)
     _, model = routed("llava", group="vision")
-    with pytest.raises(ConfigError, match="group 'vision' a part of every layer still runs"):
+    with pytest.raises(ConfigError, match="group 'vision' and phase 'both' a part of every layer"):
         adaskip.cut(model, PATH)
 
 
@@ -105,11 +106,16 @@ def test_decoding_is_captured_as_one_cuda_graph() -> None:
     wanted = model.generate(**batch, routing=PATH[:, None].expand(-1, 2), max_new_tokens=6, **GREEDY)[:, 6:]
     plain = adaskip.cut(model, PATH)
     cache = StaticCache(config=plain.config, max_cache_len=16)
-    token = plain(input_ids=batch["input_ids"], past_key_values=cache).logits[:, -1:].argmax(-1)
+    never = torch.tensor(GREEDY["suppress_tokens"], device="cuda")
+
+    def best(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1:].index_fill(-1, never, -torch.inf).argmax(-1)
+
+    token = best(plain(input_ids=batch["input_ids"], past_key_values=cache).logits)
     place = torch.full_like(token, 6)
 
     def step() -> torch.Tensor:
-        return plain(input_ids=token, position_ids=place, past_key_values=cache).logits[:, -1:].argmax(-1)
+        return best(plain(input_ids=token, position_ids=place, past_key_values=cache).logits)
 
     found = [token.clone()]
     aside = torch.cuda.Stream()

@@ -9,7 +9,7 @@ import torch
 
 from adaskip.demo.backbone import load
 from adaskip.demo.digits import examples
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.training.data import Collator
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
 from tests.families import IMAGE, LAYERS, Toy, make
 from tests.routing import decide, real, routed, same_both_ways, some_keep
@@ -24,7 +25,7 @@ VISUAL = ["llava", "qwen2_vl", "internvl", "gemma3"]
 def test_an_empty_plan_is_the_dense_model(name: str) -> None:
     toy = make(name)
     batch = toy.batch([5, 8])
-    model = attach(toy.model, plan=SkipPlan())
+    model = attach(toy.model, SkipPlan())
     logits = same_both_ways(model, batch)
     with torch.no_grad(), model.dense():
         assert torch.equal(model.backbone(**batch).logits, logits)
@@ -173,13 +174,13 @@ def test_a_picture_that_opens_the_prompt_and_keeps_its_keys() -> None:
     toy = make("llava", "sdpa")
     assert toy.pictures is not None
     toy.pictures = replace(toy.pictures, opening=())
-    model = attach(toy.model, plan=SkipPlan.early_exit(1, kv="kept"))
+    model = attach(toy.model, SkipPlan.early_exit(1, kv="kept"))
     batch = toy.batch([6, 6])
     logits = same_both_ways(model, batch)
     assert batch["attention_mask"].all()
     eager = make("llava", "eager")
     with torch.no_grad():
-        told = attach(eager.model, plan=SkipPlan.early_exit(1, kv="kept"))(**batch).logits
+        told = attach(eager.model, SkipPlan.early_exit(1, kv="kept"))(**batch).logits
     assert (logits - told).abs().max() <= 1e-4
 
 

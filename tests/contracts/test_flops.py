@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaskip.backbone.inspect import inspect_backbone
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.runtime.cost import CostModel, Flops
 from tests import families, toys
@@ -96,9 +97,9 @@ def test_parts_are_what_ran_in_prefill_and_in_a_step(name: str, unit: Any, group
     prefill, out = counted(layers, lambda: toy.model(**batch, use_cache=True))
     one, _ = counted(layers, lambda: toy.model(**step(batch, out.past_key_values)))
     assert (prefill > 0).all()
-    for plan in (None, SkipPlan.static([0, 3], group, unit, kv)):
+    for plan in (None, SkipPlan.static([0, 3], group, unit=unit, kv=kv)):
         config = None if plan else RouterConfig(unit=unit, group=group, kv=kv)
-        model, routing = attach(toy.model, config, plan=plan), None if plan else MIXED
+        model, routing = attach(toy.model, config, plan), None if plan else MIXED
         ran, out = counted(layers, lambda: model(**batch, routing=routing, use_cache=True))  # noqa: B023
         first, dense = (claimed(model.flops_by_part(dense)) for dense in (False, True))
         assert torch.equal(first, ran)
@@ -230,7 +231,7 @@ def test_weights_that_cannot_be_looked_at() -> None:
 def test_the_head_is_counted_apart() -> None:
     """At every position of a plain call, at one a token of a generation; never in a keep rate."""
     toy = toys.make("llava", "eager")
-    model = attach(toy.model, plan=SkipPlan.static([1, 2]))
+    model = attach(toy.model, SkipPlan.static([1, 2]))
     batch = toy.batch([6, 6])
     for call, positions in (
         (lambda: model(**batch), batch["input_ids"].shape[1]),

@@ -59,7 +59,7 @@ def test_a_group_is_decoded_whole() -> None:
     items = single(toy, [6, 6, 6, 6, 6])
     keep = torch.ones(LAYERS, 1, dtype=torch.bool)
     keep[1] = False
-    model = attach(model.detach(), plan=SkipPlan.static([1]))
+    model = attach(model.detach(), SkipPlan.static([1]))
     model.generate_many(items[:1], **NEW)  # the first time the model itself is tried
     seen = [count_tokens(layer) for layer in model.spec.layers]
     many = model.generate_many(items, group_size=3, **NEW)

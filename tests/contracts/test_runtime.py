@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from adaskip.errors import BackboneError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import architectures, families
 from tests.families import EAGER_ONLY, IMAGE, LAYERS, PADDING_MOVES, REFUSED, TEXT, VISION
@@ -221,7 +222,7 @@ def test_families_left_out_of_sdpa_have_none(name: str) -> None:
 @pytest.mark.parametrize("plan", [SkipPlan.late_entry(2), SkipPlan.early_exit(1), SkipPlan.static([0, 3], "vision")])
 def test_static_vision_plans(name: str, plan: SkipPlan) -> None:
     toy = families.make(name, "sdpa")
-    model = attach(toy.model, plan=plan)
+    model = attach(toy.model, plan)
     batch = toy.batch(LENGTHS)
     skipped = model(**batch).logits
     with model.soft():
@@ -236,7 +237,7 @@ def test_static_vision_plans(name: str, plan: SkipPlan) -> None:
 def test_absent_vision_cannot_be_attended_to(name: str) -> None:
     """With vision absent everywhere, text is blind: another picture gives the same logits."""
     toy = families.make(name, "sdpa")
-    model = attach(toy.model, plan=SkipPlan.early_exit(0))
+    model = attach(toy.model, SkipPlan.early_exit(0))
     batch = toy.batch([6])
     other = {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
     text = batch["input_ids"][0] != 5

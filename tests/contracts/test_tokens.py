@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import BackboneError, ConfigError
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
 from tests.families import (

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from adaskip.errors import BackboneError, ConfigError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import families
 from tests.families import EAGER_ONLY, IMAGE, LAYERS, TEXT, UNIT_REFUSED, VISION, Toy
@@ -153,7 +154,7 @@ def test_beams_copies_and_files(case: Case, tmp_path: Path) -> None:
         assert torch.equal(model(**batch).logits, before)
         model.save_pretrained(tmp_path)
         loaded = RoutedModel.from_pretrained(tmp_path, families.make(name, "sdpa").model)
-        assert loaded.config == model.config
+        assert loaded.policy.config == model.policy.config
         assert torch.equal(loaded(**batch).logits, before)
         out = model(**batch, routing=keep, output_hidden_states=True)
         assert len(out.hidden_states) == LAYERS + 1
@@ -179,7 +180,7 @@ def test_rows_do_not_see_one_another(case: Case) -> None:
 def test_kept_vision_is_seen_though_never_updated() -> None:
     """Vision that skips every layer, but whose keys are kept, still shows its embeddings to the text."""
     toy = families.make("llava")
-    model = attach(toy.model, plan=SkipPlan.early_exit(0, kv="kept"))
+    model = attach(toy.model, SkipPlan.early_exit(0, kv="kept"))
     batch = toy.batch([6])
     other = {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
     text = batch["input_ids"][0] != IMAGE

@@ -72,7 +72,7 @@ def test_entry_i_is_layer_i_and_row_j_is_row_j(name: str) -> None:
 def test_a_layer_that_returns_more_where_weights_are_asked_for() -> None:
     """Its tuple then has one more place: would catch an IndexError in the model where such a layer is left out."""
     toy = make("trocr", "eager")
-    model = attach(toy.model, plan=SkipPlan.static([0, 2]))
+    model = attach(toy.model, SkipPlan.static([0, 2]))
     entries = model(**toy.batch([5]), **WEIGHTS).attentions
     assert [bool(entry.any()) for entry in entries] == [False, True, False, True]
     assert model(**toy.batch([5])).attentions is None
@@ -83,7 +83,7 @@ def test_what_a_plan_leaves_is_what_the_cut_model_attends_to() -> None:
     """Would catch zeros at the wrong layers: beside them stand the entries of the same model without those layers."""
     toy = make("llama", "eager")
     batch = toy.batch([5, 9])
-    model = attach(toy.model, plan=SkipPlan.static([1, 2]))
+    model = attach(toy.model, SkipPlan.static([1, 2]))
     entries = model(**batch, **WEIGHTS).attentions
     plain = cut(model)(**batch, **WEIGHTS).attentions
     assert not entries[1].any()
@@ -148,7 +148,7 @@ def test_assisted_decoding(name: str, skipped: list[int]) -> None:
     """Assisted decoding reads the entries: would catch IndexError and TypeError there, and entries that shift."""
     toy = make(name, "eager")
     assistant = make(name, "eager", seed=1).model
-    model = attach(toy.model, plan=SkipPlan.static(skipped))
+    model = attach(toy.model, SkipPlan.static(skipped))
     batch = toy.batch([6])
     plain = model.generate(**batch, **GREEDY, max_new_tokens=5)
     assisted = model.generate(**batch, **GREEDY, max_new_tokens=5, assistant_model=assistant)
@@ -165,7 +165,7 @@ def test_assisted_decoding(name: str, skipped: list[int]) -> None:
 def test_plain_tuples_beams_and_configuration() -> None:
     """Other ways to ask: a plain tuple, beams, the configuration; would catch an answer for one way only."""
     toy = make("llama", "eager")
-    model = attach(toy.model, plan=SkipPlan.static([1]))
+    model = attach(toy.model, SkipPlan.static([1]))
     batch = toy.batch([5, 9])
     expected = model(**batch, **WEIGHTS, output_hidden_states=True)
     plain = model(**batch, **WEIGHTS, output_hidden_states=True, return_dict=False)
@@ -187,7 +187,7 @@ def test_a_kernel_without_weights_gives_none() -> None:
     toy = make("llama", "sdpa")
     batch = toy.batch([5, 9])
     dense = toy.model(**batch, **WEIGHTS).attentions
-    assert attach(toy.model, plan=SkipPlan.static([1]))(**batch, **WEIGHTS).attentions == dense == ()
+    assert attach(toy.model, SkipPlan.static([1]))(**batch, **WEIGHTS).attentions == dense == ()
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_training_refuses_plainly() -> None:
 def test_logits_of_experts_are_refused_plainly(name: str) -> None:
     """Experts' logits have no full shape to be put into: would catch fewer entries than layers, and a wrong loss."""
     toy = make(name, "eager")
-    model = attach(toy.model, plan=SkipPlan.static([1]))
+    model = attach(toy.model, SkipPlan.static([1]))
     batch = toy.batch([5, 9])
     for training in (False, True):
         with pytest.raises(ConfigError, match=r"output_router_logits: .* ask inside model.dense\(\)"):

@@ -30,21 +30,23 @@ def load(folder: Path, model: Any = None) -> adaskip.RoutedModel:
 @pytest.mark.parametrize(
     ("section", "name", "value", "text"),
     [
-        ("router", "held", "abc", r"router: RouterConfig: held: expected layer numbers such as \[1, 3\], got 'abc'"),
-        ("router", "held", None, "router: RouterConfig: held: expected layer numbers"),
-        ("router", "hidden", "64", "router: RouterConfig: hidden: expected an integer, got '64'"),
-        ("router", "threshold", None, "router: RouterConfig: threshold: expected a finite number, got None"),
-        ("router", "scope", "all", "router: RouterConfig: scope: expected prompt . token, got 'all'"),
-        ("router", "colour", 1, "router: RouterConfig: colour: no such field"),
+        ("policy", "held", "abc", r"policy: expected layer numbers such as \[1, 3\], got 'abc'"),
+        ("policy", "held", None, "policy: expected layer numbers"),
+        ("settings", "hidden", "64", "policy: RouterConfig: hidden: expected an integer, got '64'"),
+        ("policy", "threshold", None, "policy: expected a finite number, got None"),
+        ("policy", "kind", "learnt", "policy: policy 'learnt': no such kind, did you mean 'learned'"),
+        ("settings", "scope", "all", "policy: RouterConfig: scope: expected prompt . token, got 'all'"),
+        ("settings", "colour", 1, "policy: RouterConfig: colour: no such field"),
         ("backbone", "name", None, "backbone.name: expected str, got None"),
         ("backbone", "vocabulary", "96", "backbone.vocabulary: expected int, got '96'"),
         ("backbone", "layers", None, "backbone.layers: expected int, got None"),
         ("backbone", "quantised", None, "backbone.quantised: expected bool, got None"),
-        (None, "router", [], r"router: RouterConfig: expected a dictionary of fields, got \[\]"),
+        (None, "policy", [], r"policy: expected an object, got \[\]"),
+        ("policy", "settings", [], r"policy: RouterConfig: expected a dictionary of fields, got \[\]"),
         (None, "backbone", None, "backbone: expected an object, got None"),
-        (None, "format", "2", "format: expected 1 to 2, got '2'"),
-        (None, "format", None, "format: expected 1 to 2, got None"),
-        (None, "format", True, "format: expected 1 to 2, got True"),
+        (None, "format", "2", "format: expected 1 to 3, got '2'"),
+        (None, "format", None, "format: expected 1 to 3, got None"),
+        (None, "format", True, "format: expected 1 to 3, got True"),
         (None, "facts", 3, "facts: expected an object, got 3"),
         (None, "certificate", "yes", "certificate: expected an object, got 'yes'"),
     ],
@@ -52,19 +54,20 @@ def load(folder: Path, model: Any = None) -> adaskip.RoutedModel:
 def test_values_that_are_wrong(section: str | None, name: str, value: Any, text: str, tmp_path: Path) -> None:
     """A value was edited by hand; catches TypeError and KeyError, and a file that loads and fails at the first call."""
     routed().save_pretrained(tmp_path)
-    edit(tmp_path, lambda meta: (meta[section] if section else meta).update({name: value}))
+    parts = {"settings": lambda meta: meta["policy"]["settings"], None: lambda meta: meta}
+    edit(tmp_path, lambda meta: parts.get(section, lambda meta: meta[section])(meta).update({name: value}))
     model = llama()
     with pytest.raises(CheckpointError, match=rf"adaskip_config\.json: damaged \(.*{text}.*\); export the routers"):
         load(tmp_path, model)
     assert torch.equal(answers(model), answers(llama()))
 
 
-@pytest.mark.parametrize("name", ["format", "backbone", "router"])
+@pytest.mark.parametrize("name", ["format", "backbone", "policy"])
 def test_keys_that_are_missing(name: str, tmp_path: Path) -> None:
     """A part of the file is gone; catches a KeyError."""
     routed().save_pretrained(tmp_path)
     edit(tmp_path, lambda meta: meta.pop(name) and None)
-    with pytest.raises(CheckpointError, match=rf"damaged \({name}: (RouterConfig: )?expected"):
+    with pytest.raises(CheckpointError, match=rf"damaged \({name}: expected"):
         load(tmp_path)
     edit(tmp_path, lambda meta: [meta])
     with pytest.raises(CheckpointError, match=r"damaged \(expected an object, got list\)"):
@@ -75,11 +78,11 @@ def test_keys_that_are_missing(name: str, tmp_path: Path) -> None:
 def test_settings_that_the_weights_were_not_trained_for(name: str, value: Any, tmp_path: Path) -> None:
     """Somebody tries another scope by hand; catches routers that decide about something they never saw."""
     routed().save_pretrained(tmp_path)
-    edit(tmp_path, lambda meta: meta["router"].update({name: value}))
-    text = "router: changed since the routers were trained; of it only threshold and held may be changed by hand"
+    edit(tmp_path, lambda meta: meta["policy"]["settings"].update({name: value}))
+    text = "policy: changed since the routers were trained; of it only threshold and held may be changed by hand"
     with pytest.raises(CheckpointError, match=text):
         load(tmp_path)
-    edit(tmp_path, lambda meta: meta["router"].pop(name) and None)
+    edit(tmp_path, lambda meta: meta["policy"]["settings"].pop(name) and None)
     if name == "keep_bias":  # what is missing has its default
         assert torch.equal(answers(load(tmp_path)), answers(routed()))
 
@@ -87,11 +90,11 @@ def test_settings_that_the_weights_were_not_trained_for(name: str, value: Any, t
 def test_files_of_older_versions_and_free_settings(tmp_path: Path) -> None:
     """Routers were saved before settings were signed, or get another threshold; catches a check that shuts them out."""
     routed().save_pretrained(tmp_path)
-    edit(tmp_path, lambda meta: meta["router"].update({"threshold": -1.0, "held": [2]}))
-    assert load(tmp_path).config.held == (2,)
+    edit(tmp_path, lambda meta: meta["policy"].update({"threshold": -1.0, "held": [2]}))
+    assert load(tmp_path).policy.held == (2,)
     edit(tmp_path, lambda meta: meta.pop("trained") and None)
-    assert load(tmp_path).config.threshold == -1.0
-    assert read_config(tmp_path)["format"] == 2
+    assert load(tmp_path).policy.threshold == -1.0
+    assert read_config(tmp_path)["format"] == 3
 
 
 def test_a_backbone_in_a_folder_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

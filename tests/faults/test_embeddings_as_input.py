@@ -65,7 +65,7 @@ def test_ids_beside_states_tell_where_merged_pictures_are() -> None:
     """Pictures are merged into the states, and no placeholder is left: would catch vision taken for text."""
     toy = make("llava")
     batch = toy.batch([5, 8])
-    model = attach(toy.model, plan=SkipPlan.static([1, 2], group="vision"))
+    model = attach(toy.model, SkipPlan.static([1, 2], group="vision"))
     expected = model.generate(**batch, **GREEDY, num_beams=2)
     rates = model.routing.keep_rate
     ids, pictures = batch["input_ids"], batch.pop("pixel_values")

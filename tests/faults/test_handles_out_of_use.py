@@ -75,7 +75,7 @@ def test_a_cache_is_read_layer_by_layer() -> None:
     for one, other in zip(model(**batch(9), use_cache=True).past_key_values, plain, strict=True):
         assert torch.allclose(one[0], other[0])
         assert torch.allclose(one[1], other[1])
-    model = adaskip.attach(model.detach(), plan=SkipPlan.static([2]))
+    model = adaskip.attach(model.detach(), SkipPlan.static([2]))
     with pytest.raises(DataError, match="SkipCache: layer 2 does not hold every row and position"):
         list(model(**batch(9), use_cache=True).past_key_values)
 
@@ -101,5 +101,5 @@ def test_an_adapter_for_each_row_is_refused() -> None:
         model(**batch(9, 12))
     with model.dense():
         assert torch.equal(wrapped(**mixed).logits, expected)
-    adaskip.attach(model.detach(), plan=SkipPlan.static([1]))  # all rows skip alike, so each keeps its adapter
+    adaskip.attach(model.detach(), SkipPlan.static([1]))  # all rows skip alike, so each keeps its adapter
     assert wrapped(**mixed).logits.shape == expected.shape

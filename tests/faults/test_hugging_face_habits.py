@@ -12,7 +12,7 @@ from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 
 import adaskip
 from adaskip.errors import AdaSkipError, BackboneError, ConfigError, DataError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from tests.routed_toys import GREEDY, answers, batch, llama, routed, spread, tokenizer
 
 
@@ -153,17 +153,15 @@ def test_tools_take_the_backbone_or_say_so(tmp_path) -> None:
     assert getattr(model, "hf_device_map", None) is None
 
 
-def test_the_router_configuration_is_not_the_models() -> None:
-    """A tool reads or sets model.config.use_cache; catches silence and FrozenInstanceError alike."""
-    config = RouterConfig()
-    with pytest.raises(AttributeError, match=r"RouterConfig has no 'vocab_size'.*model\.backbone"):
-        config.vocab_size  # noqa: B018
-    with pytest.raises(AdaSkipError, match="RouterConfig has no 'use_cache'"):
-        config.use_cache = False
-    with pytest.raises(dataclasses.FrozenInstanceError, match=r"dataclasses\.replace"):
-        config.hidden = 3
-    assert copy.deepcopy(config) == config
-    assert getattr(config, "model_type", None) is None
+def test_the_configuration_is_the_models() -> None:
+    """A tool reads or sets model.config.use_cache; catches silence where model.backbone.config is meant."""
+    model = routed()
+    with pytest.raises(AttributeError, match=r"RoutedModel\.config has no 'vocab_size'.*model\.backbone"):
+        model.config.vocab_size  # noqa: B018
+    with pytest.raises(AdaSkipError, match=r"RoutedModel\.config has no 'use_cache'"):
+        model.config.use_cache = False
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.target.scope = "token"
 
 
 def test_attach_of_the_wrong_thing_says_what_to_write() -> None:
@@ -176,10 +174,10 @@ def test_attach_of_the_wrong_thing_says_what_to_write() -> None:
         adaskip.attach(routed())
     with pytest.raises(BackboneError, match="expected a transformers PreTrainedModel, got str; load one with"):
         adaskip.attach("some/model")
-    with pytest.raises(ConfigError, match=r"expected a RouterConfig, got SkipPlan; write attach\(model, plan=plan\)"):
-        adaskip.attach(llama(), SkipPlan.static([1]))
-    with pytest.raises(ConfigError, match="config: expected a RouterConfig, got dict"):
+    with pytest.raises(ConfigError, match=r"a SkipPlan or another policy, got dict; write adaskip\.attach\(model, "):
         adaskip.attach(llama(), {"scope": "token"})
+    with pytest.raises(ConfigError, match="or another policy, got RouterConfig"):
+        adaskip.attach(llama(), RouterConfig)
 
 
 def test_a_detached_handle_does_not_pretend_to_route() -> None:

@@ -11,7 +11,8 @@ import torch
 
 import adaskip
 from adaskip.errors import AdaSkipError, DataError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from tests.routed_toys import llama, routed, spread, tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'adaskip[eval]'")
@@ -60,7 +61,7 @@ MODELS = {
     "routers": lambda: routed(),
     "token": lambda: spread(adaskip.attach(llama(), RouterConfig(scope="token"))),
     "mlp": lambda: spread(adaskip.attach(llama(), RouterConfig(unit="mlp"))),
-    "plan": lambda: adaskip.attach(llama(), plan=SkipPlan.static([1])),
+    "plan": lambda: adaskip.attach(llama(), SkipPlan.static([1])),
 }
 
 

@@ -60,7 +60,7 @@ def test_logits_of_any_scale(scale: float, shift: float, scope: str) -> None:
     model, batches = routed(scale, shift, scope=scope)
     found = hold_budget(model, batches, 0.7)
     keep, _ = quality(model, batches)
-    assert model.config.threshold == found.threshold
+    assert model.policy.threshold == found.threshold
     assert keep == pytest.approx(found.keep)
     assert 0.7 - 0.06 <= keep <= 0.7 + 1e-9
     assert found.met
@@ -150,5 +150,5 @@ def test_train_says_that_the_budget_was_missed(tmp_path: Path) -> None:
     assert (stored["budget"], stored["ok"]) == ("missed", False)
     assert stored["reached_keep"] == pytest.approx(10 / 12)
     assert "10 of 12 layers are held" in stored["budget_sentence"]
-    assert adaskip.RoutedModel.from_pretrained(folder / "router").config.threshold == stored["threshold"]
+    assert adaskip.RoutedModel.from_pretrained(folder / "router").policy.threshold == stored["threshold"]
     assert "**budget: missed**" in write(folder).read_text()

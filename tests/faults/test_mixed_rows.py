@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 import adaskip
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.training import batches, fit_run
 from adaskip.training.data import Collator, RoundBatches, RoundSampler, in_order, loader, training_loader
 from tests import toys

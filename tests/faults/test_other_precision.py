@@ -93,7 +93,7 @@ def test_routers_of_format_1_are_read(tmp_path) -> None:
     with pytest.raises(BackboneError, match=r"another backbone: weights: hash '\w+' expected, '\w+' found"):
         adaskip.RoutedModel.from_pretrained(tmp_path, llama(seed=1))
     adaskip.RoutedModel.from_pretrained(tmp_path, llama()).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adaskip_config.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "adaskip_config.json").read_text())["format"] == 3
 
 
 def test_routers_of_format_1_in_float16(tmp_path) -> None:
@@ -111,8 +111,8 @@ def test_a_newer_format_says_upgrade(tmp_path) -> None:
     """Routers saved by a later adaskip; catches a guess at what they mean."""
     routed().save_pretrained(tmp_path)
     config = tmp_path / "adaskip_config.json"
-    config.write_text(config.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(CheckpointError, match="format 3, this adaskip reads formats 1 to 2; upgrade adaskip"):
+    config.write_text(config.read_text().replace('"format": 3', '"format": 4'))
+    with pytest.raises(CheckpointError, match="format 4, this adaskip reads formats 1 to 3; upgrade adaskip"):
         adaskip.RoutedModel.from_pretrained(tmp_path, llama())
 
 
@@ -120,5 +120,5 @@ def test_the_weights_file_holds_routers_and_samples(tmp_path) -> None:
     """Somebody opens the weights file; catches backbone weights that are saved whole."""
     routed().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "router.safetensors")
-    assert {name for name in tensors if not name.startswith("backbone.")} == set(routed().routers.state_dict())
+    assert {name for name in tensors if not name.startswith("backbone.")} == set(routed().policy.state_dict())
     assert all(value.numel() <= 8 for name, value in tensors.items() if name.startswith("backbone."))

@@ -50,7 +50,7 @@ def main(folder, held=(), act="warn", micro=1, strategy="ddp"):
         "weights": [weight.double().sum().item() for weight in model.routers.parameters()],
         "multiplier": tuner.multiplier.item(),
         "prices": tuner.prices.shift.tolist(),
-        "held": list(model.config.held),
+        "held": list(model.policy.held),
         "stopped": check.stopped,
         "looked": check.look.to_dict(),
         "val": {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")},

@@ -57,7 +57,7 @@ def test_tokens_that_decide_for_themselves_may_be_packed() -> None:
 @torch.no_grad()
 def test_a_plan_rules_packed_prompts_alike() -> None:
     """A plan leaves the same layers out for every prompt: would catch a refusal where there is nothing to refuse."""
-    model = attach(toys.make("llama").model, plan=SkipPlan.static([1]))
+    model = attach(toys.make("llama").model, SkipPlan.static([1]))
     both = prompts()
     alone = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in both], 1)
     assert (model(input_ids=torch.cat(both, 1), **PACKED).logits - alone).abs().max() < 1e-4

@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM
 
 import adaskip
 from adaskip.errors import ConfigError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from tests.routed_toys import answers, llama, routed, spread
 
 MAKERS = {
     "routers": routed,
     "mlp": lambda: spread(adaskip.attach(llama(), RouterConfig(unit="mlp"))),
     "token": lambda: spread(adaskip.attach(llama(), RouterConfig(scope="token", kv="kept"))),
-    "plan": lambda: adaskip.attach(llama(), plan=SkipPlan.static([1])),
+    "plan": lambda: adaskip.attach(llama(), SkipPlan.static([1])),
 }
 
 

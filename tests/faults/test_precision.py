@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adaskip
-from adaskip.routers.gates import straight_through
+from adaskip.runtime.gates import straight_through
 from tests import toys
 from tests.tuning import DATA, loader, planted, trainer, weights, with_answers
 

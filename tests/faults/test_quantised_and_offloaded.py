@@ -126,9 +126,9 @@ def test_offloaded_layers_are_watched_before_routing() -> None:
     toy = families.make("falcon", "sdpa")
     inputs = toy.batch([5, 9])
     plan = adaskip.SkipPlan.static([0])
-    expected = adaskip.attach(families.make("falcon", "sdpa").model, plan=plan)(**inputs).logits
+    expected = adaskip.attach(families.make("falcon", "sdpa").model, plan)(**inputs).logits
     offloaded = accelerate.cpu_offload(toy.model, execution_device="cpu")
-    torch.testing.assert_close(adaskip.attach(offloaded, plan=plan)(**inputs).logits, expected)
+    torch.testing.assert_close(adaskip.attach(offloaded, plan)(**inputs).logits, expected)
 
 
 def test_accelerate_prepares_a_routed_model() -> None:

@@ -40,7 +40,7 @@ def test_the_head_is_counted_anew(name: str) -> None:
 def test_a_placeholder_of_the_new_vocabulary() -> None:
     """A picture's token is added after attach: would catch vision looked for by the old id."""
     toy = make("llava")
-    model = attach(toy.model, plan=SkipPlan.static([1], group="vision"))
+    model = attach(toy.model, SkipPlan.static([1], group="vision"))
     batch = toy.batch([5, 9])
     model(**batch)
     rates = model.routing.keep_rate
@@ -75,7 +75,7 @@ def test_single_tokens_in_a_kernel_that_was_not_tried(options: Any) -> None:
 def test_whole_rows_in_another_kernel() -> None:
     """Whole rows need no trial: would catch a refusal there, or attention weights by the kernel before."""
     toy = make("llama", "sdpa")
-    model = attach(toy.model, plan=SkipPlan.static([1]))
+    model = attach(toy.model, SkipPlan.static([1]))
     batch = toy.batch([5, 9])
     logits = model(**batch).logits
     assert model(**batch, output_attentions=True).attentions == ()
@@ -88,7 +88,7 @@ def test_whole_rows_in_another_kernel() -> None:
 def test_a_kernel_that_reads_ahead() -> None:
     """PaliGemma attached under eager, then given SDPA: would catch that it now reads ahead without token types."""
     toy = make("paligemma", "eager")
-    model = attach(toy.model, plan=SkipPlan.static([1], group="vision"))
+    model = attach(toy.model, SkipPlan.static([1], group="vision"))
     batch = toy.batch([5, 9])
     types = batch.pop("token_type_ids")
     model(**batch)

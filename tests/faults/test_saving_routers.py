@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import adaskip
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies import Policy
 from adaskip.runtime import persist
 from tests.routed_toys import answers, llama, routed
 
@@ -96,10 +97,13 @@ def test_weights_of_another_shape(tmp_path) -> None:
     """The configuration was edited by hand; catches a traceback, and a model that stays patched."""
     routed().save_pretrained(tmp_path)
     config = tmp_path / "adaskip_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"router": {"hidden": 32}, "trained": None}))
+    meta = json.loads(config.read_text()) | {"trained": None}
+    meta["policy"]["settings"]["hidden"] = 32
+    config.write_text(json.dumps(meta))
     model = llama()
     with pytest.raises(
-        CheckpointError, match=r"not of this configuration: 0\.inner\.bias: expected \(32,\), got \(64,\), and 11"
+        CheckpointError,
+        match=r"not of this configuration: heads\.0\.inner\.bias: expected \(32,\), got \(64,\), and 11",
     ):
         load(tmp_path, model)
     assert torch.equal(answers(model), answers(llama()))
@@ -133,11 +137,31 @@ def test_weights_that_are_no_numbers_of_this_file(tmp_path) -> None:
         load(tmp_path)
 
 
-def test_a_plan_has_nothing_to_save(tmp_path) -> None:
-    """Somebody saves a model that follows a plan; catches an empty folder."""
-    with pytest.raises(ConfigError, match="has no routers to save"):
-        adaskip.attach(llama(), plan=SkipPlan.static([1])).save_pretrained(tmp_path / "plan")
-    assert not (tmp_path / "plan").exists()
+def test_a_plan_comes_back(tmp_path) -> None:
+    """Somebody saves a model that follows a plan; catches an empty folder, and routers in its place."""
+    model = adaskip.attach(llama(), SkipPlan(skip=(1,), leave=3, unit="attention"))
+    expected = answers(model)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.policy.plan == SkipPlan(skip=(1,), leave=3, unit="attention")
+    assert again.routers is None
+    assert torch.equal(answers(again), expected)
+    assert "A policy of the kind `static`" in (tmp_path / "README.md").read_text()
+
+
+def test_a_policy_that_nobody_registered(tmp_path) -> None:
+    """Somebody saves a policy of their own without registering it; catches a file that nothing can read."""
+
+    class Nameless(Policy):
+        def known(self, layers: int) -> torch.Tensor:
+            return torch.arange(layers) != 1
+
+    model = adaskip.attach(llama(), Nameless())
+    answers(model)
+    assert model.routing.keep[:, 0].tolist() == [True, False, True, True]
+    with pytest.raises(ConfigError, match=r"Nameless is no registered policy, .*@adaskip\.policies\.register"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_thresholds_may_be_edited_by_hand(tmp_path) -> None:
@@ -145,9 +169,9 @@ def test_thresholds_may_be_edited_by_hand(tmp_path) -> None:
     routed().save_pretrained(tmp_path)
     config = tmp_path / "adaskip_config.json"
     meta = json.loads(config.read_text())
-    meta["router"]["threshold"] = -1.0
+    meta["policy"]["threshold"] = -1.0
     config.write_text(json.dumps(meta))
-    assert load(tmp_path).config == RouterConfig(threshold=-1.0)
+    assert load(tmp_path).policy.threshold == -1.0
 
 
 def test_a_backbone_without_a_name_has_to_be_passed(tmp_path) -> None:

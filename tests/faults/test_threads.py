@@ -219,7 +219,7 @@ def test_tasks_of_one_event_loop() -> None:
 
 def test_a_compiled_model_follows_its_thread() -> None:
     """One compiled graph serves several threads; catches a graph with the settings of the thread that compiled it."""
-    model = adaskip.attach(llama(), plan=adaskip.SkipPlan.static([0, 2]))
+    model = adaskip.attach(llama(), adaskip.SkipPlan.static([0, 2]))
     torch._dynamo.reset()
     compiled, inputs = torch.compile(model, backend="eager", fullgraph=True), batch(6)
 

@@ -13,7 +13,8 @@ import torch
 
 import adaskip
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from tests.routed_toys import answers, batch, llama, routed
 from tests.tuning import DATA
 
@@ -25,19 +26,19 @@ def test_thresholds_of_other_libraries(value: Any, tmp_path: Path) -> None:
     """Somebody computes the threshold in torch or numpy; catches a tensor that no file can hold."""
     model = routed()
     model.set_threshold(value)
-    assert type(model.config.threshold) is float
+    assert type(model.policy.threshold) is float
     model.save_pretrained(tmp_path)
-    assert adaskip.RoutedModel.from_pretrained(tmp_path, llama()).config.threshold == 0.5
+    assert adaskip.RoutedModel.from_pretrained(tmp_path, llama()).policy.threshold == 0.5
 
 
 @pytest.mark.parametrize("value", [float("nan"), "0.5", None, True, [0.5], torch.ones(4), 1 + 1j])
 def test_thresholds_that_are_no_number(value: Any) -> None:
     """A broken sum or a text arrives as the threshold; catches layers skipped in silence, and a TypeError later."""
     model = routed()
-    before = model.config, answers(model)
-    with pytest.raises(ConfigError, match="RouterConfig: threshold: expected a finite number, got"):
+    before = model.policy.threshold, answers(model)
+    with pytest.raises(ConfigError, match="threshold: expected a finite number, got"):
         model.set_threshold(value)
-    assert model.config is before[0] is model.runtime.config
+    assert model.policy.threshold == before[0]
     assert torch.equal(answers(model), before[1])
 
 
@@ -96,11 +97,11 @@ def test_a_refused_hold_changes_nothing(tmp_path: Path) -> None:
     for layers in ([9], "ab", 3):
         with pytest.raises(ConfigError, match="held: expected"):
             model.hold(layers)
-    assert model.config.held == () == model.runtime.config.held
+    assert model.policy.held == ()
     model.save_pretrained(tmp_path)
     adaskip.RoutedModel.from_pretrained(tmp_path, llama()).hold(torch.tensor([1, 3]))
     model.hold(layer for layer in (1, 3))
-    assert model.config.held == (1, 3)
+    assert model.policy.held == (1, 3)
 
 
 def test_facts_of_other_libraries(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adaskip.errors import ConfigError
-from adaskip.plan import KV, Group, RouterConfig, Scope, Unit
+from adaskip.plan import KV, Group, Scope, Unit
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests.families import EAGER_ONLY, LAYERS, TOKEN_REFUSED, UNIT_REFUSED, VISION, Toy, make
 from tests.routing import GREEDY

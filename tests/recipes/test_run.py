@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import adaskip
+from adaskip.backbone.load import load_backbone
 from adaskip.errors import BackboneError, CheckpointError, DataError
 from adaskip.recipe import load
-from adaskip.runtime.persist import load_backbone
 from adaskip.training.checkpoints import newest_checkpoint
 from adaskip.verbs.check import check
 from adaskip.verbs.evaluate import evaluate
@@ -135,7 +135,7 @@ def test_export_and_load(run: Path, tmp_path: Path) -> None:
         export(run, tmp_path / "out")
     shutil.rmtree(run / "not-there", ignore_errors=True)
     model = adaskip.RoutedModel.from_pretrained(tmp_path / "out")
-    assert model.config.threshold == json.loads((run / "summary.json").read_text())["threshold"]
+    assert model.policy.threshold == json.loads((run / "summary.json").read_text())["threshold"]
     picture = tmp_path / "picture.png"
     from adaskip.demo.digits import examples
 

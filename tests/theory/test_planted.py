@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import adaskip
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
-from adaskip.plan import Group, RouterConfig
+from adaskip.plan import Group
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.survey.skips import measure, measure_bands
 from adaskip.theory.bands import Band, early_exits, judge_bands, late_entries
 from adaskip.theory.conditions import judge

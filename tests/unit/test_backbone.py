@@ -16,7 +16,8 @@ from transformers import (
 
 from adaskip.backbone.inspect import inspect_backbone
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
 from adaskip.runtime.fingerprint import check, fingerprint
 from tests import toys
@@ -99,9 +100,9 @@ def test_configurations_report_every_fault() -> None:
 
 def test_plans_name_layers_the_model_does_not_have() -> None:
     with pytest.raises(ConfigError, match=r"layer 7, leave=9 is outside the model: it has 4 layers, 0 to 3"):
-        attach(toys.make("llama").model, plan=SkipPlan(skip=(1, 7), leave=9))
+        attach(toys.make("llama").model, SkipPlan(skip=(1, 7), leave=9))
     with pytest.raises(ConfigError, match="expected a RouterConfig or a plan, got both"):
-        attach(toys.make("llama").model, RouterConfig(), plan=SkipPlan())
+        attach(toys.make("llama").model, RouterConfig(), SkipPlan())
 
 
 def test_fingerprint_tells_models_apart_but_not_precisions() -> None:
@@ -119,7 +120,7 @@ def test_fingerprint_tells_models_apart_but_not_precisions() -> None:
 def test_keep_rate_counts_what_ran() -> None:
     """Half the layers of equal cost: half the FLOPs, in prefill and while decoding."""
     toy = toys.make("llama")
-    model = attach(toy.model, plan=SkipPlan.static([0, 2]))
+    model = attach(toy.model, SkipPlan.static([0, 2]))
     model.generate(**toy.batch([5, 9]), max_new_tokens=4, do_sample=False)
     assert model.routing.keep_rate.tolist() == [0.5, 0.5]
     assert str(model.routing) == ".#.#\n.#.#"
@@ -130,7 +131,7 @@ def test_dense_flops_agree_with_the_flop_counter() -> None:
 
     for name in ("llama", "qwen2"):
         toy = toys.make(name, "eager")
-        model = attach(toy.model, plan=SkipPlan.static([1]))
+        model = attach(toy.model, SkipPlan.static([1]))
         batch = toy.batch([8])
         with FlopCounterMode(display=False) as counter:
             model(**batch, use_cache=False)

@@ -22,7 +22,8 @@ from adaskip.bench.rounds import LEAST, interleave, ratio, spread
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject, stored_subject
 from adaskip.errors import AdaSkipError, ConfigError
-from adaskip.plan import RouterConfig, SkipPlan
+from adaskip.plan import SkipPlan
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
 from adaskip.runtime.measure import cache_bytes, peak_memory
 from tests import families
@@ -50,7 +51,7 @@ def test_a_twin_cut_to_some_layers_is_the_plan_that_leaves_the_others_out(name: 
     cut = short(**batch, use_cache=True)
     assert torch.equal(toy.model(**batch).logits, whole)
     assert cache_bytes(cut.past_key_values) * 2 == cache_bytes(toy.model(**batch, use_cache=True).past_key_values)
-    routed = attach(toy.model, plan=SkipPlan.static([1, 3]))
+    routed = attach(toy.model, SkipPlan.static([1, 3]))
     assert torch.allclose(routed(**batch).logits, cut.logits, atol=1e-5)
 
 

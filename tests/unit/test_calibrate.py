@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import adaskip
+from adaskip.backbone.load import load_backbone
 from adaskip.batch import exact_match
 from adaskip.errors import ConfigError, DataError
 from adaskip.generate.greedy import greedy_processors
 from adaskip.recipe import dump, load
-from adaskip.runtime.persist import load_backbone
 from adaskip.training.data import Collator
 from adaskip.verbs import run as opened
 from adaskip.verbs.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records
@@ -128,7 +128,7 @@ def test_what_is_stored_is_applied(run: Path, found: dict) -> None:
     assert certified["p_value"] <= found["delta"]
     assert found["keep"] < 1
     model = adaskip.RoutedModel.from_pretrained(run / "router")
-    assert model.config.threshold == found["threshold"]
+    assert model.policy.threshold == found["threshold"]
     assert model.certificate == json.loads((run / "calibration.json").read_text())
     assert model.certificate == {name: value for name, value in found.items() if name != "ok"}
     card = (run / "router" / "README.md").read_text()
@@ -161,7 +161,7 @@ def test_nothing_certified_means_dense(tmp_path: Path) -> None:
     found = calibrate(folder, risk=0.1, delta=0.1)
     assert (found["ok"], found["threshold"], found["keep"]) == (False, None, 1.0)
     model = adaskip.RoutedModel.from_pretrained(folder / "router")
-    assert model.config.threshold == KEEP_ALL
+    assert model.policy.threshold == KEEP_ALL
     assert "every layer runs" in (folder / "router" / "README.md").read_text()
     loaded = opened.open_run(folder)
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:6])

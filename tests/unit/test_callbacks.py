@@ -52,7 +52,7 @@ def test_hold_makes_a_costly_layer_run_and_leaves_a_redundant_one_alone(tmp_path
     model = eager({1: GREEDY, 2: GREEDY})
     model.hold([3])  # what the configuration holds is not the callback's to free
     check, trainer = fit(model, tmp_path, "hold", held=(2,))  # a redundant layer that it held passes, and is free again
-    assert model.config.held == (1, 3)
+    assert model.policy.held == (1, 3)
     assert check.state_dict()["held"] == [1]
     assert check.look is not None
     assert {layer: found.verdict for layer, found in check.look.skips.items()} == {1: "inadmissible", 2: "admissible"}
@@ -68,13 +68,13 @@ def test_hold_makes_a_costly_layer_run_and_leaves_a_redundant_one_alone(tmp_path
     model.save_pretrained(tmp_path / "router")
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = adaskip.RoutedModel.from_pretrained(tmp_path / "router", model.detach())
-    assert again.config.held == (1, 3)
+    assert again.policy.held == (1, 3)
     assert torch.equal(again(**arguments).logits, routed)
 
     for steps in (5, 4):  # with 4 the run is done, and its training does not start
         resumed = eager({1: GREEDY, 2: GREEDY})
         fit(resumed, tmp_path, "hold", steps=steps, resume=str(tmp_path / "last.ckpt"))
-        assert resumed.config.held == (1,)
+        assert resumed.policy.held == (1,)
 
 
 def test_stop_ends_training_and_says_why(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_warn_says_it_once_and_changes_nothing(tmp_path: Path, caplog: pytest.Lo
     assert len(told) == 1
     assert told[0].startswith("step 2: layer 1 is skipped for 32 of 32 inputs at ")
     assert told[0].endswith("a token, 0.01 tolerated")
-    assert model.config.held == ()
+    assert model.policy.held == ()
     assert check.stopped is None
 
 

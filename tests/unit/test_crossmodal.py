@@ -19,9 +19,9 @@ def routed(name, attention):
     """A toy (tests/toys.py or tests/families.py) under a plan that skips nothing, and a batch with padding."""
     if name in toys.MAKERS:
         toy = toys.make(name, attention)
-        return attach(toy.model, plan=SkipPlan(group="vision")), toy.batch([7, 4], "left")
+        return attach(toy.model, SkipPlan(group="vision")), toy.batch([7, 4], "left")
     toy = families.make(name, attention)
-    return attach(toy.model, plan=SkipPlan(group="vision")), toy.batch([7, 4])
+    return attach(toy.model, SkipPlan(group="vision")), toy.batch([7, 4])
 
 
 def text_and_vision(model, batch):
@@ -153,7 +153,7 @@ def test_an_attention_that_is_not_softmax_attention_is_refused_by_name(monkeypat
 @torch.no_grad()
 def test_text_only_models_and_unseen_layers_are_refused():
     toy = toys.make("llama")
-    model = attach(toy.model, plan=SkipPlan())
+    model = attach(toy.model, SkipPlan())
     with pytest.raises(DataError, match="expected a model with vision tokens, got a text-only one"):
         read_attention(model, Tokens(torch.ones(1, 3).bool(), None)).__enter__()
     model, batch = routed("llava", "sdpa")

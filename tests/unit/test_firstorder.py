@@ -14,7 +14,7 @@ from tests import toys
 def prepared(name, group, dtype=torch.float64):
     """Return the record of a toy's dense pass over a teacher-forced batch of three inputs."""
     toy = toys.make(name)
-    model = attach(toy.model.to(dtype), plan=SkipPlan(group=group))
+    model = attach(toy.model.to(dtype), SkipPlan(group=group))
     inputs = toy.batch([7, 4, 6])
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     labels = torch.full_like(inputs["input_ids"], -100)

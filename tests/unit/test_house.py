@@ -23,7 +23,7 @@ ORDER = [
     "plan",
     "backbone",
     "theory",
-    "routers",
+    "policy",
     "runtime",
     "generate",
     "policies",
@@ -45,7 +45,15 @@ def room(module: str) -> int:
 
 def imports(path: Path) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # what only annotations name is no import: nothing is loaded, and a policy may say what a request is
+    named = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in (node for node in ast.walk(tree) if id(node) not in named):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("adaskip"):
             found += [node.module] if node.module != "adaskip" else [f"adaskip.{name.name}" for name in node.names]
         elif isinstance(node, ast.Import):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from adaskip.errors import ConfigError
-from adaskip.plan import RouterConfig
+from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import Recipe, dump, faults, find, load, recipes, sentence
 from adaskip.training.objective import Objective
 

@@ -57,7 +57,7 @@ def test_a_rerun_gives_what_a_whole_pass_gives(name: str, group: str, routed: bo
 def test_states_that_a_model_adds_to_between_layers_are_those_that_layers_got() -> None:
     """qwen3_vl adds picture features to the states between its first layers."""
     toy = families.make("qwen3_vl", "sdpa")
-    model = adaskip.attach(toy.model, plan=adaskip.SkipPlan(group="vision"))
+    model = adaskip.attach(toy.model, adaskip.SkipPlan(group="vision"))
     inputs = toy.batch([7, 4])
     real = inputs["attention_mask"].bool()
     recorded = record(model, Batch(inputs, torch.where(real, inputs["input_ids"], -100), real))

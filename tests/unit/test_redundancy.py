@@ -144,7 +144,7 @@ def test_what_cannot_be_measured_is_a_plain_error():
 @pytest.mark.parametrize("group", ["all", "vision"])
 def test_exact_costs_of_all_layers_take_at_most_half_the_passes(group):
     toy = toys.make("llava")
-    model = attach(toy.model, plan=SkipPlan(group=group))
+    model = attach(toy.model, SkipPlan(group=group))
     tokens = [0]
 
     def count(module, args, kwargs):
@@ -164,7 +164,7 @@ def test_sampled_tokens_lie_in_the_group_and_are_spread():
     group = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]]).bool()
     assert _spread(group, 2).tolist() == [[2, 4], [4, 4]]
     toy = toys.make("llava")
-    model = attach(toy.model, plan=SkipPlan(group="vision"))
+    model = attach(toy.model, SkipPlan(group="vision"))
     found = survey_layers(model, batches_of(toy, 16), tangents=4, tokens=3)
     assert found.tokens.shape == (16, 3, 5, 32)
     assert found.tangent[:4].isfinite().all()

@@ -1,0 +1,1 @@
+"""Learned routers: one small trained head per decoder layer."""

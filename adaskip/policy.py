@@ -1,0 +1,166 @@
+"""What decides which layers run: one small class, and the registry of its kinds."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from adaskip.errors import ConfigError, did_you_mean
+from adaskip.plan import Target
+
+if TYPE_CHECKING:
+    from adaskip.backbone.inspect import BackboneSpec
+    from adaskip.runtime.request import Request
+
+
+class Policy(nn.Module):
+    """Decides, layer by layer, which rows or tokens of a request run; the runtime executes whatever it says.
+
+    A method is one subclass: give it a ``kind``, write `decide` (or `known`), and `register` it. It then trains (if it
+    has parameters and returns logits), generates, is cached, saved and loaded like every other.
+
+    Attributes:
+        kind: the name it is registered and saved under.
+        target: what its decisions speak of.
+        threshold: where it returns logits, a layer runs if its logit is above this.
+        held: layers that run whatever it says.
+    """
+
+    kind: ClassVar[str] = ""
+
+    def __init__(self, target: Target | None = None) -> None:
+        super().__init__()
+        self.target = target or Target()
+        self.threshold = 0.0
+        self.held: tuple[int, ...] = ()
+
+    def build(self, spec: BackboneSpec, seed: int) -> None:
+        """Make what depends on the model, once, before anything of it is touched.
+
+        Args:
+            spec: what the model is made of: ``layers``, ``width``, ``device`` ...
+            seed: of whatever is drawn.
+
+        Raises:
+            ConfigError: the policy does not go with this model.
+        """
+
+    def known(self, layers: int) -> Tensor | None:
+        """Return bool (l), whether each layer runs, if that is the same for every input; else None.
+
+        Such a policy is never asked to `decide`, and its passes compile to one graph.
+        """
+
+    def start(self, request: Request) -> None:
+        """Look at a request once, before its first layer; ``request.memo`` may keep what was seen.
+
+        ``request.tokens.valid`` and ``.vision`` are bool (b t), and so is ``request.prompt``: what may be looked at.
+        """
+
+    def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
+        """Decide who runs a layer. A row's decision may depend on that row alone, and on no token behind its prompt.
+
+        Args:
+            layer: counted from 0.
+            states: (b t d), what enters the layer.
+            request: what is known beside the states, see `start`.
+
+        Returns:
+            (b), under scope ``token`` (b t): bool, True runs; or float32 logits, which are compared with `threshold`,
+            and in training become straight-through gates.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: write decide(layer, states, request), or known(layers)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments that make this policy again, JSON-ready, without threshold, held layers and weights."""
+        return {"target": self.target.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Policy:
+        """Make the policy that `to_dict` described.
+
+        Raises:
+            ConfigError: a value it cannot have, or an argument that it does not know.
+        """
+        settings = dict(values)
+        if isinstance(settings.get("target"), dict):
+            settings["target"] = Target.from_dict(settings["target"])
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise ConfigError(f"policy {cls.kind!r}: settings that {cls.__name__} does not take ({error})") from None
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """What stands for a policy: `RouterConfig`, `SkipPlan`."""
+
+    kind: ClassVar[str]
+
+
+# One line a method. Modules are named, not imported: nobody loads fifteen methods to use one.
+HOMES = {
+    "learned": "adaskip.policies.learned.routers:Learned",
+    "static": "adaskip.policies.static:Static",
+}
+_FOUND: dict[str, type[Policy]] = {}
+
+
+def register(policy: type[Policy]) -> type[Policy]:
+    """Make a policy known by its ``kind``, so that saved ones are brought back; a decorator.
+
+    Raises:
+        ConfigError: it has no ``kind``, or one that another class has.
+    """
+    kind, where = policy.kind, f"{policy.__module__}:{policy.__name__}"
+    if not kind:
+        raise ConfigError(f'{policy.__name__}: expected a kind to register it under, got none; write kind = "..."')
+    known = _FOUND.get(kind)
+    if kind in HOMES or (known is not None and f"{known.__module__}:{known.__name__}" != where):
+        raise ConfigError(f"{policy.__name__}: the kind {kind!r} is another policy's; choose another")
+    _FOUND[kind] = policy
+    return policy
+
+
+def kinds() -> list[str]:
+    """Return the kinds that are known, in order."""
+    return sorted({*HOMES, *_FOUND})
+
+
+def find(kind: str) -> type[Policy]:
+    """Return the class registered under a kind.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if kind in HOMES:
+        module, name = HOMES[kind].split(":")
+        found: type[Policy] = getattr(import_module(module), name)
+        return found
+    if kind not in _FOUND:
+        raise ConfigError(
+            f"policy {kind!r}: no such kind, {did_you_mean(str(kind), kinds())}; of your own: import the module that "
+            "registers it first"
+        )
+    return _FOUND[kind]
+
+
+def as_policy(value: Policy | Settings | None) -> Policy:
+    """Return the policy itself, or the one that settings stand for; without any, learned routers.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(value, Policy):
+        return value
+    if value is None:
+        return find("learned")()
+    if isinstance(value, type) or not isinstance(value, Settings):
+        got = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise ConfigError(
+            f"attach: expected a RouterConfig, a SkipPlan or another policy, got {got}; write "
+            "adaskip.attach(model, adaskip.RouterConfig(...))"
+        )
+    return find(value.kind)(value)  # type: ignore[arg-type]  # each takes its own settings

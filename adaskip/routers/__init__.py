@@ -1,1 +1,0 @@
-"""Routers: pooled prompt features -> one keep logit per layer -> gates."""

@@ -1,0 +1,70 @@
+"""From what a policy says to what a layer does: hard decisions at inference, straight-through gates in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaskip.plan import KEEP_ALL, mean_over
+from adaskip.policy import Policy
+from adaskip.runtime import gates
+from adaskip.runtime.execute import Keep
+from adaskip.runtime.request import Request
+
+
+def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor:
+    """Return float32 gates (b), scope token (b t), of a layer in a soft pass: 0 or 1, with a slope where logits are."""
+    if request.fixed is not None:
+        gate = request.fixed[index].to(states.device, torch.float32)
+    else:
+        said = policy.decide(index, states, request)
+        if said.dtype == torch.bool:
+            gate = _certain(said, request, index).float()
+        else:
+            noise = request.noise(index)
+            gate = gates.straight_through(said, request.threshold, request.options.temperature, noise)
+            _put(request.logits, index, said)
+            if index in request.held:
+                gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning
+    keep = gate.detach() > 0.5
+    if request.deciding is None:
+        _put(request.keep, index, keep)
+        _put(request.gates, index, gate)
+        return gate
+    _put(request.keep, index, keep & request.deciding)
+    _put(request.gates, index, mean_over(request.deciding, gate))
+    return torch.where(request.deciding, gate, 1.0)
+
+
+@torch.no_grad()
+def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
+    """Return which rows or tokens run a layer; only a fresh decision about rows has to be read from the device."""
+    if request.flags is not None:
+        return request.flags[index]
+    if request.fixed is not None and request.deciding is not None:
+        return request.fixed[index] | ~request.deciding
+    said = policy.decide(index, states, request)
+    if said.dtype == torch.bool:
+        kept = _certain(said, request, index)
+    else:
+        kept = gates.hard(said, request.threshold)
+        kept = torch.ones_like(kept) if index in request.held else kept
+        _put(request.logits, index, said)
+    if request.deciding is not None:
+        _put(request.keep, index, kept & request.deciding)
+        return kept | ~request.deciding
+    _put(request.keep, index, kept)
+    return tuple(kept.tolist())
+
+
+def _certain(kept: Tensor, request: Request, index: int) -> Tensor:
+    """Return a policy's own booleans, or True where the layer is held or every layer is to run."""
+    return torch.ones_like(kept) if index in request.held or request.threshold <= KEEP_ALL else kept
+
+
+def _put(values: list[Tensor], index: int, value: Tensor) -> None:
+    """Append, or replace when a layer is run again for its gradient."""
+    if index < len(values):
+        values[index] = value
+    else:
+        values.append(value)
