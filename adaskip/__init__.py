@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
     from adaskip.runtime.patch import detach as detach
-    from adaskip.theory.redundancy import profile as profile
+    from adaskip.survey.profile import profile as profile
     from adaskip.training.batches import RoundBatches as RoundBatches
     from adaskip.training.callbacks import ConditionCheck as ConditionCheck
     from adaskip.training.collate import Collator as Collator
@@ -73,7 +73,7 @@ _HOMES = {
     "detach": "runtime.patch",
     "evaluate": "verbs.evaluate",
     "export": "verbs.export",
-    "profile": "theory.redundancy",
+    "profile": "survey.profile",
     "train": "verbs.train",
 }
 __all__ = sorted(_HOMES)

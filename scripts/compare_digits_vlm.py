@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.batch import exact_match
 from adaskip.demo.digits import KINDS
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.record import record
 from adaskip.survey.search import Scored, Search, best
 from adaskip.theory.intervals import bootstrap_mean, paired_difference
 from adaskip.training.data import Collator, load_records, loader
@@ -40,19 +40,13 @@ RECIPES = {"all": "digits-vlm", "vision": "digits-vlm-vision"}
 def answers(
     model: RoutedModel, batches: list[Any], keep: Tensor | None = None, dense: bool = False
 ) -> dict[str, Tensor]:
-    """Per question: whether the answer is right, and the keep rate; under the routers, a fixed keep (l), or densely."""
+    """Return whether each answer is right, and each keep rate; under the routers, a fixed keep (l), or densely."""
     right, rates = [], []
     for batch in batches:
-        arguments = batch.arguments()
-        if dense:
-            with model.dense():
-                logits = model(**arguments).logits
-            rates.append(torch.ones(len(logits)))
-        else:
-            fixed = None if keep is None else keep[:, None].expand(-1, len(batch))
-            logits = model(**arguments, routing=fixed).logits
-            rates.append(model.routing.keep_rate)
-        right.append(exact_match(logits, batch.labels))
+        recorded = record(model, batch, routed=not dense and keep is None)
+        logits = recorded.logits if keep is None else recorded.rerun(keep[:, None].expand_as(recorded.keep))
+        right.append(recorded.match(logits))
+        rates.append(torch.ones(len(batch)) if dense else model.routing.keep_rate)
     return {"right": torch.cat(right).double(), "keep": torch.cat(rates).double()}
 
 

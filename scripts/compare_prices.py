@@ -21,11 +21,14 @@ from torch import Tensor
 
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.survey.calibration import Kind, price
+from adaskip.survey.firstorder import first_order_of
+from adaskip.survey.flips import survey_flips
+from adaskip.survey.record import record
+from adaskip.survey.skips import measure
 from adaskip.theory.bounds import joint_quadratic, redundancy_bound
-from adaskip.theory.flips import survey_flips
 from adaskip.theory.measures import spearman
-from adaskip.theory.prices import Kind, first_order_of, price
-from adaskip.theory.profile import Prices, compare, measure
+from adaskip.theory.prices import Prices
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
 from adaskip.verbs.run import Run, load_model, load_processor
@@ -37,12 +40,10 @@ def joint_kl(model: RoutedModel, batches: list[Any], keep: Tensor | None) -> tup
     """Exact KL(dense || plan) of each input, (n), and the plan (n l); ``keep`` (n l), or None: the routers decide."""
     found, plans, start = [], [], 0
     for batch in batches:
-        arguments = batch.arguments()
         rows = slice(start, start + len(batch))
-        with model.dense():
-            dense = model(**arguments).logits
-        routed = model(**arguments, routing=None if keep is None else keep[rows].T).logits
-        found.append(compare(dense, routed, batch.labels)["kl"])
+        recorded = record(model, batch)
+        routed = record(model, batch, routed=True).logits if keep is None else recorded.rerun(keep[rows].T)
+        found.append(recorded.compare(routed)["kl"])
         plans.append(model.routing.keep.T)
         start = rows.stop
     return torch.cat(found), torch.cat(plans)

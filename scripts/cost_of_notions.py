@@ -25,9 +25,10 @@ import torch
 from adaskip.backbone.load import load_backbone, load_processor
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
+from adaskip.survey.crossmodal import read_attention
+from adaskip.survey.firstorder import logit_tangent, score_products
+from adaskip.survey.record import record
 from adaskip.theory import measures
-from adaskip.theory.crossmodal import read_attention
-from adaskip.theory.firstorder import logit_tangent, score_products
 from adaskip.theory.intervals import bootstrap_mean
 from adaskip.training.data import Collator, load_records, loader
 
@@ -46,7 +47,7 @@ def main() -> None:
     model = attach(load_backbone(options.model), SkipPlan(group=options.group))
     records = load_records(options.data, "validation", options.batch_size, 0)
     batch = next(iter(loader(records, Collator(load_processor(options.model)), options.batch_size)))
-    inputs, arguments, tokens = batch.inputs, batch.arguments(), model.read_tokens(batch.inputs)
+    inputs, tokens = batch.inputs, model.read_tokens(batch.inputs)
     vision = options.group == "vision"
     layers = len(model.spec.layers)
 
@@ -69,24 +70,19 @@ def main() -> None:
         with read_attention(model, tokens) if vision else nullcontext():
             geometry()
 
-    states: list[torch.Tensor] = []
-    with model.dense(), model.observe(lambda i, before, after: states.extend([after] if states else [before, after])):
-        model(**inputs, use_cache=False)
-    shifts = [states[layer] - states[layer + 1] for layer in range(layers)]
+    recorded = record(model, batch)
+    shifts = [recorded.states[layer] - recorded.states[layer + 1] for layer in range(layers)]
 
     def exact() -> None:
         for layer in range(layers):
-            keep = torch.ones(layers, len(records), dtype=torch.bool)
-            keep[layer] = False
-            with model.replay(states[: layer + 1]):
-                model(**arguments, routing=keep)
+            recorded.rerun(recorded.skipping([layer]))
 
     def first_order() -> None:
         for layer in range(layers):
-            logit_tangent(model, batch, states, layer, shifts[layer])
+            logit_tangent(recorded, layer, shifts[layer])
 
     def score() -> None:
-        score_products(model, batch, states, shifts)
+        score_products(recorded, shifts)
 
     calls: dict[str, Callable[[], None]] = {"dense again": dense, "geometry": geometry, "cheap notions": cheap}
     slow = {"exact, all layers": exact, "first order, all layers": first_order, "one backward pass": score}

@@ -27,11 +27,14 @@ from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.survey.record import record
+from adaskip.survey.skips import measure
 from adaskip.theory import bounds
 from adaskip.theory.conditions import rank_correlations
 from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, resplit_coverage, safe_ratio
 from adaskip.theory.measures import spearman
-from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices, measure
+from adaskip.theory.prices import Prices, calibrate_prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import joint_cost
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
@@ -60,25 +63,9 @@ def links(model: RoutedModel, batches: list[Batch]) -> dict[str, Any]:
     rows: list[Tensor] = []
     matrices: list[Tensor] = []
     for batch in batches:
-        states: list[Tensor] = []
-
-        def watch(index: int, before: Tensor, after: Tensor) -> None:
-            states.extend([after] if states else [before, after])  # noqa: B023 - read within this very batch
-
-        arguments = batch.arguments()
-        with model.dense(), model.observe(watch):
-            dense = model(**arguments).logits
-        where = batch.supervised
-        before = dense[:, :-1][where].double()
-        afters = []
-        for index in range(layers):
-            keep = torch.ones(layers, len(dense), dtype=torch.bool)
-            keep[index] = False
-            with model.replay(states[: index + 1]):
-                out = model(**arguments, routing=keep).logits
-            afters.append(out[:, :-1][where].double())
-        after = torch.stack(afters, 1)
-        before = before.unsqueeze(1).expand_as(after)
+        recorded, where = record(model, batch), batch.supervised
+        after = torch.stack([recorded.rerun(recorded.skipping([layer])).double() for layer in range(layers)], 1)
+        before = recorded.logits.double().unsqueeze(1).expand_as(after)
         shift, kl = bounds.logit_shift(before, after), bounds.kl_exact(before, after)
         values = {
             "exact KL": kl,

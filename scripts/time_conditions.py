@@ -27,7 +27,8 @@ from adaskip.bench.rounds import ratio
 from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import attach
-from adaskip.theory.profile import calibrate_prices, measure
+from adaskip.survey.skips import measure
+from adaskip.theory.prices import calibrate_prices
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.module import RouterTuner

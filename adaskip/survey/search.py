@@ -1,4 +1,4 @@
-"""The best plan that is the same for every input: greedy layer removal, late entry, early exit."""
+"""Search the best plan that is the same for every input: greedy layer removal, late entry, early exit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from adaskip.batch import Batch, exact_match
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.profile import compare
+from adaskip.survey.plans import run_plan
+from adaskip.survey.record import record
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A plan and how the model fares under it on some inputs."""
+    """A plan, and the model's quality and cost under it on some inputs."""
 
     plan: SkipPlan
     accuracy: float  # share of inputs whose every answer token is right (teacher-forced)
@@ -25,7 +26,7 @@ class Scored:
 
 
 class Search:
-    """Scores static plans on validation data; the dense logits are computed once.
+    """Score plans on validation data; the dense logits are computed once.
 
     Args:
         model: attached, with routers or without; only its execution is used.
@@ -33,27 +34,20 @@ class Search:
     """
 
     def __init__(self, model: RoutedModel, batches: list[Batch]) -> None:
-        self.model, self.batches = model, batches
         self.layers = len(model.spec.layers)
-        self.group = model.runtime.group
-        with torch.no_grad(), model.dense():
-            self.dense = [model(**b.arguments()).logits for b in batches]
+        self.group = model.target.group
+        # without the states, which would fill the memory: every batch stays at hand for the whole search
+        self.recorded = [record(model, batch, states=False) for batch in batches]
 
     @torch.no_grad()
     def score(self, plan: SkipPlan) -> Scored:
-        """The model's quality and cost under one plan."""
-        kl, right, keep = [], [], []
-        kept = plan.keep(self.layers).to(self.model.spec.device)
-        for batch, dense in zip(self.batches, self.dense, strict=True):
-            routing = kept[:, None].expand(-1, len(dense))
-            logits = self.model(**batch.arguments(), routing=routing).logits
-            kl.append(compare(dense, logits, batch.labels)["kl"])
-            right.append(exact_match(logits, batch.labels))
-            keep.append(self.model.routing.keep_rate)
-        return Scored(plan, *(float(torch.cat(v).double().mean()) for v in (right, kl, keep)))
+        """Return the model's quality and cost under one plan."""
+        costs = [run_plan(recorded, plan.keep(self.layers)) for recorded in self.recorded]
+        accuracy, kl, keep = (float(torch.cat([c[name] for c in costs]).mean()) for name in ("hit", "kl", "keep"))
+        return Scored(plan, accuracy, kl, keep)
 
     def greedy(self, skips: int) -> list[Scored]:
-        """Plans of 0 to ``skips`` layers: remove one at a time, always the one whose loss hurts least.
+        """Return plans of 0 to ``skips`` layers: remove one at a time, always the one whose loss hurts least.
 
         Costs at most ``skips * layers`` passes over the data.
         """
@@ -67,11 +61,11 @@ class Search:
         return path
 
     def bands(self, absent: int) -> list[Scored]:
-        """Late entry and early exit of the group with the same number of layers left out: plans of equal compute."""
+        """Score late entry and early exit with the same number of layers left out: plans of equal compute."""
         entry, leave = SkipPlan.late_entry(absent, self.group), SkipPlan.early_exit(self.layers - absent, self.group)
         return [self.score(entry), self.score(leave)]
 
 
 def best(scored: Iterable[Scored]) -> Scored:
-    """The most accurate plan; of equally accurate ones that of the smallest KL."""
+    """Return the most accurate plan; of equally accurate ones that of the smallest KL."""
     return max(scored, key=lambda s: (s.accuracy, -s.kl))

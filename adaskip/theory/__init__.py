@@ -1,4 +1,4 @@
-"""How redundant is a layer: the theory as pure functions, its measures, and the verdicts drawn from them.
+"""The theory as pure functions: how redundant a layer is, by which measure, and which verdict follows.
 
 `bounds` holds the chain from geometry to information, `measures` what is read off hidden states and attention,
 `conformal` calibrated constants and their test, `intervals` the uncertainty over inputs. Information is in nats.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.plan import Group
 from adaskip.theory.intervals import Interval, bonferroni, bootstrap_mean
 
 
@@ -27,12 +26,12 @@ class Claim:
     about: str  # which layers
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return it JSON-ready."""
         return asdict(self)
 
 
 def judge_claims(
-    group: Group,
+    group: str,
     bands: dict[str, Tensor],
     single: Tensor,
     joint: Tensor,
@@ -105,8 +104,8 @@ def _names(chosen: Tensor) -> str:
 def _claim(claim: str, values: Tensor, threshold: float, level: float, about: str, below: bool = False) -> Claim:
     if not len(values):
         return Claim(claim, None, None, None, None, threshold, 0, about)
-    found: Interval = bootstrap_mean(values, level)
-    under, over = found.high <= threshold, found.low > threshold
+    interval: Interval = bootstrap_mean(values, level)
+    under, over = interval.high <= threshold, interval.low > threshold
     holds = None if not (under or over) else under if below else over
-    low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
-    return Claim(claim, holds, found.estimate, low, high, threshold, found.n, about)
+    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
+    return Claim(claim, holds, interval.estimate, low, high, threshold, interval.n, about)

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import DataError
-from adaskip.plan import Group
 from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, safe_ratio, smallest_sample
 from adaskip.theory.intervals import Interval, bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.measures import spearman
-from adaskip.theory.profile import LayerMeasures, Prices
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 
 Notion = Literal["geometric", "proximal", "functional", "cross-modal"]
 Verdict = Literal["admissible", "inadmissible", "undecided"]
@@ -47,7 +47,7 @@ class Finding:
     """One notion of one layer, read against its threshold."""
 
     layer: int
-    group: Group
+    group: str
     notion: Notion
     estimate: float
     low: float
@@ -57,31 +57,31 @@ class Finding:
 
     @property
     def margin(self) -> float:
-        """How far the estimate lies below the threshold; negative above it."""
+        """Return how far the estimate lies below the threshold; negative above it."""
         return self.threshold - self.estimate
 
     @property
     def verdict(self) -> Verdict:
-        """Admissible when the whole interval lies within the threshold, inadmissible when all of it lies beyond."""
+        """Return admissible if the whole interval lies within the threshold, inadmissible if all of it lies beyond."""
         if self.high <= self.threshold:
             return "admissible"
         return "inadmissible" if self.low > self.threshold else "undecided"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, infinite ends as None."""
+        """Return it JSON-ready, infinite ends as None."""
         values = {**asdict(self), "margin": self.margin, "verdict": self.verdict}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything one look at the layers found."""
+    """All findings of one look at the layers."""
 
     rows: tuple[Finding, ...]
     rank_correlation: dict[str, float]  # Spearman's rho over layers of each cheap notion with the exact cost
 
     def verdict(self, layer: int) -> Verdict:
-        """All notions hold: admissible; one clearly fails: inadmissible; else undecided."""
+        """Return admissible if all notions hold, inadmissible if one clearly fails, else undecided."""
         verdicts = {row.verdict for row in self.rows if row.layer == layer}
         if "inadmissible" in verdicts:
             return "inadmissible"
@@ -89,12 +89,12 @@ class Findings:
 
     @property
     def layers(self) -> dict[int, Verdict]:
-        """The verdict of every layer looked at."""
+        """Return the verdict of every layer looked at."""
         return {layer: self.verdict(layer) for layer in sorted({row.layer for row in self.rows})}
 
 
 def judge(
-    measured: LayerMeasures, prices: Prices, group: Group, tolerance: float, level: float = 0.95, looks: int = 1
+    measured: LayerMeasures, prices: Prices, group: str, tolerance: float, level: float = 0.95, looks: int = 1
 ) -> Findings:
     """Read the four notions of every measured layer against the thresholds that follow from the tolerance.
 
@@ -129,14 +129,16 @@ def judge(
             "cross-modal": (bootstrap_mean(measured.mass[:, column], each), mass_limit),
         }
         for notion in notions:
-            found, threshold = read[notion]
-            rows.append(Finding(layer, group, notion, found.estimate, found.low, found.high, threshold, found.n))
+            interval, threshold = read[notion]
+            rows.append(
+                Finding(layer, group, notion, interval.estimate, interval.low, interval.high, threshold, interval.n)
+            )
     return Findings(tuple(rows), rank_correlations(measured))
 
 
 @dataclass(frozen=True)
 class SkipFinding:
-    """Whether a router's skips of one layer, at one look, cost more than they may."""
+    """The verdict on a router's skips of one layer at one look: do they cost more than they may?"""
 
     layer: int
     n: int  # inputs for which the router leaves the layer out
@@ -144,7 +146,7 @@ class SkipFinding:
 
     @property
     def verdict(self) -> Verdict:
-        """The exact cost decides where it is clear; where it is not, all notions together do."""
+        """Return the verdict of the exact cost where it is clear; where it is not, that of all notions together."""
         functional = next(row for row in self.rows if row.notion == "functional")
         if functional.verdict != "undecided":
             return functional.verdict
@@ -152,7 +154,7 @@ class SkipFinding:
 
     @property
     def sentence(self) -> str:
-        """What speaks for the verdict: the exact cost, or the notion that fails where that is not clear."""
+        """Say what speaks for the verdict: the exact cost, or the notion that fails where that is not clear."""
         failing = [row for row in self.rows if row.verdict == "inadmissible"]
         cost = next(row for row in self.rows if row.notion == "functional")
         text = (
@@ -166,7 +168,7 @@ class SkipFinding:
         return f"{text}, and {row.notion} {row.estimate:.3g} [{row.low:.3g}, {row.high:.3g}] > {row.threshold:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return it JSON-ready."""
         return {"layer": self.layer, "n": self.n, "verdict": self.verdict, "rows": [row.to_dict() for row in self.rows]}
 
 
@@ -174,7 +176,7 @@ def judge_skips(
     measured: LayerMeasures,
     keep: Tensor,
     prices: Prices,
-    group: Group,
+    group: str,
     tolerance: float,
     level: float = 0.95,
     looks: int = 1,
@@ -192,17 +194,17 @@ def judge_skips(
         level: that all intervals of all layers and looks hold at once (Bonferroni).
         looks: how often this question is asked during a run.
     """
-    found = {}
+    findings = {}
     for layer in measured.layers:
         rows = ~keep[layer].cpu()
         if int(rows.sum()) >= 2:
             judged = judge(measured.select(rows, layer), prices, group, tolerance, level, looks * len(measured.layers))
-            found[layer] = SkipFinding(layer, int(rows.sum()), judged.rows)
-    return found
+            findings[layer] = SkipFinding(layer, int(rows.sum()), judged.rows)
+    return findings
 
 
 def rank_correlations(measured: LayerMeasures) -> dict[str, float]:
-    """Spearman's rho over layers between the mean of each cheap notion and the mean exact KL; empty below 3 layers."""
+    """Return Spearman's rho over layers of each cheap notion's mean with the mean exact KL; empty below 3 layers."""
     if len(measured.layers) < 3:
         return {}
     cost = measured.kl.double().mean(0)
@@ -214,7 +216,7 @@ def rank_correlations(measured: LayerMeasures) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Joint:
-    """What the router's real decisions cost together, against the calibrated bound kappa * B."""
+    """The joint cost of the router's real decisions, against the calibrated bound kappa * B."""
 
     kl: float  # mean exact KL(dense || routed), nats per predicted token
     bound: float  # mean kappa * B
@@ -231,7 +233,7 @@ class Joint:
     excess_high: float = math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, NaN and infinity as None."""
+        """Return it JSON-ready, NaN and infinity as None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
@@ -269,8 +271,8 @@ def judge_joint(
     fresh = len(kl) - half
     skipped = ~keep
     allowed = torch.tensor([verdicts.get(layer) == "admissible" for layer in range(len(keep))])
-    left = skipped.double() if share is None else 1 - share.double()
-    tolerated = tolerance * left.sum(0)
+    skips = skipped.double() if share is None else 1 - share.double()
+    tolerated = tolerance * skips.sum(0)
     low, high = -math.inf, math.inf
     if math.isfinite(tolerance):
         excess = bootstrap_mean(kl.double() - tolerated, level)
@@ -282,10 +284,10 @@ def judge_joint(
         coverage=covered / fresh,
         coverage_p=beta_binomial_pvalue(covered, fresh, half, alpha) if math.isfinite(kappa) else math.nan,
         skips=int(skipped.sum()),
-        admissible_skips=float(left[allowed].sum() / left.sum()) if left.any() else math.nan,
+        admissible_skips=float(skips[allowed].sum() / skips.sum()) if skips.any() else math.nan,
         recall=float(skipped[allowed].float().mean()) if allowed.any() else math.nan,
         n=len(kl),
-        skips_per_input=float(left.sum(0).mean()),
+        skips_per_input=float(skips.sum(0).mean()),
         tolerated=float(tolerated.mean()),
         excess_low=low,
         excess_high=high,
@@ -294,7 +296,7 @@ def judge_joint(
 
 @dataclass(frozen=True)
 class Conclusion:
-    """Whether the conditions hold for a run's real decisions, and the reasons, a sentence each."""
+    """The verdict on a run's real decisions, and the reasons, a sentence each."""
 
     verdict: Conclusive
     reasons: tuple[str, ...]
@@ -335,9 +337,9 @@ def conclude(joint: Joint, skips: dict[int, SkipFinding], tolerance: float, alph
             f"the bound covers {joint.coverage:.0%} of fresh inputs, {1 - alpha:.0%} are promised "
             f"(p = {joint.coverage_p:.2g})"
         )
-    for found in skips.values():
-        if found.verdict == "inadmissible":
-            against.append(f"{found.sentence}, {tolerance:.3g} nats tolerated")
+    for finding in skips.values():
+        if finding.verdict == "inadmissible":
+            against.append(f"{finding.sentence}, {tolerance:.3g} nats tolerated")
     if not joint.admissible_skips:
         open_.append(f"none of the {joint.skips} skips lies on a layer that was found admissible")
     together = (

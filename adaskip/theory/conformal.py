@@ -15,7 +15,7 @@ from adaskip.errors import ConfigError, DataError
 
 
 def conformal_rank(n: int, alpha: float) -> int:
-    """k = ceil((n+1)(1-alpha)), exact on alpha's decimals: the order statistic to take; n+1 means that none will do.
+    """Return k = ceil((n+1)(1-alpha)), exact on alpha's decimals: the order statistic to take; n+1: none will do.
 
     Raises ConfigError unless n >= 0 and 0 < alpha < 1.
 
@@ -28,7 +28,7 @@ def conformal_rank(n: int, alpha: float) -> int:
 
 
 def smallest_sample(alpha: float) -> int:
-    """So many scores are needed for a finite quantile: the least n with `conformal_rank` n or less, ceil(1/alpha) - 1.
+    """Return how many scores a finite quantile needs: the least n with `conformal_rank` n or less, ceil(1/alpha) - 1.
 
     >>> smallest_sample(0.1), smallest_sample(0.05), smallest_sample(0.3)
     (9, 19, 3)
@@ -38,7 +38,7 @@ def smallest_sample(alpha: float) -> int:
 
 
 def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
-    """The ceil((n+1)(1-alpha))-th smallest score, inf if that is beyond n: calibrated, P(new score <= it) >= 1 - alpha.
+    """Return the ceil((n+1)(1-alpha))-th smallest score, inf beyond n: calibrated, P(new score <= it) >= 1 - alpha.
 
     (n, ...) -> (...), each trailing entry by itself, in float64. The probability is marginal, over calibration and test
     draws; it needs exchangeable scores, one per image or conversation, and a score function fixed beforehand. Entries
@@ -59,7 +59,7 @@ def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
 
 
 def safe_ratio(num: Tensor, den: Tensor) -> Tensor:
-    """num / den for non-negative numbers with 0/0 = 0 and x/0 = inf: the calibration score s / (rho + c a) [D, link 9].
+    """Divide non-negative numbers with 0/0 = 0 and x/0 = inf: the calibration score s / (rho + c a) [D, link 9].
 
     Broadcasts, in float64; NaN stays NaN.
 
@@ -73,7 +73,7 @@ def safe_ratio(num: Tensor, den: Tensor) -> Tensor:
 def beta_binomial_pvalue(
     covered: int, n_test: int, n_cal: int, alpha: float, alternative: Literal["less", "two-sided"] = "less"
 ) -> float:
-    """p-value of "`covered` of `n_test` inputs" if the quantile is split conformal on `n_cal` scores.
+    """Return the p-value of "`covered` of `n_test` inputs" if the quantile is split conformal on `n_cal` scores.
 
     Given calibration, coverage is Beta(k, n_cal + 1 - k), k = `conformal_rank`, so the count is beta-binomial (exact
     for continuous scores; Vovk 2012). "less" = P(count <= covered) tests for too little coverage and stays valid with
@@ -97,7 +97,7 @@ def beta_binomial_pvalue(
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often a conformal quantile of one part of a pool covered the other, over many random splits of it."""
+    """Shares of one part of a pool that a conformal quantile of the other part covered, over many random splits."""
 
     mean: float  # share covered, over all splits
     expected: float  # what the beta-binomial law says: k / (n_cal + 1)
@@ -110,7 +110,7 @@ class Coverage:
 
 
 def resplit_coverage(scores: Tensor, alpha: float, n_cal: int, splits: int = 200, seed: int = 0) -> Coverage:
-    """Split a pool of scores at random many times: does coverage follow the beta-binomial law of split conformal?
+    """Split a pool of scores at random many times, to see whether coverage follows the beta-binomial law.
 
     Given the pool, splits are exchangeable by construction, so without ties the law is exact: what this can show is a
     wrong quantile, ties, or scores that are not numbers; not that deployed inputs resemble the pool. (n,) -> Coverage.

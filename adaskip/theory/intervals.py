@@ -1,4 +1,4 @@
-"""How sure a mean or a share over inputs is: intervals, and the level each needs when many are read at once."""
+"""Intervals of a mean or a share over inputs, and the level that each needs when many are read at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Interval:
 
 
 def bonferroni(level: float, n_comparisons: int) -> float:
-    """Level for each of m intervals so that all hold at once with probability >= level: 1 - (1 - level) / m (bound).
+    """Return the level that makes m intervals hold at once with probability >= level: 1 - (1 - level) / m (bound).
 
     Raises ConfigError unless 0 < level < 1 and m >= 1.
 
@@ -39,7 +39,7 @@ def bonferroni(level: float, n_comparisons: int) -> float:
 
 
 def bootstrap_mean(values: Tensor, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
-    """Studentised bootstrap interval of the mean over inputs (estimator: the level holds as n grows).
+    """Return the studentised bootstrap interval of the mean over inputs (estimator: the level holds as n grows).
 
     values (n,), one per input, i.i.d. With t = (m* - m) / se* over resamples: [m - q_hi se, m - q_lo se]. For the long
     right tails of information costs its upper end covers far better than the percentile interval's. A resample without
@@ -75,7 +75,7 @@ def bootstrap_mean(values: Tensor, level: float = 0.95, n_resamples: int = 2000,
 
 
 def paired_difference(a: Tensor, b: Tensor, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
-    """`bootstrap_mean` of a - b, two (n,) measurements of the same inputs in order. Raises DataError if lengths differ.
+    """Return `bootstrap_mean` of a - b, (n,) measurements of the same inputs each. Raises DataError if lengths differ.
 
     >>> paired_difference(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
     Interval(estimate=1.0, low=1.0, high=1.0, n=2)
@@ -86,7 +86,7 @@ def paired_difference(a: Tensor, b: Tensor, level: float = 0.95, n_resamples: in
 
 
 def jackknife(estimate: float, left_out: Tensor, level: float = 0.95) -> Interval:
-    """Delete-a-group jackknife interval: estimate -+ t sqrt((g - 1) mean((x_i - mean x)^2)) (estimator; Tukey 1958).
+    """Return the jackknife interval estimate -+ t sqrt((g - 1) mean((x_i - mean x)^2)) (estimator; Tukey 1958).
 
     left_out (g,): the statistic without one of g equally large groups of inputs each, i.i.d. groups; t is Student's
     with g - 1 degrees. For smooth statistics that are no mean of per-input values. Raises DataError with fewer than two
@@ -104,7 +104,7 @@ def jackknife(estimate: float, left_out: Tensor, level: float = 0.95) -> Interva
 
 
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Exact interval of a proportion: a bound, it covers with probability >= level for i.i.d. inputs (1934).
+    """Return the exact interval of a proportion: a bound, it covers with probability >= level for i.i.d. inputs (1934).
 
     Raises ConfigError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
 
@@ -118,14 +118,14 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
 
 
 def share_lost(before: Tensor, after: Tensor, level: float = 0.95) -> Interval:
-    """Exact interval of the share of right answers lost: P(right before) - P(right after), paired over inputs (bound).
+    """Return the exact interval of P(right before) - P(right after), the share of right answers lost, paired (bound).
 
     before, after (n,): 1 or True where the answer to the same input is right. The difference is that of two shares,
     right before only and right after only, each by `clopper_pearson` with half of what the level leaves open.
     Raises DataError if lengths differ, ConfigError as `clopper_pearson`.
 
-    >>> found = share_lost(torch.tensor([1, 1, 1, 0]), torch.tensor([1, 0, 0, 1]))
-    >>> found.estimate, round(found.low, 3), round(found.high, 3)
+    >>> interval = share_lost(torch.tensor([1, 1, 1, 0]), torch.tensor([1, 0, 0, 1]))
+    >>> interval.estimate, round(interval.low, 3), round(interval.high, 3)
     (0.25, -0.801, 0.95)
     """
     if before.shape != after.shape:
@@ -134,22 +134,6 @@ def share_lost(before: Tensor, after: Tensor, level: float = 0.95) -> Interval:
     each = bonferroni(level, 2)
     lost, won = (clopper_pearson(int(count.sum()), n, each) for count in (was & ~stays, stays & ~was))
     return Interval(lost.estimate - won.estimate, lost.low - won.high, lost.high - won.low, n)
-
-
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Score interval of a proportion (estimator: covers about `level` on average; shorter than exact; Wilson 1927).
-
-    Raises as `clopper_pearson`.
-
-    >>> interval = wilson(5, 10)
-    >>> round(interval.low, 4), round(interval.high, 4)
-    (0.2366, 0.7634)
-    """
-    z2 = float(stats.norm.isf(_check_count(successes, n, level))) ** 2
-    share = successes / n
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 def _tail(level: float) -> float:

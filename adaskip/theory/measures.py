@@ -16,7 +16,7 @@ from adaskip.errors import DataError
 
 
 def token_cosine_distance(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cos per token, in [0, 2] (identity): half the squared distance of the unit vectors. (b t d) twice -> (b t).
+    """Return 1 - cos per token, in [0, 2]: half the squared distance of the unit vectors. (b t d) twice -> (b t).
 
     Identical vectors give exactly 0, small distances keep their digits. A zero vector is at distance 1 from any other
     and 0 from another zero. Raises DataError if the shapes differ.
@@ -32,7 +32,7 @@ def token_cosine_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def cosine_distance(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """Mean of 1 - cos over the masked tokens, in [0, 2]: the paper's geometric notion [P], per input.
+    """Average 1 - cos over the masked tokens, in [0, 2]: the paper's geometric notion [P], per input.
 
     (b t d), (b t d), (b t) bool -> (b,). Values outside the mask never matter, not even NaN. Empty mask: NaN.
     Raises DataError on shapes that do not fit.
@@ -47,7 +47,7 @@ def cosine_distance(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
 
 
 def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """rho = ||H_l[g] - H_{l-1}[g]||_F / ||H_l[g]||_F per input: the norm-aware geometric measure [D]; an identity.
+    """Return rho = ||H_l[g] - H_{l-1}[g]||_F / ||H_l[g]||_F per input: the norm-aware geometric measure [D].
 
     `before` is H_{l-1}, `after` H_l. (b t d), (b t d), (b t) bool -> (b,). 0/0 on a non-empty mask is 0 (unchanged),
     x/0 is inf. Empty mask: NaN. Raises DataError on shapes that do not fit.
@@ -66,7 +66,7 @@ def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention_mass(attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
-    """Share of attention that the masked queries pay to the masked keys, mean over heads and queries, in [0, 1].
+    """Return the share of attention that masked queries pay to masked keys, mean over heads and queries, in [0, 1].
 
     The paper's cross-modal notion [P] with text queries and vision keys. As a predictor of cost a heuristic: mass alone
     does not say how far the output moves [D, link 7]. (b h q k), (b q), (b k) bool -> (b,). No query: NaN; no key: 0.
@@ -83,6 +83,42 @@ def attention_mass(attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> T
     _check_mask("key_mask", key_mask, (b, k))
     outside = rearrange(~key_mask.bool(), "b k -> b 1 1 k")
     return _masked_mean(_accumulable(attention).masked_fill(outside, 0.0).sum(-1).mean(1), query_mask)
+
+
+def value_weighted_mass(attention: Tensor, values: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
+    """Return a ||v_removed - v_rest||: how far masked keys move the masked queries' attention output [D, link 7].
+
+    v_removed and v_rest are the attention-weighted mean values of the masked and of the other keys, a the masked keys'
+    mass. Per query the norm is over all heads together, and the queries are averaged. Identity: it is the change of
+    the attention's output when those keys are removed, in the unit of the values; as a predictor of cost a heuristic.
+    Where a row of `attention` sums to less than 1 (a sink), the missing mass counts as a key of value zero. Without
+    any other key the output vanishes. (b h q k), (b h k e), (b q), (b k) bool -> (b,). No query: NaN; no key: 0.
+    Raises DataError on shapes that do not fit.
+
+    >>> uniform, values = torch.full((1, 1, 1, 2), 0.5), torch.tensor([[[[3.0], [1.0]]]])
+    >>> value_weighted_mass(uniform, values, torch.ones(1, 1).bool(), torch.tensor([[True, False]])).tolist()
+    [1.0]
+    """
+    b, h, q, k = attention.shape
+    if values.shape[:3] != (b, h, k) or query_mask.shape != (b, q) or key_mask.shape != (b, k):
+        raise DataError(
+            f"value_weighted_mass: expected values ({b}, {h}, {k}, e), query_mask ({b}, {q}), key_mask ({b}, {k}), "
+            f"got {tuple(values.shape)}, {tuple(query_mask.shape)}, {tuple(key_mask.shape)}"
+        )
+    removed = attention.float() * rearrange(key_mask.float(), "b k -> b 1 1 k")
+    moved = output_change(removed, attention.float() @ values.float(), values.float())
+    return moved.masked_fill(~query_mask, 0.0).sum(1) / query_mask.sum(1)
+
+
+def output_change(removed: Tensor, output: Tensor, values: Tensor) -> Tensor:
+    """Return (b q): the norm over heads of the output's change when the mass ``removed`` (b h q k) goes."""
+    mass = removed.sum(-1, keepdim=True)
+    remaining = 1.0 - mass
+    emptied = remaining < 1e-6
+    rest = (output - removed @ values) / remaining.masked_fill(emptied, 1.0)
+    change = torch.where(emptied, output, torch.where(mass > 0, output - rest, 0.0))
+    norms: Tensor = rearrange(change, "b h q e -> b q (h e)").norm(dim=-1)
+    return norms
 
 
 @dataclass(frozen=True)
@@ -108,28 +144,19 @@ class TailCurve:
         return cls(sample.sort().values)
 
     def __call__(self, delta: Tensor | float) -> Tensor:
-        """Share of the sample strictly above `delta` (any shape, same shape out)."""
+        """Return the share of the sample strictly above `delta` (any shape, same shape out)."""
         delta = torch.as_tensor(delta, dtype=self.sample.dtype, device=self.sample.device)
         n = len(self.sample)
         return (n - torch.searchsorted(self.sample, delta, right=True)) / n
 
     @property
     def mean(self) -> float:
-        """Mean of the sample; of cosine distances the geometric eps."""
+        """Return the mean of the sample; of cosine distances the geometric eps."""
         return self.sample.double().mean().item()
 
 
-def tail(values: Tensor, delta: float) -> float:
-    """P(x > delta) over `values`: one point of `TailCurve`, estimator of the proximal tau [P]. Errors as there.
-
-    >>> tail(torch.tensor([0.1, 0.2, 0.3, 0.4]), 0.3)
-    0.25
-    """
-    return TailCurve.of(values)(delta).item()
-
-
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Spearman's rank correlation of two equally long samples, in [-1, 1]; estimator. NaN when undefined.
+    """Return Spearman's rank correlation of two equally long samples, in [-1, 1]; estimator. NaN when undefined.
 
     Undefined: fewer than two pairs, or a constant sample. Raises DataError if the lengths differ.
 

@@ -14,13 +14,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from adaskip.batch import find_supervised
 from adaskip.errors import DataError
 from adaskip.theory import measures
-from adaskip.theory.bounds import kl_exact
-from adaskip.theory.crossmodal import value_weighted_mass
-from adaskip.theory.information import code_entropy, probe_loss, usable_information_lost
-from adaskip.theory.profile import per_input
+from adaskip.theory.costs import compare
+from adaskip.theory.probes import code_entropy, probe_loss, usable_information_lost
 from adaskip.theory.similarity import Moments, linear_cka, svcca
 
 
@@ -46,7 +43,7 @@ class _MeanOverInputs(Metric):
         self.left_out += int((~defined).sum())
 
     def compute(self) -> Tensor:
-        """float64 (): the mean."""
+        """Return the mean, float64 ()."""
         if not self.count:
             raise DataError(
                 f"{type(self).__name__}: no input to average over ({int(self.left_out)} with an empty mask left out)"
@@ -65,7 +62,7 @@ class GeometricRedundancy(_MeanOverInputs):
     """
 
     def update(self, before: Tensor, after: Tensor, mask: Tensor) -> None:
-        """(b t d), (b t d), bool (b t)."""
+        """Count (b t d), (b t d), bool (b t)."""
         self.add(measures.cosine_distance(before, after, mask))
 
 
@@ -73,33 +70,32 @@ class RelativeChange(_MeanOverInputs):
     """E rho, the norm of a layer's change over that of its result [D]; `measures.relative_change`."""
 
     def update(self, before: Tensor, after: Tensor, mask: Tensor) -> None:
-        """(b t d), (b t d), bool (b t)."""
+        """Count (b t d), (b t d), bool (b t)."""
         self.add(measures.relative_change(before, after, mask))
 
 
 class FunctionalCost(_MeanOverInputs):
-    """E KL(dense || skipped), nats per predicted token [P]; exact, `bounds.kl_exact`."""
+    """E KL(dense || skipped), nats per predicted token [P]; exact, `costs.compare`."""
 
-    def update(self, dense: Tensor, skipped: Tensor, labels: Tensor) -> None:
-        """(b t v) logits twice, long (b t) labels with -100 where nothing is predicted."""
-        where = find_supervised(labels)
-        self.add(per_input(kl_exact(dense[:, :-1][where], skipped[:, :-1][where]), where, "mean"))
+    def update(self, dense: Tensor, skipped: Tensor, supervised: Tensor) -> None:
+        """Count (b t v) logits twice; bool (b t-1), whether the next token is scored: `adaskip.Batch.supervised`."""
+        self.add(compare(dense, skipped, supervised)["kl"])
 
 
 class AttentionMass(_MeanOverInputs):
     """Mean share of the masked queries' attention on the masked keys, in [0, 1] [P]; `measures.attention_mass`."""
 
     def update(self, attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> None:
-        """(b h q k), bool (b q), bool (b k)."""
+        """Count (b h q k), bool (b q), bool (b k)."""
         self.add(measures.attention_mass(attention, query_mask, key_mask))
 
 
 class ValueWeightedMass(_MeanOverInputs):
-    """Mean a ||v_removed - v_rest|| [D, link 7], in the unit of the values; `crossmodal.value_weighted_mass`."""
+    """Mean a ||v_removed - v_rest|| [D, link 7], in the unit of the values; `measures.value_weighted_mass`."""
 
     def update(self, attention: Tensor, values: Tensor, query_mask: Tensor, key_mask: Tensor) -> None:
-        """(b h q k), (b h k e), bool (b q), bool (b k)."""
-        self.add(value_weighted_mass(attention, values, query_mask, key_mask))
+        """Count (b h q k), (b h k e), bool (b q), bool (b k)."""
+        self.add(measures.value_weighted_mass(attention, values, query_mask, key_mask))
 
 
 class ProximalTail(Metric):
@@ -122,14 +118,14 @@ class ProximalTail(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, before: Tensor, after: Tensor, mask: Tensor) -> None:
-        """(b t d), (b t d), bool (b t); rows with an empty mask are left out."""
+        """Count (b t d), (b t d), bool (b t); rows with an empty mask are left out."""
         distance = measures.cosine_distance(before, after, mask).double()
         distance = distance[~distance.isnan()]
         self.above += (distance[:, None] > self.deltas.to(distance.device)).sum(0).to(self.above)
         self.count += len(distance)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """float64 (p) twice: the deltas, and the share of inputs above each."""
+        """Return float64 (p) twice: the deltas, and the share of inputs above each."""
         if not self.count:
             raise DataError("ProximalTail: no input with a token of the group yet")
         return self.deltas, self.above / self.count
@@ -161,18 +157,18 @@ class StateSimilarity(Metric):
             self.add_state(name, torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, before: Tensor, after: Tensor, mask: Tensor) -> None:
-        """(b t d), (b t d), bool (b t)."""
+        """Count (b t d), (b t d), bool (b t)."""
         for name, value in vars(Moments.of(before, after, mask)).items():
             setattr(self, name, getattr(self, name) + value.to(self.xx.device))
 
     def compute(self) -> dict[str, float]:
-        """Similarities in [0, 1]; NaN where a side does not vary."""
+        """Return similarities in [0, 1]; NaN where a side does not vary."""
         moments = Moments(self.n, self.x, self.y, self.xx, self.yy, self.xy)
         return {"cka": linear_cka(moments), "svcca": svcca(moments)}
 
 
 class _PairedStates(Metric):
-    """Keeps float32 states around a layer, gathered across ranks."""
+    """Keep float32 states around a layer, gathered across ranks."""
 
     full_state_update = False
     before: list[Tensor]
@@ -184,7 +180,7 @@ class _PairedStates(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All states before and after the layer, in an order of their own: neither batches nor ranks matter.
+        """Return all states before and after the layer, in an order of their own: neither batches nor ranks matter.
 
         And that order, long (n).
         """
@@ -213,13 +209,13 @@ class UsableInformationLost(_PairedStates):
         self.add_state("labels", [], dist_reduce_fx="cat")
 
     def update(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
-        """(b d) pooled states twice, long (b) labels."""
+        """Keep (b d) pooled states twice, long (b) labels."""
         self.before.append(before.float())
         self.after.append(after.float())
         self.labels.append(labels)
 
     def compute(self) -> dict[str, float]:
-        """``estimate, low, high, n``, over inputs, paired."""
+        """Return ``estimate, low, high, n``, over inputs, paired."""
         before, after, order = self.gathered()
         labels = dim_zero_cat(self.labels)[order]
         skipped, full = (probe_loss(states, labels, self.folds, seed=self.seed) for states in (before, after))
@@ -240,11 +236,11 @@ class QuantisedEntropy(_PairedStates):
         self.codes, self.level, self.seed = codes, level, seed
 
     def update(self, before: Tensor, after: Tensor) -> None:
-        """(b m d) m states of each input, twice."""
+        """Keep (b m d) m states of each input, twice."""
         self.before.append(before.float())
         self.after.append(after.float())
 
     def compute(self) -> dict[str, float]:
-        """The fields of `CodeEntropy`; raises DataError with fewer than 10 K^2 states."""
+        """Return the fields of `CodeEntropy`; raises DataError with fewer than 10 K^2 states."""
         before, after, _ = self.gathered()
         return {**vars(code_entropy(before, after, self.codes, self.level, seed=self.seed))}

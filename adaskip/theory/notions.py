@@ -11,11 +11,11 @@ from torch import Tensor
 
 from adaskip.errors import DataError
 from adaskip.theory import bounds
-from adaskip.theory.information import code_entropy, probe_loss, sizes_for, usable_information_lost
 from adaskip.theory.intervals import Interval, bootstrap_mean, share_lost
 from adaskip.theory.measures import TailCurve
+from adaskip.theory.probes import code_entropy, probe_loss, sizes_for, usable_information_lost
 from adaskip.theory.similarity import Moments, dissimilarity
-from adaskip.theory.survey import Survey
+from adaskip.theory.tables import Survey
 
 PER_LAYER = ("cka", "svcca", "usable_information_lost", "code_entropy")
 """Notions of a layer over all inputs, which say nothing of a single one."""
@@ -23,7 +23,7 @@ _FOLDS = 10  # groups of inputs in the jackknife
 
 
 class Notions:
-    """What the survey's numbers say of each layer.
+    """The notions of each layer, read off a survey's numbers.
 
     Args:
         measured: the survey.
@@ -31,7 +31,7 @@ class Notions:
         level: of the intervals.
         seed: of folds, codebooks and bootstraps.
 
-    ``undecided`` says of each notion that could not be told, why.
+    ``undecided`` says of each notion that could not be measured, why.
     """
 
     def __init__(self, measured: Survey, bound: Tensor, level: float, seed: int) -> None:
@@ -42,7 +42,7 @@ class Notions:
         self.probes, self.codes = self._probes(), self._codes()
 
     def row(self, layer: int) -> dict[str, Any]:
-        """JSON-ready: every notion of one layer."""
+        """Return every notion of one layer, JSON-ready."""
         measured, similar, codes = self.measured, self.similar, self.codes
 
         def mean(values: Tensor) -> dict[str, Any] | None:
@@ -74,14 +74,14 @@ class Notions:
         return row
 
     def predictors(self) -> dict[str, Tensor]:
-        """Notion -> (n l); what is known per layer only stands in every row."""
+        """Return notion -> (n l); what is known per layer only stands in every row."""
         measured = self.measured
 
         def everywhere(values: Iterable[float]) -> Tensor:
             return torch.tensor([*values], dtype=torch.float64).expand(self.n, -1)
 
         middle = measured.cosine.median()
-        found = {
+        columns = {
             "cosine": measured.cosine,
             "rho": measured.rho,
             "proximal": (measured.cosine > middle).double(),
@@ -91,31 +91,31 @@ class Notions:
         }
         for name, intervals in self.similar.items():
             if intervals:
-                found[name] = everywhere(i.estimate for i in intervals)
+                columns[name] = everywhere(i.estimate for i in intervals)
         if self.probes:
-            found["usable_information_lost"] = everywhere(i.estimate for i in self.probes)
+            columns["usable_information_lost"] = everywhere(i.estimate for i in self.probes)
         if all(self.codes):
-            found["code_entropy"] = everywhere(rows[-1]["entropy"] for rows in self.codes)
+            columns["code_entropy"] = everywhere(rows[-1]["entropy"] for rows in self.codes)
         if measured.group == "vision":
-            found |= {"attention_mass": measured.mass, "value_weighted_mass": measured.moved}
-            found["key_removal"] = measured.removal
-        return found
+            columns |= {"attention_mass": measured.mass, "value_weighted_mass": measured.moved}
+            columns["key_removal"] = measured.removal
+        return columns
 
     def _similarity(self, name: str) -> list[Interval] | None:
         folds = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed)) % min(_FOLDS, self.n)
         tokens = self.measured.tokens
-        found = []
+        intervals = []
         try:
             for layer in range(self.n_layers):
                 parts = [
                     Moments.of(tokens[folds == fold, :, layer], tokens[folds == fold, :, layer + 1])
                     for fold in range(int(folds.max()) + 1)
                 ]
-                found.append(dissimilarity(parts, name, self.level))
+                intervals.append(dissimilarity(parts, name, self.level))
         except DataError as error:
             self.undecided[name] = str(error)
             return None
-        return found
+        return intervals
 
     def _probes(self) -> list[Interval] | None:
         measured = self.measured
@@ -142,7 +142,7 @@ class Notions:
         ]
 
     def state_links(self) -> dict[str, tuple[int, int]]:
-        """Link -> times checked and violated: 1 (tails), 5 (Fano) and 6b (a band's entry and exit)."""
+        """Return link -> times checked and violated: 1 (tails), 5 (Fano) and 6b (a band's entry and exit)."""
         tails = torch.tensor([0.5, 1.0, 2.0])
         checked: dict[str, list[bool]] = {"1 proximal": [], "1 geometric": [], "5 fano": [], "6b band": []}
         for column in self.measured.cosine.T:
@@ -153,6 +153,7 @@ class Notions:
                 checked["1 geometric"].append(bool(eps > bounds.geometric_from_proximal(delta, tau) + 1e-9))
         for rows in self.codes:
             checked["5 fano"].extend(row["entropy"] > row["fano"] + 1e-9 for row in rows)
+        # (n m l+1 d) on the unit sphere: half a squared chord is 1 - cos
         unit = torch.nn.functional.normalize(self.measured.tokens.double(), dim=-1)
         steps = (unit.diff(dim=2) ** 2).sum(-1) / 2
         whole = ((unit[:, :, -1] - unit[:, :, 0]) ** 2).sum(-1) / 2
@@ -161,7 +162,7 @@ class Notions:
 
 
 def plain(interval: Interval | None) -> dict[str, Any] | None:
-    """JSON-ready; an end that the sample cannot tell is None."""
+    """Return it JSON-ready; an end that the sample cannot tell is None."""
     if interval is None:
         return None
     return {k: v if math.isfinite(v) else None for k, v in vars(interval).items()}

@@ -1,4 +1,4 @@
-"""How well a cheap notion predicts what a skip really costs: Spearman's rho, over layers and over inputs."""
+"""Rank correlation of a cheap notion with what a skip really costs, over layers and over inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaskip.theory.measures import spearman
 def rank_over_layers(
     notion: Tensor, cost: Tensor, level: float = 0.95, resamples: int = 400, seed: int = 0
 ) -> Interval | None:
-    """Spearman's rho over layers between the mean notion and the mean exact cost; estimator.
+    """Return Spearman's rho over layers between the mean notion and the mean exact cost; estimator.
 
     The interval is the percentile bootstrap over inputs, for these very layers: it says how sure the ranks are, not how
     another model would rank. Inputs where either is NaN are left out. (n l) twice.
@@ -22,8 +22,8 @@ def rank_over_layers(
     Returns:
         None where it is undecided: fewer than 3 layers, no input, or a notion that is the same at every layer.
 
-    >>> found = rank_over_layers(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 4.0, 9.0]]))
-    >>> found.estimate, found.n
+    >>> interval = rank_over_layers(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 4.0, 9.0]]))
+    >>> interval.estimate, interval.n
     (1.0, 1)
     """
     both = (notion.isfinite() & cost.isfinite()).all(1)
@@ -34,6 +34,7 @@ def rank_over_layers(
     if math.isnan(estimate):
         return None
     draw = torch.Generator().manual_seed(seed)
+    # a resample of inputs is a row of counts, and its mean over inputs a product with them
     weights = torch.stack(
         [torch.bincount(torch.randint(len(x), (len(x),), generator=draw), minlength=len(x)) for _ in range(resamples)]
     ).double()
@@ -45,14 +46,14 @@ def rank_over_layers(
 
 
 def rank_over_inputs(notion: Tensor, cost: Tensor) -> float | None:
-    """Spearman's rho over inputs at one layer, mean over layers; estimator. (n l) twice.
+    """Return Spearman's rho over inputs at one layer, mean over layers; estimator. (n l) twice.
 
     It asks whether the notion tells inputs apart, which a router must. None where no layer has three inputs that
     differ in both.
     """
-    found = []
+    correlations = []
     for x, y in zip(notion.T, cost.T, strict=True):
         both = x.isfinite() & y.isfinite()
         if both.sum() >= 3 and not math.isnan(rho := spearman(x[both], y[both])):
-            found.append(rho)
-    return sum(found) / len(found) if found else None
+            correlations.append(rho)
+    return sum(correlations) / len(correlations) if correlations else None

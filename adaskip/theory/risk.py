@@ -1,4 +1,4 @@
-"""Risk control: which router threshold may be relied on, how surely, and an alarm for when traffic drifts away.
+"""Risk control: the router threshold that may be relied on, how surely, and an alarm for when traffic drifts away.
 
 Learn-then-Test (Angelopoulos et al. 2021) over a threshold path in a fixed order; its use for routers is ours [D].
 Losses lie in [0, 1], one an input; inputs are i.i.d. from the traffic that the guarantee speaks of. Everything else is
@@ -23,7 +23,7 @@ _BETS = 16  # stakes the drift monitor spreads its wealth over
 
 
 def binomial_pvalue(errors: ArrayLike, n: int, risk: float) -> Array:
-    """p-value of "the loss is 1 with probability above `risk`", from `errors` of n inputs: P(Bin(n, risk) <= errors).
+    """Return the p-value of "the loss is 1 with probability above `risk`": P(Bin(n, risk) <= errors).
 
     Bound, exact at the boundary; 0/1 losses only. Broadcasts over `errors`. Raises ConfigError outside 0 < risk < 1 or
     without inputs, DataError on counts outside 0..n.
@@ -40,7 +40,7 @@ def binomial_pvalue(errors: ArrayLike, n: int, risk: float) -> Array:
 
 
 def hoeffding_bentkus_pvalue(mean_loss: ArrayLike, n: int, risk: float) -> Array:
-    """p-value of "the mean of a loss in [0, 1] is above `risk`", from the mean loss of n inputs.
+    """Return the p-value of "the mean of a loss in [0, 1] is above `risk`", from the mean loss of n inputs.
 
     Bound: min(exp(-n kl(min(mean, risk), risk)), e P(Bin(n, risk) <= ceil(n mean))), kl between two coins; Hoeffding's
     and Bentkus' inequalities (Bates et al. 2021). Broadcasts over `mean_loss`. Raises as `binomial_pvalue`.
@@ -61,7 +61,7 @@ def hoeffding_bentkus_pvalue(mean_loss: ArrayLike, n: int, risk: float) -> Array
 
 
 def fixed_sequence(p_values: ArrayLike, delta: float) -> NDArray[np.intp]:
-    """How many leading hypotheses are rejected, stopping at the first p-value above delta. (..., k) -> (...).
+    """Count the leading hypotheses that are rejected, stopping at the first p-value above delta. (..., k) -> (...).
 
     The chance of a single false rejection is at most delta, whatever the dependence and however long the path (bound).
 
@@ -73,7 +73,7 @@ def fixed_sequence(p_values: ArrayLike, delta: float) -> NDArray[np.intp]:
 
 
 def smallest_sample(risk: float, delta: float) -> int:
-    """So many inputs without a single error are needed to reject at all: ceil(log delta / log(1 - risk)).
+    """Return how many inputs without a single error it takes to reject at all: ceil(log delta / log(1 - risk)).
 
     >>> smallest_sample(0.02, 0.1)
     114
@@ -102,7 +102,7 @@ class Certificate:
     steps: tuple[Step, ...]  # as far as the test went; the last one is the first not rejected, unless the path ended
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return it JSON-ready."""
         return {**asdict(self), "steps": [asdict(step) for step in self.steps]}
 
 
@@ -138,8 +138,8 @@ def learn_then_test(
             )
         fits = np.isin(losses, (0.0, 1.0)) if binary else (losses >= 0) & (losses <= 1)
         if not fits.all():
-            wanted = "0 or 1" if binary else "in [0, 1]"
-            raise DataError(f"risk control: expected losses {wanted}, got {losses[~fits][0]} at threshold {threshold}")
+            values = "0 or 1" if binary else "in [0, 1]"
+            raise DataError(f"risk control: expected losses {values}, got {losses[~fits][0]} at threshold {threshold}")
         mean = float(losses.mean())
         p = binomial_pvalue(losses.sum(), n, risk) if binary else hoeffding_bentkus_pvalue(mean, n, risk)
         steps.append(Step(threshold, mean, float(p)))
@@ -150,7 +150,7 @@ def learn_then_test(
 
 
 def e_process(losses: ArrayLike, risk: float) -> Array:
-    """Evidence after each audited input that the mean loss exceeds `risk`. (..., t) in [0, 1] -> (..., t).
+    """Return the evidence after each audited input that the mean loss exceeds `risk`. (..., t) in [0, 1] -> (..., t).
 
     While E[L_t | past] <= risk it ever exceeds 1/delta with probability <= delta (bound; Ville 1939):
 
@@ -164,15 +164,15 @@ def e_process(losses: ArrayLike, risk: float) -> Array:
     (True, True)
     """
     losses = np.asarray(losses, dtype=np.float64)
-    state, found = _start(losses.shape[:-1]), np.empty_like(losses)
+    state, evidence = _start(losses.shape[:-1]), np.empty_like(losses)
     for t in range(losses.shape[-1]):
         state = _bet(state, losses[..., t], t + 1, risk)
-        found[..., t] = np.exp(_log_evidence(state, t + 1))
-    return found
+        evidence[..., t] = np.exp(_log_evidence(state, t + 1))
+    return evidence
 
 
 class DriftMonitor:
-    """Watches the losses of randomly audited traffic and alarms once they are too high for the certified risk.
+    """Watch the losses of randomly audited traffic, and alarm once they are too high for the certified risk.
 
     Args:
         risk: the certified risk.
@@ -202,7 +202,7 @@ class DriftMonitor:
 
     @property
     def evidence(self) -> float:
-        """The e-process: 1 before the first input; alarm at 1/delta."""
+        """Return the e-process: 1 before the first input; alarm at 1/delta."""
         return float(np.exp(_log_evidence(self._state, self.n)))
 
 
@@ -211,7 +211,7 @@ def _start(shape: tuple[int, ...]) -> Array:
 
 
 def _bet(state: Array, loss: Array, t: int, risk: float) -> Array:
-    """The log wealth of each stake, summed over the starts so far: joined by the start at t, then multiplied."""
+    """Return the log wealth of each stake, summed over the starts so far: joined by the start at t, then multiplied."""
     if not ((loss >= 0) & (loss <= 1)).all():
         raise DataError(f"drift monitor: expected a loss in [0, 1], got {loss}")
     stakes = np.geomspace(0.1, 0.95 / risk, _BETS)

@@ -1,4 +1,4 @@
-"""How alike two layers' states are as clouds of tokens: linear CKA and SVCCA, from sums that can be streamed.
+"""Similarity of two layers' states as clouds of tokens: linear CKA and SVCCA, from sums that can be streamed.
 
 They answer "is the geometric notion an artefact of cosine?". Links 1, 2 and 6b of the chain hold for cosine only: no
 bound is drawn from what is here.
@@ -43,15 +43,15 @@ class Moments:
         return cls(torch.tensor(float(len(x)), dtype=torch.float64), x.sum(0), y.sum(0), x.T @ x, y.T @ y, x.T @ y)
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both samples together."""
+        """Return the moments of both samples together."""
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __sub__(self, other: Moments) -> Moments:
-        """The moments without those of a part."""
+        """Return the moments without those of a part."""
         return Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariances (d d) of x, of y, and between them.
+        """Return covariances (d d) of x, of y, and between them.
 
         Raises DataError when there are fewer than two tokens or something is not finite.
         """
@@ -66,7 +66,7 @@ class Moments:
 
 
 def linear_cka(moments: Moments) -> float:
-    """||C_xy||_F^2 / (||C_xx||_F ||C_yy||_F) in [0, 1]: linear CKA (Kornblith et al. 2019); estimator, biased up.
+    """Return ||C_xy||_F^2 / (||C_xx||_F ||C_yy||_F) in [0, 1]: linear CKA (Kornblith et al. 2019); biased up.
 
     1 means equal up to rotation and one scale, so it is blind to both. NaN when either side does not vary.
     Raises DataError as `Moments.centred`.
@@ -81,7 +81,7 @@ def linear_cka(moments: Moments) -> float:
 
 
 def svcca(moments: Moments, kept: float = 0.99) -> float:
-    """Mean canonical correlation of the leading directions of both sides, in [0, 1]: SVCCA (Raghu et al. 2017).
+    """Return the mean canonical correlation of both sides' leading directions, in [0, 1]: SVCCA (Raghu et al. 2017).
 
     Each side keeps the principal directions that hold `kept` of its variance; correlations are averaged over the
     smaller number of directions. Blind to any invertible linear map between them; estimator, biased up. NaN when either
@@ -113,7 +113,7 @@ def svcca(moments: Moments, kept: float = 0.99) -> float:
 
 
 def dissimilarity(parts: list[Moments], name: str, level: float = 0.95) -> Interval:
-    """1 - linear CKA or 1 - SVCCA with a delete-a-group jackknife interval over groups of inputs; estimator.
+    """Return 1 - linear CKA or 1 - SVCCA with a delete-a-group jackknife interval over groups of inputs.
 
     Args:
         parts: moments of disjoint groups of inputs, of about equal size.

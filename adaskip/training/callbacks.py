@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from adaskip.batch import Batch
+from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError, did_you_mean
 from adaskip.runfiles import CONDITIONS, append_line
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.batches import count, take
+from adaskip.survey.skips import measure
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
-from adaskip.theory.profile import LayerMeasures, Prices, measure
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.inputs import from_rank_zero
 from adaskip.training.looks import DenseLogits, Look, describe_skip, joint_cost
 from adaskip.training.module import RouterTuner
@@ -233,7 +234,7 @@ class ConditionCheck(lightning.Callback):
         """
         measured = self._split.judged(self._prepare(model))
         if self.findings is None:
-            self.findings = judge(measured, prices, model.runtime.group, self.tolerance, self.level)
+            self.findings = judge(measured, prices, model.target.group, self.tolerance, self.level)
         found = self._joint(model, prices)
         joint = judge_joint(
             found["kl"],
@@ -246,9 +247,9 @@ class ConditionCheck(lightning.Callback):
             share=found["share"],
         )
         skips = judge_skips(
-            measured, found["wanted"], prices, model.runtime.group, self.tolerance, self.level, self.looks
+            measured, found["wanted"], prices, model.target.group, self.tolerance, self.level, self.looks
         )
-        return Look(step, model.runtime.group, self.tolerance, self.findings, joint, skips, model.policy.held)
+        return Look(step, model.target.group, self.tolerance, self.findings, joint, skips, model.policy.held)
 
     def _prepare(self, model: RoutedModel) -> LayerMeasures:
         """What each layer is worth to each input; measured once."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.flips import Flips, survey_flips
+from adaskip.survey.flips import Flips, survey_flips
 from adaskip.training.objective import Fit, Objective
 from adaskip.training.schedule import OneCycle
 

@@ -14,7 +14,8 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.gates import hard
 from adaskip.theory.bounds import redundancy_bound
 from adaskip.theory.conditions import Findings, Joint, SkipFinding
-from adaskip.theory.profile import Prices, compare_predicted, predicted
+from adaskip.theory.costs import compare_predicted, predicted
+from adaskip.theory.prices import Prices
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class DenseLogits:
             return self._kept[index]
         with model.dense():
             logits = model(**batch.arguments()).logits
-        found = predicted(logits, batch.labels)
+        found = predicted(logits, batch.supervised)
         if found.nbytes + sum(x.nbytes for x in self._kept.values()) <= self.limit:
             self._kept[index] = found
         return found
@@ -96,9 +97,9 @@ def joint_cost(
     dense = dense or DenseLogits(limit=0)
     kl, keep, wanted = [], [], []
     for index, batch in enumerate(batches):
-        before, labels = dense(model, index, batch), batch.labels
+        before, supervised = dense(model, index, batch), batch.supervised
         routed = model(**batch.arguments()).logits
-        kl.append(compare_predicted(before, predicted(routed, labels), labels)["kl"].cpu())
+        kl.append(compare_predicted(before, predicted(routed, supervised), supervised)["kl"].cpu())
         routing = model.routing
         keep.append(routing.share.cpu())
         decided = routing.keep if routing.logits is None else hard(routing.logits, model.policy.threshold)

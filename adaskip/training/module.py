@@ -12,17 +12,17 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from adaskip.backbone.weights import find_packed
-from adaskip.batch import IGNORED, Batch, exact_match
+from adaskip.batch import IGNORED, Batch, check_batch, exact_match
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.firstorder import DRAWS, first_order
 from adaskip.theory import bounds
-from adaskip.theory.batches import check_batch
+from adaskip.theory.costs import compare
 from adaskip.theory.measures import relative_change
-from adaskip.theory.prices import DRAWS, first_order
-from adaskip.theory.profile import Prices, compare
+from adaskip.theory.prices import Prices
 from adaskip.training.inputs import fingerprints, from_rank_zero
-from adaskip.training.metrics import KeepByKind
+from adaskip.training.keep_rates import KeepByKind
 from adaskip.training.objective import Objective, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length
@@ -280,7 +280,7 @@ class RouterTuner(lightning.LightningModule):
             dense = self.model(**batch.arguments()).logits
         routed = self.model(**batch.arguments()).logits
         routing = self.model.routing
-        kl.update(compare(dense, routed, batch.labels)["kl"])
+        kl.update(compare(dense, routed, batch.supervised)["kl"])
         accuracy.update(exact_match(routed, batch.labels).float())
         keep.update(routing.keep_rate)
         return routing

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaskip.batch import Batch
+from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.theory.batches import count, take
-from adaskip.theory.prices import needed, price
-from adaskip.theory.profile import Prices
+from adaskip.survey.calibration import needed, price
+from adaskip.theory.prices import Prices
 from adaskip.training.objective import Objective
 
 LIMIT = 256
@@ -77,7 +76,7 @@ def check_prices(prices: Prices | None, objective: Objective, n_layers: int) -> 
     if objective.bound_weight and lacking.get(objective.price):
         raise ConfigError(
             f"prices: expected constants of Objective(price={objective.price!r}), got others; {cure}, "
-            f"or calibrate with adaskip.theory.prices.price(..., kind={objective.price!r})"
+            f"or calibrate with adaskip.survey.calibration.price(..., kind={objective.price!r})"
         )
     used = prices.slope if objective.price == "fisher" else torch.stack([prices.shift, prices.peak])
     if objective.bound_weight and used is not None and not used.isfinite().all():

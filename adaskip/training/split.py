@@ -10,8 +10,9 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.errors import DataError
-from adaskip.theory.prices import MASS_EVERY, needed
-from adaskip.theory.profile import LayerMeasures, Prices, calibrate_prices
+from adaskip.survey.calibration import MASS_EVERY, needed
+from adaskip.theory.prices import Prices, calibrate_prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.inputs import fingerprints
 from adaskip.training.module import RouterTuner
 

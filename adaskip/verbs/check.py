@@ -8,9 +8,10 @@ from typing import Any
 
 from adaskip.batch import Batch
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.bands import BandFinding, early_exits, judge_bands, late_entries, measure_bands
+from adaskip.survey.skips import measure, measure_bands
+from adaskip.theory.bands import BandFinding, early_exits, judge_bands, late_entries
 from adaskip.theory.conditions import Conclusion, conclude
-from adaskip.theory.profile import Prices, calibrate_prices, measure
+from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, Record, loader
 from adaskip.training.looks import Look

@@ -16,7 +16,7 @@ from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.profile import compare_predicted, per_input, predicted
+from adaskip.theory.costs import compare_predicted, per_input, predicted
 from adaskip.training.data import Collator, Record, loader
 from adaskip.verbs.generate import texts
 from adaskip.verbs.lengths import cut, longest_answer, warn_of_cuts
@@ -220,18 +220,18 @@ def _calls(model: RoutedModel, batch: Batch, limit: int) -> dict[str, Callable[[
 
 def _teacher_forced(model: RoutedModel, batch: Batch) -> _Figures:
     """Read the data's own answers: KL and log-likelihoods of each input, nats per predicted token."""
-    labels, supervised = batch.labels, batch.supervised
-    targets = labels[:, 1:][supervised]
+    supervised = batch.supervised
+    targets = batch.labels[:, 1:][supervised]
 
     def likelihood(logits: Tensor) -> Tensor:
         log_p = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
         return per_input(log_p, supervised, "mean").double()
 
     with model.dense():
-        dense = predicted(model(**batch.arguments()).logits, labels)
-    routed = predicted(model(**batch.arguments()).logits, labels)
+        dense = predicted(model(**batch.arguments()).logits, supervised)
+    routed = predicted(model(**batch.arguments()).logits, supervised)
     columns = {
-        "kl": compare_predicted(dense, routed, labels)["kl"].double(),
+        "kl": compare_predicted(dense, routed, supervised)["kl"].double(),
         "dense_log_likelihood": likelihood(dense),
         "routed_log_likelihood": likelihood(routed),
     }

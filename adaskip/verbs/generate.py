@@ -217,7 +217,7 @@ def _record(
 
 def _placed(question: Record, collate: Collator, model: RoutedModel) -> Record:
     """Give a question a placeholder for each picture, where its prompt leaves them out."""
-    if not pictures_of(question) and model.runtime.group == "vision":
+    if not pictures_of(question) and model.target.group == "vision":
         raise DataError(
             f"{where(question)}: these routers route vision tokens; pass a picture with --image PATH, or in "
             'a file of prompts {"prompt": ..., "image": "PATH"}'

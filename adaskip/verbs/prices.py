@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaskip.errors import CheckpointError
 from adaskip.runfiles import PRICES, write_json
-from adaskip.theory.profile import Prices
+from adaskip.theory.prices import Prices
 
 _PER_LAYER = ("shift", "peak", "mass")  # (l)
 _OPTIONAL = ("correlation", "slope")  # (l l) and (2 l), or null where the run's price needs none

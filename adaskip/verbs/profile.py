@@ -16,7 +16,7 @@ from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
 from adaskip.runfiles import PROFILE, PROFILE_PLOT, write_json
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.redundancy import Profile, profile, smallest_profile
+from adaskip.survey.profile import Profile, profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split

@@ -10,7 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils.data import DataLoader
 
-from adaskip.batch import Batch
+from adaskip.batch import Batch, count
 from adaskip.errors import CheckpointError
 from adaskip.ranks import is_first_process, is_lost_process, says_when_lost
 from adaskip.recipe import Recipe, load
@@ -18,9 +18,10 @@ from adaskip.runfiles import CONDITIONS, RECIPE
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.sections import Overrides
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.batches import count
-from adaskip.theory.prices import price
-from adaskip.theory.profile import LayerMeasures, Prices, measure
+from adaskip.survey.calibration import price
+from adaskip.survey.skips import measure
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps
 from adaskip.training.data import Collator, Record, loader, training_loader

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.errors import ConfigError, DataError
-from adaskip.theory.prices import price
+from adaskip.survey.calibration import price
 from adaskip.training.objective import Price
 from tests import toys
 from tests.tuning import DATA, batches, loader, planted, trainer, weights, with_answers
@@ -91,7 +91,7 @@ def test_prices_of_another_kind_are_refused(tmp_path: Path) -> None:
     ("make", "text"),
     [
         (lambda base: base, "expected a RoutedModel, got LlamaForCausalLM; call adaskip.attach first"),
-        (lambda base: adaskip.attach(base, adaskip.SkipPlan.static([1])), "has no routers to train; attach with"),
+        (lambda base: adaskip.attach(base, adaskip.SkipPlan.static([1])), "has no parameters to train; attach with"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(make: Any, text: str) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 import adaskip
 from adaskip.errors import ConfigError
-from adaskip.training.metrics import KeepByKind
+from adaskip.training.keep_rates import KeepByKind
 from adaskip.training.schedule import OneCycle
 from tests.tuning import DATA, loader, planted, trainer, weights
 

@@ -10,17 +10,18 @@ import torch
 
 from adaskip import Objective, RouterConfig, RouterTuner, SkipPlan, attach
 from adaskip.batch import Batch
-from adaskip.theory.profile import Prices, measure
+from adaskip.survey.skips import measure
+from adaskip.theory.prices import Prices
 from tests.families import make
 from tests.routing import decide
 
-CASES: dict[str, dict[str, Any]] = {
-    "routers": {"config": RouterConfig(group="vision")},
-    "kept": {"config": RouterConfig(group="vision", kv="kept")},
-    "attention": {"config": RouterConfig(group="vision", unit="attention")},
-    "mlp": {"config": RouterConfig(group="vision", unit="mlp")},
-    "tokens": {"config": RouterConfig(group="vision", scope="token")},
-    "plan": {"plan": SkipPlan.static([1, 2], group="vision")},
+CASES: dict[str, Any] = {
+    "routers": RouterConfig(group="vision"),
+    "kept": RouterConfig(group="vision", kv="kept"),
+    "attention": RouterConfig(group="vision", unit="attention"),
+    "mlp": RouterConfig(group="vision", unit="mlp"),
+    "tokens": RouterConfig(group="vision", scope="token"),
+    "plan": SkipPlan.static([1, 2], group="vision"),
 }
 
 
@@ -36,7 +37,7 @@ def test_nothing_is_skipped(name: str, case: str) -> None:
     with torch.no_grad():
         dense = toy.model(**batch).logits
         answers = toy.model.generate(**batch, **options)
-        model = attach(toy.model, **CASES[case])
+        model = attach(toy.model, CASES[case])
         model = model if model.routers is None else decide(model)
         assert torch.equal(model(**batch).logits, dense)
         assert (model.routing.keep_rate == 1).all()

@@ -11,8 +11,8 @@ import adaskip
 from adaskip.demo.backbone import load as load_demo
 from adaskip.errors import DataError
 from adaskip.recipe import load
+from adaskip.survey.profile import smallest_profile
 from adaskip.theory.conformal import conformal_rank, smallest_sample
-from adaskip.theory.redundancy import smallest_profile
 from adaskip.training.data import Collator, loader
 from adaskip.verbs.amounts import enough_to_train
 from adaskip.verbs.calibrate import calibrate

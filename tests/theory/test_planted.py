@@ -14,9 +14,10 @@ from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.plan import Group
 from adaskip.policies.learned.config import RouterConfig
-from adaskip.theory.bands import Band, early_exits, judge_bands, late_entries, measure_bands
+from adaskip.survey.skips import measure, measure_bands
+from adaskip.theory.bands import Band, early_exits, judge_bands, late_entries
 from adaskip.theory.conditions import judge
-from adaskip.theory.profile import calibrate_prices, measure
+from adaskip.theory.prices import calibrate_prices
 from tests import toys
 
 LAYERS, TOLERANCE = 4, 0.01

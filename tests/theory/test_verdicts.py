@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 
 from adaskip.theory.conditions import Verdict, judge, judge_skips
-from adaskip.theory.profile import LayerMeasures, Prices
+from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 
 TOLERANCE, LAYERS, INPUTS, LEVEL = 0.05, 6, 96, 0.9
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 import adaskip
 from adaskip.errors import ConfigError
 from adaskip.recipe import load
+from adaskip.survey.skips import measure
 from adaskip.theory.bounds import kl_for_accuracy
-from adaskip.theory.profile import calibrate_prices, measure
+from adaskip.theory.prices import calibrate_prices
 from adaskip.training.callbacks import DenseLogits, OnViolation, joint_cost
 from tests.tuning import GREEDY, batches, eager, planted
 

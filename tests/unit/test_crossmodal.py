@@ -8,10 +8,10 @@ from adaskip.backbone.inspect import Tokens
 from adaskip.errors import BackboneError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import attach
-from adaskip.theory import crossmodal
+from adaskip.survey import crossmodal
+from adaskip.survey.crossmodal import read_attention, remove_keys
 from adaskip.theory.bounds import kl_exact
-from adaskip.theory.crossmodal import read_attention, remove_keys, value_weighted_mass
-from adaskip.theory.measures import attention_mass
+from adaskip.theory.measures import attention_mass, value_weighted_mass
 from tests import families, toys
 
 
@@ -161,20 +161,3 @@ def test_text_only_models_and_unseen_layers_are_refused():
     with pytest.raises(BackboneError, match="got these numbers of calls: 0, 0, 0, 0"), read_attention(model, tokens):
         pass
     assert math.isfinite(model(**batch).logits.sum())
-
-
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-@torch.no_grad()
-def test_a_replayed_prefix_gives_the_logits_of_the_whole_pass(name):
-    """qwen3_vl adds picture features to the states between layers."""
-    model, batch = routed(name, "sdpa")
-    states = []
-    with model.dense(), model.observe(lambda i, before, after: states.extend([after] if states else [before, after])):
-        model(**batch, use_cache=False)
-    for index in range(len(states) - 1):
-        keep = torch.ones(len(states) - 1, 2, dtype=torch.bool)
-        keep[index] = False
-        whole = model(**batch, routing=keep, use_cache=False).logits
-        with model.replay(states[: index + 1]):
-            suffix = model(**batch, routing=keep, use_cache=False).logits
-        torch.testing.assert_close(suffix, whole, rtol=1e-4, atol=1e-4)

@@ -15,8 +15,8 @@ from adaskip import runfiles
 from adaskip.batch import Batch
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import load
-from adaskip.theory.flips import Flips, survey_flips
-from adaskip.theory.profile import compare
+from adaskip.survey.flips import Flips, survey_flips
+from adaskip.theory.costs import compare
 from adaskip.training import fit_run
 from adaskip.training.fit import FitState, fit_from_bounds, fit_round, read_logits
 from adaskip.training.objective import Fit
@@ -61,7 +61,7 @@ def test_a_survey_equals_rerunning_everything(family: str) -> None:
             answer = torch.nn.functional.cross_entropy(
                 logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
             ).sum(1) / (labels[:, 1:] >= 0).sum(1)
-            return compare(dense, logits, labels)["kl"] + 0.5 * answer.double()
+            return compare(dense, logits, labels[:, 1:] != -100)["kl"] + 0.5 * answer.double()
 
         base = cost(None)
         routing = model.routing
@@ -194,7 +194,7 @@ def stop_after_one(state: FitState, figures: dict[str, float]) -> None:
 
 def test_what_cannot_be_fitted_is_said() -> None:
     plan = adaskip.attach(toys.make("llama").model, adaskip.SkipPlan.static([1]))
-    with pytest.raises(ConfigError, match=r"expected one decision a layer and prompt, by routers; attach with"):
+    with pytest.raises(ConfigError, match=r"expected one decision a layer and prompt, by learned routers; attach with"):
         survey_flips(plan, batches(1))
     with pytest.raises(ConfigError) as caught:
         Fit(rounds=0, steps=-1, learning_rate=0)

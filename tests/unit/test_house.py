@@ -26,10 +26,10 @@ ORDER = [
     "sources",
     "plan",
     "backbone",
+    "theory",
     "policy",
     "runtime",
     "generate",
-    "theory",
     "policies",
     "survey",
     "training",
@@ -78,6 +78,39 @@ def test_imports_point_left(path: Path) -> None:
     own = "adaskip." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     wrong = [name for name in imports(path) if room(name) > room(own) and name not in DOORS.get(own, ())]
     assert not wrong, f"{own} imports {wrong}, which lie to its right in {ORDER}"
+
+
+def test_theory_is_pure() -> None:
+    """Functions of tensors can be read, tested and trusted without a model; what runs one stands in survey/."""
+    for path in sorted((PACKAGE / "theory").rglob("*.py")):
+        foreign = [name for name in imports(path) if not name.startswith(("adaskip.theory", "adaskip.errors"))]
+        assert not foreign, f"{path.relative_to(PACKAGE)} imports {foreign}"
+        assert "transformers" not in path.read_text(encoding="utf-8"), path
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {
+        t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+    }
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_every_name_of_the_theory_is_used_or_explained() -> None:
+    """What nobody calls and no document names is a burden that looks like a feature."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES if path.name != "__init__.py"}
+    elsewhere = set(
+        re.findall(r"`(\w+)`", "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")))
+    )
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom):
+            elsewhere |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):  # bounds.kl_exact
+            elsewhere.add(node.attr)
+    for path, tree in trees.items():
+        here = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        idle = public_names(tree) - elsewhere - here if "theory" in path.parts else set()
+        assert not idle, f"{path.relative_to(PACKAGE)}: {idle} are used by nothing; use, document or drop them"
 
 
 def test_the_guide_tells_the_order() -> None:

@@ -13,7 +13,6 @@ from adaskip.theory.measures import (
     cosine_distance,
     relative_change,
     spearman,
-    tail,
     token_cosine_distance,
 )
 
@@ -178,7 +177,7 @@ def test_attention_mass_at_its_edges():
 def test_tail_counts_values_strictly_above(values, delta):
     expected = sum(v > delta for v in values) / len(values)
     sample = torch.tensor(values)
-    assert tail(sample, delta) == pytest.approx(expected)
+    assert TailCurve.of(sample)(delta).item() == pytest.approx(expected)
     assert TailCurve.of(sample)(torch.tensor([delta, max(values)])).tolist() == pytest.approx([expected, 0.0])
 
 
@@ -193,7 +192,7 @@ def test_tail_curve_keeps_the_whole_sample():
 @pytest.mark.parametrize(("values", "text"), [([], "got 0, 0 of them NaN"), ([1.0, NAN], "got 2, 1 of them NaN")])
 def test_tail_refuses_undefined_samples(values, text):
     with pytest.raises(DataError, match=text):
-        tail(torch.tensor(values), 0.1)
+        TailCurve.of(torch.tensor(values))
 
 
 # Rank correlation

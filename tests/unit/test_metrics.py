@@ -48,7 +48,7 @@ def updates(n=64):
         (lambda: StateSimilarity(4), (before, after, mask)),
         (AttentionMass, (weights, queries, mask)),
         (ValueWeightedMass, (weights, values, queries, mask)),
-        (FunctionalCost, (*logits, answers)),
+        (FunctionalCost, (*logits, answers[:, 1:] != -100)),
         (UsableInformationLost, (*pooled, labels)),
         (lambda: QuantisedEntropy(2), (after, after + 1.0)),
     ]
@@ -86,10 +86,10 @@ def test_values_are_those_of_the_pure_functions():
     deltas, share = tail.compute()
     assert share.tolist() == pytest.approx([(cosine > delta).double().mean().item() for delta in deltas])
     assert 0 < share[2] < share[0]
-    _, (dense, skipped, labels) = updates()[6]
+    _, (dense, skipped, supervised) = updates()[6]
     cost = FunctionalCost()
-    cost.update(dense, skipped, labels)
-    rows, places = (labels[:, 1:] != -100).nonzero().T
+    cost.update(dense, skipped, supervised)
+    rows, places = supervised.nonzero().T
     expected = kl_exact(dense[rows, places], skipped[rows, places]).mean().item()
     assert cost.compute().item() == pytest.approx(expected, rel=1e-12)
 

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.errors import ConfigError
+from adaskip.survey.calibration import mean_correlation, price
+from adaskip.survey.firstorder import first_order, first_order_of
+from adaskip.survey.skips import measure
 from adaskip.theory.bounds import redundancy_bound
-from adaskip.theory.prices import first_order, first_order_of, mean_correlation, price
-from adaskip.theory.profile import measure
 from adaskip.training.objective import Price
 from tests import toys
 from tests.tuning import batches, planted

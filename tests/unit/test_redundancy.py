@@ -10,10 +10,10 @@ from adaskip.errors import BackboneError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.report.redundancy import profile_plot
 from adaskip.runtime.attach import attach
+from adaskip.survey.layers import _spread, survey_layers
+from adaskip.survey.skips import measure
 from adaskip.theory import prediction
 from adaskip.theory.claims import judge_claims
-from adaskip.theory.profile import measure
-from adaskip.theory.survey import _spread, survey
 from adaskip.verbs.profile import profile_model, summary
 from tests import toys
 
@@ -165,7 +165,7 @@ def test_sampled_tokens_lie_in_the_group_and_are_spread():
     assert _spread(group, 2).tolist() == [[2, 4], [4, 4]]
     toy = toys.make("llava")
     model = attach(toy.model, SkipPlan(group="vision"))
-    found = survey(model, batches_of(toy, 16), tangents=4, tokens=3)
+    found = survey_layers(model, batches_of(toy, 16), tangents=4, tokens=3)
     assert found.tokens.shape == (16, 3, 5, 32)
     assert found.tangent[:4].isfinite().all()
     assert found.tangent[4:].isnan().all()

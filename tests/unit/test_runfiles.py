@@ -10,7 +10,7 @@ import torch
 
 from adaskip import runfiles
 from adaskip.errors import CheckpointError
-from adaskip.theory.profile import Prices
+from adaskip.theory.prices import Prices
 from adaskip.verbs.prices import check_layers, read_prices, write_prices
 
 

@@ -16,10 +16,12 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.policies.learned.features import mean_weights, pool
 from adaskip.runtime.gates import hard, straight_through
 from adaskip.survey.search import Search, best
+from adaskip.survey.skips import measure
 from adaskip.theory.conditions import judge, judge_joint
-from adaskip.theory.profile import Prices, calibrate_prices, compare, measure
+from adaskip.theory.costs import compare
+from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.training.data import RoundSampler
-from adaskip.training.metrics import KeepByKind
+from adaskip.training.keep_rates import KeepByKind
 from tests import toys
 from tests.tuning import batches, planted
 
@@ -132,7 +134,7 @@ def test_measure_equals_brute_force() -> None:
         with model.dense():
             dense = model(**arguments).logits
         skipped = model(**arguments, routing=keep).logits
-        brute = compare(dense, skipped, data[1].labels)
+        brute = compare(dense, skipped, data[1].supervised)
         assert torch.allclose(found.kl[8:, layer].double(), brute["kl"], atol=1e-5)
         assert torch.allclose(found.s[8:, layer].double(), brute["s"], atol=1e-4)
     assert (found.kl > 0).all()

@@ -6,12 +6,12 @@ docs/theory.md proves it. "Real" arguments are tensors or floats that broadcast.
 says otherwise.
 """
 
-from adaskip.theory.bounds.attention import key_removal
 from adaskip.theory.bounds.certificates import argmax_certified_kl, argmax_certified_margin, argmax_kl_limit
 from adaskip.theory.bounds.compose import compose, gate_matrix, joint_quadratic, joint_shift, redundancy_bound
 from adaskip.theory.bounds.fisher import fisher_form
 from adaskip.theory.bounds.geometry import cosine_band, distance_sq, geometric_from_proximal, proximal_from_geometric
 from adaskip.theory.bounds.information import fano, information_lost
+from adaskip.theory.bounds.keys import key_removal
 from adaskip.theory.bounds.logits import (
     LogitShift,
     kl_bennett,

@@ -9,7 +9,7 @@ from adaskip.theory.bounds.numerics import Real, centred_shift, f64
 
 
 def argmax_certified_margin(logits: Tensor, logits_skipped: Tensor) -> Tensor:
-    """True where max_y (dz_y - dz_top) < Z_top - Z_second, so the argmax stands (bound [D, link 3d]).
+    """Return True where max_y (dz_y - dz_top) < Z_top - Z_second, so the argmax stands (bound [D, link 3d]).
 
     (..., vocab) -> (...) bool. A hair of slack absorbs rounding: a tie is never certified. Errors as `logit_shift`.
 
@@ -25,7 +25,7 @@ def argmax_certified_margin(logits: Tensor, logits_skipped: Tensor) -> Tensor:
 
 
 def argmax_kl_limit(logits: Tensor) -> Tensor:
-    """p1 log(2 p1/(p1+p2)) + p2 log(2 p2/(p1+p2)) in nats, p1 >= p2 the dense top two: no smaller KL moves the argmax.
+    """Return the KL, in nats, below which the argmax stands: p1 log(2 p1/(p1+p2)) + p2 log(2 p2/(p1+p2)).
 
     Bound [D, link 3d], attained by the p' that gives both the same share; 0 at a tie. (..., vocab) -> (...).
 
@@ -40,7 +40,7 @@ def argmax_kl_limit(logits: Tensor) -> Tensor:
 
 
 def argmax_certified_kl(logits: Tensor, kl: Real) -> Tensor:
-    """True where KL < `argmax_kl_limit`, so the argmax stands (bound [D, link 3d]).
+    """Return True where KL < `argmax_kl_limit`, so the argmax stands (bound [D, link 3d]).
 
     `kl` (...) is the exact KL or a bound on it; a calibrated bound gives a decision that holds with its probability.
     (..., vocab) -> (...) bool.

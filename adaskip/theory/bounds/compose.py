@@ -13,7 +13,7 @@ from adaskip.theory.bounds.numerics import centred_shift, f64, two_point
 
 
 def compose(shifts: Sequence[LogitShift]) -> LogitShift:
-    """Bound [D, link 6a] on the total shift along a path: r, s, u and b add over its increments.
+    """Bound the total shift along a path: r, s, u and b add over its increments [D, link 6a].
 
     Layers go one after the other; increment i is `logit_shift(Z_{i-1}, Z_i, reference=Z_0)`. Single-layer shifts from
     the dense model are no path: their sum bounds nothing. Raises ConfigError without increments.
@@ -29,19 +29,19 @@ def compose(shifts: Sequence[LogitShift]) -> LogitShift:
 
 
 def gate_matrix(logits: Tensor, skipped: Tensor) -> Tensor:
-    """G_lm = Cov_p(dz_l, dz_m), in nats^2, from the logits with layer l alone skipped; symmetric, never negative.
+    """Return G_lm = Cov_p(dz_l, dz_m), in nats^2, from the logits with layer l alone skipped; positive semidefinite.
 
     Estimator [D, link 6c] of how skips add up or cancel; its diagonal is s_l^2. logits (..., vocab), skipped
     (..., l, vocab) -> (..., l, l). Average it over an input's predicted tokens. Errors as `logit_shift`.
     """
     p = torch.softmax(logits.double(), -1).unsqueeze(-2)
     x = centred_shift(logits.unsqueeze(-2).expand_as(skipped), skipped, p.expand(skipped.shape))
-    x = p.sqrt() * x
+    x = p.sqrt() * x  # so that x x^T sums over the vocabulary with weight p
     return x @ x.transpose(-1, -2)
 
 
 def joint_quadratic(keep_gates: Tensor, G: Tensor) -> Tensor:
-    """(1-g)^T G (1-g) / 2 in nats: the joint KL to second order, where layers' shifts of the logits add up.
+    """Return (1-g)^T G (1-g) / 2 in nats: the joint KL to second order, where layers' shifts of the logits add up.
 
     Estimator [D, link 6c]. With hard gates and additive shifts twice this is the joint s^2 (identity), and never above
     (sum of the skipped s_l)^2. Its level is off where they do not add: rescale it by a conformal quantile of exact over
@@ -55,7 +55,9 @@ def joint_quadratic(keep_gates: Tensor, G: Tensor) -> Tensor:
 
 
 def joint_shift(keep_gates: Tensor, costs: Tensor) -> Tensor:
-    """S(x), heuristic [D] for the joint s: S^2 = (sum_l (1-g_l) s_l)^2 + sum_l g_l (1-g_l) s_l^2. (b, L) twice -> (b,).
+    """Return S(x), a heuristic [D] for the joint s. (b, L) twice -> (b,).
+
+        S^2 = (sum_l (1-g_l) s_l)^2 + sum_l g_l (1-g_l) s_l^2
 
     S^2 is the mean of (sum of the skipped s_l)^2 when layers are kept independently with probability g_l in [0, 1].
     Differentiable in the gates, costs detached; the gradient at S = 0, where the root has none, is 0.
@@ -70,7 +72,7 @@ def joint_shift(keep_gates: Tensor, costs: Tensor) -> Tensor:
 def redundancy_bound(
     gates: Tensor, s_costs: Tensor, u_costs: Tensor | None = None, correlation: Tensor | None = None
 ) -> Tensor:
-    """B(x): `kl_two_point` at (S, U), S of `joint_shift`, U = sum_l (1-g_l) u_l; S^2/2 without `u_costs`.
+    """Return B(x): `kl_two_point` at (S, U), S of `joint_shift`, U = sum_l (1-g_l) u_l; S^2/2 without `u_costs`.
 
     With `correlation` (L, L), positive semidefinite and 1 on its diagonal, S^2 is the mean of s^T R s over what
     is skipped: skips add up as far as they correlate, where without it they add up in full.

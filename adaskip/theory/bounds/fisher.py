@@ -9,7 +9,7 @@ from adaskip.theory.bounds.numerics import f64
 
 
 def fisher_form(logits: Tensor, products: Tensor) -> Tensor:
-    """s^2 = E_{Y ~ p} (grad_h log p(Y) . dh)^2: the Fisher form of a change dh of the states, in nats^2.
+    """Return s^2 = E_{Y ~ p} (grad_h log p(Y) . dh)^2: the Fisher form of a change dh of the states, in nats^2.
 
     Estimator [D, link 8] of Var_p(dz), exact when the logits are linear in h between H and H'. logits (..., vocab) and
     products (..., vocab), whose entry y is grad_h log p(y) . dh -> (...).

@@ -9,7 +9,7 @@ from adaskip.theory.bounds.numerics import Real, f64
 
 
 def proximal_from_geometric(eps: Real, delta: Real) -> Tensor:
-    """Bound [D, link 1] on P(d > delta), d >= 0 a cosine distance of mean eps: min(1, eps / delta). Cosine only.
+    """Bound P(d > delta) [D, link 1], d >= 0 a cosine distance of mean eps: min(1, eps / delta). Cosine only.
 
     Raises ConfigError unless delta > 0.
 
@@ -23,7 +23,7 @@ def proximal_from_geometric(eps: Real, delta: Real) -> Tensor:
 
 
 def geometric_from_proximal(delta: Real, tau: Real) -> Tensor:
-    """Bound [D, link 1] on the mean of a cosine distance d <= 2 with P(d > delta) <= tau: delta + (2 - delta) tau.
+    """Bound the mean of a cosine distance d <= 2 with P(d > delta) <= tau [D, link 1]: delta + (2 - delta) tau.
 
     >>> round(geometric_from_proximal(0.1, 0.05).item(), 4)
     0.195
@@ -32,7 +32,7 @@ def geometric_from_proximal(delta: Real, tau: Real) -> Tensor:
 
 
 def distance_sq(norm_u: Real, norm_v: Real, cos: Real) -> Tensor:
-    """Identity [D, link 2]: ||u - v||^2 = (||u|| - ||v||)^2 + 2 ||u|| ||v|| (1 - cos). Cosine alone ignores norms.
+    """Return ||u - v||^2 = (||u|| - ||v||)^2 + 2 ||u|| ||v|| (1 - cos), an identity [D, link 2]: cosine ignores norms.
 
     >>> distance_sq(3.0, 4.0, 0.0).item()
     25.0
@@ -42,7 +42,7 @@ def distance_sq(norm_u: Real, norm_v: Real, cos: Real) -> Tensor:
 
 
 def cosine_band(distances: Tensor) -> Tensor:
-    """Bound [D, link 6b] on the cosine distance from entry to exit of a band: min(2, (sum_l sqrt(d_l))^2). Cosine only.
+    """Bound the cosine distance from entry to exit of a band [D, link 6b]: min(2, (sum_l sqrt(d_l))^2). Cosine only.
 
     The metric is sqrt(1 - cos), so L neighbours at d may end up L^2 d apart. (..., L) -> (...).
 

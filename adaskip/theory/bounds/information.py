@@ -12,7 +12,7 @@ from adaskip.theory.bounds.numerics import Real, f64
 
 
 def information_lost(probabilities: Tensor, cells: Tensor) -> Tensor:
-    """I(Y*; H | H') over n equally likely inputs: the mean of KL(p_i, mean of p in i's cell). (n, K), (n,) -> ().
+    """Return I(Y*; H | H') over n equally likely inputs: the mean of KL(p_i, mean p of i's cell). (n, K), (n,) -> ().
 
     Y* ~ p_i is a fresh label; inputs of one cell (an integer) share the state H' left after skipping. Identity
     [D, link 4]: E KL(p, q) = I + E KL(cell mean, q) for any q that sees the cell alone, so I <= the functional cost.
@@ -27,7 +27,7 @@ def information_lost(probabilities: Tensor, cells: Tensor) -> Tensor:
 
 
 def fano(p_error: Real, K: int) -> Tensor:
-    """Bound [D, link 5] on H(Q_l | Q_{l-1}) over K codes, P_e = P(Q_l != Q_{l-1}): h_b(P_e) + P_e log(K - 1).
+    """Bound H(Q_l | Q_{l-1}) over K codes [D, link 5] by h_b(P_e) + P_e log(K - 1), P_e = P(Q_l != Q_{l-1}).
 
     Raises ConfigError if K < 2.
 

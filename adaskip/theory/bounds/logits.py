@@ -12,7 +12,7 @@ from adaskip.theory.bounds.numerics import HUGE, Real, centred_shift, f64, log1p
 
 @dataclass(frozen=True)
 class LogitShift:
-    """How far dz spreads, per prediction: in nats, non-negative, blind to a constant added to dz."""
+    """The spread of dz, per prediction: in nats, non-negative, blind to a constant added to dz."""
 
     r: Tensor  # (...) max dz - min dz
     s: Tensor  # (...) standard deviation of dz under p
@@ -21,7 +21,7 @@ class LogitShift:
 
 
 def logit_shift(logits: Tensor, logits_skipped: Tensor, reference: Tensor | None = None) -> LogitShift:
-    """The spread of dz = logits_skipped - logits [D, link 3]. (..., vocab) -> four (...).
+    """Measure the spread of dz = logits_skipped - logits [D, link 3]. (..., vocab) -> four (...).
 
     p is the softmax of `reference`, by default of `logits`; along a path it stays the dense logits. An entry -inf in
     both is outside the vocabulary; -inf in one alone gives NaN. Raises DataError if the two shapes differ.
@@ -39,7 +39,7 @@ def logit_shift(logits: Tensor, logits_skipped: Tensor, reference: Tensor | None
 
 
 def kl_exact(logits: Tensor, logits_skipped: Tensor) -> Tensor:
-    """KL = log E_p exp(dz - E_p dz), an identity [D, link 3a]; >= 0, differentiable. (..., vocab) -> (...).
+    """Return KL = log E_p exp(dz - E_p dz), an identity [D, link 3a]; >= 0, differentiable. (..., vocab) -> (...).
 
     Summed as E_p[e^w - 1 - w], w = log(p'/p): no term is negative, so a KL far below 1e-16 keeps its digits.
     -inf and errors as in `logit_shift`.
@@ -58,7 +58,7 @@ def kl_exact(logits: Tensor, logits_skipped: Tensor) -> Tensor:
 
 
 def kl_two_point(s: Real, u: Real) -> Tensor:
-    """Bound [D, link 3b] on KL: log[(u^2 e^(-s^2/u) + s^2 e^u) / (u^2 + s^2)], at most u. For s, u >= 0.
+    """Bound KL [D, link 3b] by log[(u^2 e^(-s^2/u) + s^2 e^u) / (u^2 + s^2)], at most u. For s, u >= 0.
 
     The two-point Bennett bound: attained when dz takes two values, hence the best from s and u; increasing in both.
     Exactly 0 at s = 0 or u = 0, with finite gradients everywhere.
@@ -71,7 +71,7 @@ def kl_two_point(s: Real, u: Real) -> Tensor:
 
 
 def kl_bennett(s: Real, u: Real) -> Tensor:
-    """Bound [D, link 3b] on KL: log(1 + s^2 phi(u)), phi(u) = (e^u - 1 - u) / u^2; `kl_two_point` is never above it.
+    """Bound KL [D, link 3b] by log(1 + s^2 phi(u)), phi(u) = (e^u - 1 - u) / u^2; `kl_two_point` is never above it.
 
     >>> round(kl_bennett(1.0, 1.0).item(), 4)
     0.5413
@@ -80,7 +80,7 @@ def kl_bennett(s: Real, u: Real) -> Tensor:
 
 
 def kl_range(r: Real) -> Tensor:
-    """Bound [D, link 3b] on KL from the range of dz alone: r^2 / 8 (Hoeffding's lemma).
+    """Bound KL [D, link 3b] from the range of dz alone, by r^2 / 8 (Hoeffding's lemma).
 
     >>> kl_range(2.0).item()
     0.5
@@ -89,7 +89,7 @@ def kl_range(r: Real) -> Tensor:
 
 
 def kl_lower(s: Real, b: Real) -> Tensor:
-    """Bound from below [D, link 3b]: KL >= log(1 + s^2 phi(-b)), phi as in `kl_bennett`.
+    """Bound KL from below [D, link 3b]: KL >= log(1 + s^2 phi(-b)), phi as in `kl_bennett`.
 
     >>> round(kl_lower(1.0, 1.0).item(), 4)
     0.3133
@@ -98,7 +98,7 @@ def kl_lower(s: Real, b: Real) -> Tensor:
 
 
 def kl_quadratic(s: Real) -> Tensor:
-    """Estimator [D, link 3b] of KL to second order: s^2 / 2. No bound: often below the exact value.
+    """Estimate KL to second order [D, link 3b]: s^2 / 2. No bound: often below the exact value.
 
     >>> kl_quadratic(2.0).item()
     2.0
@@ -107,7 +107,7 @@ def kl_quadratic(s: Real) -> Tensor:
 
 
 def tv_from_range(r: Real) -> Tensor:
-    """Bound [D, link 3b] on the total variation between p and p', in [0, 1]: tanh(r / 4); two classes attain it.
+    """Bound the total variation between p and p', in [0, 1], by tanh(r / 4) [D, link 3b]; two classes attain it.
 
     >>> round(tv_from_range(4.0).item(), 4)
     0.7616
@@ -116,7 +116,7 @@ def tv_from_range(r: Real) -> Tensor:
 
 
 def tv_from_kl(kl: Real) -> Tensor:
-    """Bound [D, link 3c] on the total variation from KL: min(sqrt(KL / 2), sqrt(1 - e^-KL)).
+    """Bound the total variation from KL [D, link 3c], by min(sqrt(KL / 2), sqrt(1 - e^-KL)).
 
     Pinsker's and Bretagnolle and Huber's inequalities; the first is smaller below 1.6 nats.
 
@@ -128,7 +128,7 @@ def tv_from_kl(kl: Real) -> Tensor:
 
 
 def kl_for_accuracy(points: Real) -> Tensor:
-    """The KL, in nats, that costs at most so many points of accuracy: max(2 d^2, -log(1 - d^2)), d = points / 100.
+    """Return the nats of KL that cost at most so many points of accuracy: max(2 d^2, -log(1 - d^2)), d = points / 100.
 
     Bound [D, link 3c], the inverse of `tv_from_kl`: where the mean KL per predicted token is no more, tokens *sampled*
     from p' are right less often, by at most `points` percentage points, than tokens sampled from p (by concavity also
@@ -142,7 +142,7 @@ def kl_for_accuracy(points: Real) -> Tensor:
 
 
 def risk_shift(tv: Real, B: Real) -> Tensor:
-    """Bound [D, link 3c] on |R - R'|, in the loss's unit: B tv.
+    """Bound |R - R'|, in the loss's unit, by B tv [D, link 3c].
 
     For losses in [0, B] of predictions *sampled* from p and p'; it says nothing about argmax decisions.
 
@@ -153,7 +153,7 @@ def risk_shift(tv: Real, B: Real) -> Tensor:
 
 
 def kl_sequence(kl: Tensor, predicted: Tensor) -> Tensor:
-    """KL along an answer, in nats: the sum over its tokens, whose mean over dense answers is the KL of whole answers.
+    """Sum KL along an answer, in nats: its mean over dense answers is the KL of whole answers.
 
     Identity [D, link 10] (chain rule): KL(P, P') = E_{Y ~ P} sum_t KL(P(.|Y_<t), P'(.|Y_<t)), up to and with the end
     token, the skipping model on its own cache. kl (b t), predicted bool (b t) -> (b,).

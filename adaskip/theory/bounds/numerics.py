@@ -20,7 +20,7 @@ def f64(value: Real) -> Tensor:
 
 
 def centred_shift(before: Tensor, after: Tensor, p: Tensor) -> Tensor:
-    """dz - E_p dz; entries outside the vocabulary sit at the mean, where they move neither extreme."""
+    """Return dz - E_p dz; entries outside the vocabulary sit at the mean, where they move neither extreme."""
     if before.shape != after.shape:
         raise DataError(f"expected two logits (..., vocab) of one shape, got {(*before.shape,)} and {(*after.shape,)}")
     absent = (before == -torch.inf) & (after == -torch.inf)
@@ -31,7 +31,7 @@ def centred_shift(before: Tensor, after: Tensor, p: Tensor) -> Tensor:
 
 
 def log_phi(x: Tensor) -> Tensor:
-    """log[(e^x - 1 - x) / x^2], -log 2 at 0: a series near 0, no overflow far from it."""
+    """Return log[(e^x - 1 - x) / x^2], -log 2 at 0: a series near 0, no overflow far from it."""
     t, series = x.where(x.abs() < 0.5, 0.0), torch.zeros_like(x)
     for coefficient in reversed(_PHI_SERIES):
         series = series * t + coefficient
@@ -48,7 +48,7 @@ def log1p_s2_phi(s: Tensor, x: Tensor) -> Tensor:
 
 
 def two_point(variance: Tensor, u: Tensor) -> Tensor:
-    """`kl_two_point` from s^2. With a = s^2/u it is log(1 + s^2 (a phi(-a) + u phi(u)) / (a + u)): nothing cancels."""
+    """Return `kl_two_point` from s^2: log(1 + s^2 (a phi(-a) + u phi(u)) / (a + u)), a = s^2/u; nothing cancels."""
     v, top = variance.clamp(HUGE**-2, HUGE**2), u.clamp(1.0 / HUGE, HUGE)
     log_mean = torch.logaddexp(v.log() + log_phi(-v / top), 2.0 * top.log() + log_phi(top)) - (v + top**2).log()
     value = torch.logaddexp(torch.zeros_like(log_mean), v.log() + log_mean)

@@ -1,4 +1,4 @@
-"""What one decision more or less would cost each input along the routers' own path; no gradient meets the backbone."""
+"""Measure what one decision more or less costs each input along the routers' own path; nothing is differentiated."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from adaskip.backbone.probe import in_this_thread
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.record import record
 from adaskip.theory import bounds
-from adaskip.theory.profile import per_input
+from adaskip.theory.costs import per_input
 
 
 @dataclass(frozen=True)
 class Flips:
-    """n inputs under the decisions of n paths: what the routers saw, what the path costs, what each flip changes.
+    """Hold n inputs and their paths: what the routers saw, what the path costs, what each flip changes.
 
     Costs are ``KL(dense || path) + task_weight * CE``, in nats per predicted token.
     """
@@ -35,15 +36,15 @@ class Flips:
         return len(self.cost)
 
     def take(self, rows: Tensor) -> Flips:
-        """The given inputs (long or bool)."""
+        """Return some inputs (long or bool)."""
         return Flips(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def to(self, device: torch.device) -> Flips:
-        """The same on a device."""
+        """Return the same on a device."""
         return Flips(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def expected_cost(self, gates: Tensor) -> Tensor:
-        """Mean cost under independent decisions that keep layer l with probability ``gates`` (n l), in [0, 1] -> (n).
+        """Return the mean cost (n) of independent decisions that keep layer l with probability ``gates`` (n l).
 
             cost + sum_l q_l change_l + sum_{l<m} q_l q_m pairs_lm,  q_l the probability that layer l leaves the path
 
@@ -55,7 +56,7 @@ class Flips:
         return (self.cost + (q * self.change).sum(1) + together).clamp_min(0.0)
 
     def keep_rate(self, gates: Tensor) -> Tensor:
-        """Expected share of the dense decoder FLOPs under the same decisions, (n l) -> (n)."""
+        """Return the expected share of the dense decoder FLOPs under the same decisions, (n l) -> (n)."""
         return self.floor + (gates * self.share).sum(1)
 
 
@@ -85,43 +86,28 @@ def survey_flips(
             "method from-bounds and price gates: expected one decision a layer and prompt, by learned routers; "
             "attach with RouterConfig(scope='prompt') and without a plan"
         )
-    found: list[Flips] = []
+    parts: list[Flips] = []
     for batch in batches:
-        found.append(_survey_batch(model, batch, task_weight))
+        parts.append(_survey_batch(model, batch, task_weight))
         if progress is not None:
-            progress(sum(map(len, found)))
-    return Flips(**{f.name: torch.cat([getattr(part, f.name) for part in found]) for f in fields(Flips)})
+            progress(sum(map(len, parts)))
+    return Flips(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Flips)})
 
 
 def _survey_batch(model: RoutedModel, batch: Batch, task_weight: float) -> Flips:
-    arguments = batch.arguments()
-    predicted = batch.supervised
-    answers = batch.labels[:, 1:][predicted]
-    states: list[Tensor] = []
+    supervised = batch.supervised
+    answers = batch.labels[:, 1:][supervised]
     pooled: list[Tensor] = []
-
-    def watch(index: int, before: Tensor, after: Tensor) -> None:
-        states.extend([after] if states else [before, after])
-
     assert model.routers is not None
     pool = in_this_thread(lambda _, args: pooled.append(args[0]))
     hooks = [head.register_forward_pre_hook(pool) for head in model.routers]
     try:
-        with model.observe(watch):
-            path = model(**arguments).logits[:, :-1][predicted]
+        path = record(model, batch, routed=True)
     finally:
         for hook in hooks:
             hook.remove()
-    routing = model.routing
-    run, left = model.flops()
-    if routing.keep.all():
-        dense = path
-    else:
-        with model.dense():
-            dense = model(**arguments).logits[:, :-1][predicted]
-
-    def mean(values: Tensor) -> Tensor:
-        return per_input(values, predicted, "mean")
+    run, skipped = model.flops()  # of the path: the next pass replaces what they are read from
+    dense = path.logits if path.keep.all() else path.rerun_dense(0)
 
     def cost(logits: Tensor) -> Tensor:
         values = bounds.kl_exact(dense, logits)
@@ -129,28 +115,29 @@ def _survey_batch(model: RoutedModel, batch: Batch, task_weight: float) -> Flips
             values = values + task_weight * torch.nn.functional.cross_entropy(
                 logits.double(), answers, reduction="none"
             )
-        return mean(values)
+        return per_input(values, supervised, "mean")
 
     flipped: list[Tensor] = []
-    for index in range(len(routing.keep)):
-        keep = routing.keep.clone()
-        keep[index] = ~keep[index]
-        with model.replay(states[: index + 1]):
-            flipped.append(model(**arguments, routing=keep).logits[:, :-1][predicted])
-    base = cost(path)
+    for layer in range(len(path.keep)):
+        keep = path.keep.clone()
+        keep[layer] = ~keep[layer]
+        flipped.append(path.rerun(keep))
+    base = cost(path.logits)
     change = torch.stack([cost(logits) - base for logits in flipped], 1)
-    together = bounds.gate_matrix(path, torch.stack(flipped, 1))
-    rows = predicted.nonzero()[:, 0]
+
+    # the gate matrix of each predicted token, averaged over the tokens of each input
+    together = bounds.gate_matrix(path.logits, torch.stack(flipped, 1))
+    rows = supervised.nonzero()[:, 0]
     pairs = together.new_zeros(len(base), *together.shape[1:]).index_add(0, rows, together)
-    pairs = (1.0 + task_weight) * pairs / predicted.sum(1)[:, None, None]
+    pairs = (1.0 + task_weight) * pairs / supervised.sum(1)[:, None, None]
     total = run.sum(0)
     values = {
         "pooled": torch.stack(pooled, 1),
-        "keep": routing.keep.T,
+        "keep": path.keep.T,
         "cost": base,
         "change": change,
         "pairs": pairs,
-        "share": ((run - left) / total).T,
-        "floor": left.sum(0) / total,
+        "share": ((run - skipped) / total).T,
+        "floor": skipped.sum(0) / total,
     }
     return Flips(**{k: v.cpu() if v.dtype == torch.bool else v.float().cpu() for k, v in values.items()})

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from adaskip.errors import DataError
-from adaskip.theory import information
-from adaskip.theory.information import code_entropy, conditional_entropy, probe_loss, usable_information_lost
+from adaskip.theory import probes
+from adaskip.theory.probes import code_entropy, conditional_entropy, probe_loss, usable_information_lost
 
 
 def gaussian(n, distance, seed=0):
@@ -89,4 +89,4 @@ def test_too_few_states_for_the_codes_are_refused():
         code_entropy(states, states[1:], 2)
     with pytest.raises(DataError, match="expected finite states, got NaN"):
         code_entropy(states / 0, states, 2)
-    assert information.sizes_for(150) == (2,)
+    assert probes.sizes_for(150) == (2,)

@@ -1,4 +1,4 @@
-"""How much the text takes from vision at each layer: attention mass, how far it moves the text, and its causal cost."""
+"""Read what the text takes from vision at each layer: attention mass, how far it moves the text, its causal cost."""
 
 from __future__ import annotations
 
@@ -14,60 +14,25 @@ from adaskip.backbone.attention import AttentionCall, intercept_attention, repea
 from adaskip.backbone.inspect import Tokens
 from adaskip.errors import BackboneError, DataError
 from adaskip.runtime.attach import RoutedModel
+from adaskip.theory.measures import output_change
 
 _CHUNK = 2**24  # attention probabilities held at once
 
 
-def value_weighted_mass(attention: Tensor, values: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
-    """a ||v_removed - v_rest||: how far the masked keys move the masked queries' attention output [D, link 7].
-
-    v_removed and v_rest are the attention-weighted mean values of the masked and of the other keys, a the masked keys'
-    mass. Per query the norm is over all heads together, and the queries are averaged. Identity: it is the change of
-    the attention's output when those keys are removed, in the unit of the values; as a predictor of cost a heuristic.
-    Where a row of `attention` sums to less than 1 (a sink), the missing mass counts as a key of value zero. Without
-    any other key the output vanishes. (b h q k), (b h k e), (b q), (b k) bool -> (b,). No query: NaN; no key: 0.
-    Raises DataError on shapes that do not fit.
-
-    >>> uniform, values = torch.full((1, 1, 1, 2), 0.5), torch.tensor([[[[3.0], [1.0]]]])
-    >>> value_weighted_mass(uniform, values, torch.ones(1, 1).bool(), torch.tensor([[True, False]])).tolist()
-    [1.0]
-    """
-    b, h, q, k = attention.shape
-    if values.shape[:3] != (b, h, k) or query_mask.shape != (b, q) or key_mask.shape != (b, k):
-        raise DataError(
-            f"value_weighted_mass: expected values ({b}, {h}, {k}, e), query_mask ({b}, {q}), key_mask ({b}, {k}), "
-            f"got {tuple(values.shape)}, {tuple(query_mask.shape)}, {tuple(key_mask.shape)}"
-        )
-    removed = attention.float() * rearrange(key_mask.float(), "b k -> b 1 1 k")
-    moved = _moved(removed, attention.float() @ values.float(), values.float())
-    return moved.masked_fill(~query_mask, 0.0).sum(1) / query_mask.sum(1)
-
-
-def _moved(removed: Tensor, output: Tensor, values: Tensor) -> Tensor:
-    """(b q): norm over heads of the output's change when the mass ``removed`` (b h q k) goes."""
-    mass = removed.sum(-1, keepdim=True)
-    left = 1.0 - mass
-    alone = left < 1e-6
-    rest = (output - removed @ values) / left.masked_fill(alone, 1.0)
-    change = torch.where(alone, output, torch.where(mass > 0, output - rest, 0.0))
-    norms: Tensor = rearrange(change, "b h q e -> b q (h e)").norm(dim=-1)
-    return norms
-
-
 class AttentionReading:
-    """What `read_attention` collected. ``mass`` and ``moved`` are (b l), once the pass is over; NaN without text."""
+    """The columns that `read_attention` collects: ``mass`` and ``moved``, (b l) after the pass; NaN without text."""
 
     def __init__(self, layers: int) -> None:
         self._columns: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     @property
     def mass(self) -> Tensor:
-        """Share of the text queries' attention on vision, mean over heads and queries, in [0, 1]; `attention_mass`."""
+        """Return the share of the text's attention on vision, mean over heads and queries; `attention_mass`."""
         return self._stack(0)
 
     @property
     def moved(self) -> Tensor:
-        """How far those keys move the text queries' attention output; `value_weighted_mass`."""
+        """Return how far those keys move the text queries' attention output; `value_weighted_mass`."""
         return self._stack(1)
 
     def put(self, layer: int, mass: Tensor, moved: Tensor) -> None:
@@ -86,7 +51,7 @@ class AttentionReading:
 
 @contextmanager
 def read_attention(model: RoutedModel, tokens: Tokens) -> Iterator[AttentionReading]:
-    """Inside: one pass of the model also reads the text's attention on vision, layer by layer.
+    """Read, in one pass of the model inside, the text's attention on vision, layer by layer.
 
     Probabilities are recomputed for text queries only, a chunk of queries at a time, so SDPA stays SDPA and nothing
     the size of the whole attention is held. What is recomputed is compared with what the kernel returned.
@@ -119,18 +84,19 @@ def _vision(tokens: Tokens) -> Tensor:
 def _read(call: AttentionCall, output: Tensor, text: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads = call.query.shape[:2]
     values = repeat_heads(call.value, heads).float()
-    places = text.any(0).nonzero()[:, 0]
+    places = text.any(0).nonzero()[:, 0]  # positions that are text in some row: queries elsewhere are of no interest
     mass, moved = (torch.zeros(text.shape, device=text.device) for _ in range(2))
     step = max(1, _CHUNK // (batch * heads * values.shape[2]))
     on_vision = rearrange(vision.float(), "b k -> b 1 1 k")
     for start in range(0, len(places), step):
         chosen = places[start : start + step]
         weights = call.weights(chosen)
+        # (b h q k) @ (b h k e): what the kernel must have returned if this is the attention that it computed
         here = weights @ values
         _check_same(call, here, rearrange(output[:, chosen], "b q h e -> b h q e").float(), text[:, chosen])
         removed = weights * on_vision
         mass[:, chosen] = removed.sum(-1).mean(1)
-        moved[:, chosen] = _moved(removed, here, values)
+        moved[:, chosen] = output_change(removed, here, values)
     count = text.sum(1)
     return tuple(v.masked_fill(~text, 0.0).sum(1) / count for v in (mass, moved))  # type: ignore[return-value]
 
@@ -153,7 +119,7 @@ def _check_same(call: AttentionCall, ours: Tensor, theirs: Tensor, queries: Tens
 
 @contextmanager
 def remove_keys(model: RoutedModel, tokens: Tokens, layer: int) -> Iterator[None]:
-    """Inside: at one layer the text does not see the vision keys; vision itself is updated as always.
+    """Hide, inside and at one layer, the vision keys from the text; vision itself is updated as always.
 
     The causal counterpart of attention mass [D]: the KL that it costs is exact.
     """

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from adaskip.batch import Batch
+from adaskip.batch import Batch, count, take
 from adaskip.errors import DataError
 from adaskip.plan import Group, SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.stages import SILENT, Advance, Stages
+from adaskip.survey.layers import survey_layers
+from adaskip.survey.plans import PlanCosts, band_plans, plan_costs
 from adaskip.theory import bounds
-from adaskip.theory.batches import count, take
 from adaskip.theory.claims import Claim, judge_claims
-from adaskip.theory.conditions import judge
+from adaskip.theory.conditions import Findings, judge
 from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.intervals import bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.notions import PER_LAYER, Notions, plain
-from adaskip.theory.plans import PlanCosts, band_plans, plan_costs
 from adaskip.theory.prediction import rank_over_inputs, rank_over_layers
-from adaskip.theory.profile import calibrate_prices
-from adaskip.theory.survey import Survey, survey
+from adaskip.theory.prices import calibrate_prices
+from adaskip.theory.tables import Survey
 
 Progress = Callable[[str, int], None]
 
@@ -34,7 +34,7 @@ Progress = Callable[[str, int], None]
 class GroupProfile:
     """One token group of a profile; JSON-ready but for the claims."""
 
-    group: Group
+    group: str
     layers: list[dict[str, Any]]  # one row a layer: every notion with its interval, and the verdict
     rank_correlation: dict[str, dict[str, Any] | None]  # notion -> rho over layers with the exact cost, and interval
     rank_correlation_inputs: dict[str, float | None]  # notion -> mean rho over inputs at one layer
@@ -42,12 +42,12 @@ class GroupProfile:
     early_exit: list[dict[str, Any]]  # one row a k: layers the group stays for
     claims: list[Claim]
     chain: dict[str, tuple[int, int]]  # link -> times checked, times violated
-    undecided: dict[str, str]  # notion -> why it could not be told
+    undecided: dict[str, str]  # notion -> why it could not be measured
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` found. The last of ``groups`` is ``vision``, the paper's setting, where it was measured."""
+    """The result of `profile`. The last of ``groups`` is ``vision``, the paper's setting, where it was measured."""
 
     model: str
     n: int
@@ -57,11 +57,11 @@ class Profile:
 
     @property
     def chain_violations(self) -> int:
-        """How often any link of the chain did not hold; a proved link that fails is a defect."""
+        """Count how often any link of the chain did not hold; a proved link that fails is a defect."""
         return sum(wrong for group in self.groups for _, wrong in group.chain.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. ``layers`` holds the rows of all groups; ``rank_correlation`` is that of ``group``."""
+        """Return it JSON-ready. ``layers`` holds the rows of all groups; ``rank_correlation`` is that of ``group``."""
         main = self.groups[-1]
         rho = {name: None if row is None else row["estimate"] for name, row in main.rank_correlation.items()}
         return {
@@ -94,7 +94,7 @@ ALPHA = 0.1
 
 
 def smallest_profile(alpha: float = ALPHA) -> int:
-    """So many inputs a profile needs: with fewer, the quarter that calibrates is too small for this alpha.
+    """Return how many inputs a profile needs: with fewer, the quarter that calibrates is too small for this alpha.
 
     >>> smallest_profile(0.1)
     33
@@ -145,15 +145,15 @@ def profile(
             f"profile: expected at least {needed} inputs, of which a quarter calibrates at alpha={alpha:g}, "
             f"got {inputs}"
         )
-    found: list[GroupProfile] = []
-    accuracy, n = math.nan, 0
-    wanted = groups
-    while wanted is None or len(found) < len(wanted):
-        group: Group = "all" if wanted is None else wanted[len(found)]
+    profiles: list[GroupProfile] = []
+    accuracy = math.nan
+    remaining: list[Group] = ["all"] if groups is None else [*groups]
+    while remaining:
+        group = remaining.pop(0)
         model = attach(base, SkipPlan(group=group))
         try:
-            if wanted is None:
-                wanted = ("all", "vision") if model.spec.vision_ids else ("all",)
+            if groups is None and group == "all" and model.spec.vision_ids:
+                remaining.append("vision")
             layers = len(model.spec.layers)
             with stages(f"measuring {layers} layers on {inputs} inputs, group {group}", inputs) as advance:
 
@@ -162,27 +162,20 @@ def profile(
                     if progress is not None:
                         progress(group, done)
 
-                measured = survey(model, kept, tangents, seed=seed, progress=tick)
+                measured = survey_layers(model, kept, tangents, seed=seed, progress=tick)
             with stages(f"judging the notions and running late entries and early exits, group {group}"):
-                found.append(_Profiler(model, kept, measured, tolerance, level, alpha, seed).group())
+                profiles.append(_Judge(measured, tolerance, level, alpha, seed).profile(model, kept))
         finally:
             model.detach()
-        accuracy, n = measured.dense_hit.mean().item(), len(measured)
-    return Profile(type(base).__name__, n, tolerance, accuracy, found)
+        accuracy = measured.dense_hit.mean().item()
+    return Profile(type(base).__name__, inputs, tolerance, accuracy, profiles)
 
 
-class _Profiler:
-    def __init__(
-        self,
-        model: RoutedModel,
-        batches: list[Batch],
-        measured: Survey,
-        tolerance: float,
-        level: float,
-        alpha: float,
-        seed: int,
-    ) -> None:
-        self.model, self.batches, self.measured, self.seed = model, batches, measured, seed
+class _Judge:
+    """Draws conclusions from one group's survey: who calibrates, who judges and who tests is drawn here."""
+
+    def __init__(self, measured: Survey, tolerance: float, level: float, alpha: float, seed: int) -> None:
+        self.measured, self.seed = measured, seed
         self.tolerance, self.level, self.alpha = tolerance, level, alpha
         self.n, self.n_layers = measured.kl.shape
         for name in ("cosine", "rho", "kl", "mass"):
@@ -197,64 +190,65 @@ class _Profiler:
         place = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed)) % PARTS
         self.calibrating, self.judging, self.testing = place == 0, place >= 2, place == 1
 
-    def group(self) -> GroupProfile:
+    def profile(self, model: RoutedModel, batches: list[Batch]) -> GroupProfile:
+        """Judge every layer, and run the plans that the verdicts suggest."""
         measured = self.measured
         prices = calibrate_prices(measured.select(self.calibrating), measured.mass[self.judging].mean(0), self.alpha)
         findings = judge(measured.select(self.judging), prices, measured.group, self.tolerance, self.level)
-        s, u = prices.costs(measured.rho)
-        bound = bounds.kl_two_point(s, u).masked_fill(self.calibrating[:, None], torch.nan)
-        notions = Notions(measured, bound, self.level, self.seed)
+        sets = self._sets(findings)
+
+        # one pass over the inputs runs all plans: late entries, early exits, and all admissible layers at once
         plans = band_plans(self.n_layers)
-        layers = range(self.n_layers)
-        verdicts = [findings.verdict(layer) for layer in layers]
-        cheap = [row for row in findings.rows if row.notion != "functional"]
-        sets = {
-            "admissible": [verdict == "admissible" for verdict in verdicts],
-            "inadmissible": [verdict == "inadmissible" for verdict in verdicts],
-            "cheap": [all(row.verdict == "admissible" for row in cheap if row.layer == layer) for layer in layers],
-        }
         joint = ~torch.tensor(sets["admissible"])
-        costs = plan_costs(self.model, self.batches, [*plans["late_entry"], *plans["early_exit"], joint])
-        bands = {
-            "late_entry": PlanCosts(costs.kl[:, : self.n_layers + 1], costs.hit[:, : self.n_layers + 1]),
-            "early_exit": PlanCosts(costs.kl[:, self.n_layers + 1 : -1], costs.hit[:, self.n_layers + 1 : -1]),
-        }
+        costs = plan_costs(model, batches, [*plans["late_entry"], *plans["early_exit"], joint])
+        late_entry = costs.select(slice(0, self.n_layers + 1))
+        early_exit = costs.select(slice(self.n_layers + 1, -1))
         claims = judge_claims(
             measured.group,
-            {name: band.kl for name, band in bands.items()},
+            {"late_entry": late_entry.kl, "early_exit": early_exit.kl},
             measured.kl[self.testing],
             costs.kl[self.testing, -1],
             sets,
             self.tolerance,
             self.level,
         )
+
+        # the bound's constants were calibrated on a quarter of the inputs: it predicts the others only
+        bound = bounds.kl_two_point(*prices.costs(measured.rho)).masked_fill(self.calibrating[:, None], torch.nan)
+        notions = Notions(measured, bound, self.level, self.seed)
         predictors = notions.predictors()
-        rows = [
-            notions.row(layer)
-            | {
-                "verdict": verdicts[layer],
-                "findings": [row.to_dict() for row in findings.rows if row.layer == layer],
-            }
-            for layer in layers
-        ]
+        single = {name: values for name, values in predictors.items() if name not in PER_LAYER}
         return GroupProfile(
-            measured.group,
-            rows,
-            {
+            group=measured.group,
+            layers=[self._row(layer, notions, findings) for layer in range(self.n_layers)],
+            rank_correlation={
                 name: plain(rank_over_layers(values, measured.kl, self.level, seed=self.seed))
                 for name, values in predictors.items()
             },
-            {
-                name: rank_over_inputs(values, measured.kl)
-                for name, values in predictors.items()
-                if name not in PER_LAYER
-            },
-            self._curve(bands["late_entry"]),
-            self._curve(bands["early_exit"]),
-            claims,
-            measured.chain | notions.state_links(),
-            notions.undecided,
+            rank_correlation_inputs={name: rank_over_inputs(values, measured.kl) for name, values in single.items()},
+            late_entry=self._curve(late_entry),
+            early_exit=self._curve(early_exit),
+            claims=claims,
+            chain=measured.chain | notions.state_links(),
+            undecided=notions.undecided,
         )
+
+    def _sets(self, findings: Findings) -> dict[str, list[bool]]:
+        """Return which layers are admissible, inadmissible, or admissible by the cheap notions alone."""
+        verdicts = [findings.verdict(layer) for layer in range(self.n_layers)]
+        cheap = [
+            {row.verdict for row in findings.rows if row.layer == layer and row.notion != "functional"}
+            for layer in range(self.n_layers)
+        ]
+        return {
+            "admissible": [verdict == "admissible" for verdict in verdicts],
+            "inadmissible": [verdict == "inadmissible" for verdict in verdicts],
+            "cheap": [verdicts == {"admissible"} for verdicts in cheap],
+        }
+
+    def _row(self, layer: int, notions: Notions, findings: Findings) -> dict[str, Any]:
+        rows = [row.to_dict() for row in findings.rows if row.layer == layer]
+        return {**notions.row(layer), "verdict": findings.verdict(layer), "findings": rows}
 
     def _curve(self, costs: PlanCosts) -> list[dict[str, Any]]:
         each = bonferroni(self.level, costs.kl.shape[1])

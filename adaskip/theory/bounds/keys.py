@@ -9,8 +9,9 @@ from adaskip.theory.bounds.numerics import f64
 
 
 def key_removal(attention: Tensor, values: Tensor, removed: Tensor) -> Tensor:
-    """o' - o = a (m_kept - m_removed): the change of a head's output when keys of mass a < 1 leave and the softmax is
-    taken over the others. Identity [D, link 7], per head and query.
+    """Return o' - o = a (m_kept - m_removed), the change of a head's output when keys of mass a < 1 leave.
+
+    The softmax is taken over the others. Identity [D, link 7], per head and query.
 
     m are attention-weighted means of the values over the kept and over the removed keys. Mass alone says nothing: keys
     whose mean value is the others' can go at any mass. attention (..., k) >= 0 (any scale), values (..., k, d), removed

@@ -1,4 +1,4 @@
-"""What a layer adds that a reader can use [P: informational redundancy]: cross-fitted probes, and entropy of codes."""
+"""Informational redundancy [P], what a layer adds that a reader can use: cross-fitted probes, and entropy of codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PER_CELL = 10  # samples that each cell of a K x K table must rest on
 
 
 def probe_loss(states: Tensor, labels: Tensor, folds: int = 5, penalty: float = 1.0, seed: int = 0) -> Tensor:
-    """Out-of-fold log loss of a linear probe, nats per input: its mean estimates H_V(Y | H) from above.
+    """Return the out-of-fold log loss of a linear probe, nats per input: its mean estimates H_V(Y | H) from above.
 
     V: multinomial logistic regression on standardised states with an L2 penalty. Every input is scored by a probe that
     was fitted on other folds (cross-fitting), so over-fitting cannot pass for information. Label classes with fewer
@@ -48,9 +48,9 @@ def probe_loss(states: Tensor, labels: Tensor, folds: int = 5, penalty: float = 
     names, counts = np.unique(y, return_counts=True)
     usable = np.isin(y, names[counts >= folds])
     if len(set(y[usable])) < 2:
-        found = ", ".join(f"{name} x {count}" for name, count in zip(names[:8], counts, strict=False))
+        seen = ", ".join(f"{name} x {count}" for name, count in zip(names[:8], counts, strict=False))
         raise DataError(
-            f"probe: expected at least two labels with {folds} inputs each, got {found}; give more inputs or other data"
+            f"probe: expected at least two labels with {folds} inputs each, got {seen}; give more inputs or other data"
         )
     x = states.double().cpu().numpy()
     rows = np.flatnonzero(usable)
@@ -68,7 +68,7 @@ def probe_loss(states: Tensor, labels: Tensor, folds: int = 5, penalty: float = 
 
 
 def usable_information_lost(loss_skipped: Tensor, loss_full: Tensor, level: float = 0.95) -> Interval:
-    """H_V(Y | H') - H_V(Y | H), nats: how much worse a probe reads Y when the layer is skipped; estimator [D].
+    """Estimate H_V(Y | H') - H_V(Y | H), nats: how much worse a probe reads Y when the layer is skipped [D].
 
     From `probe_loss` of the states before the layer (what a skip hands on) and after it; the interval is over inputs,
     paired, given the fitted probes. Negative where the layer makes Y harder to read. A linear probe is not the
@@ -94,7 +94,7 @@ class CodeEntropy:
 
 
 def conditional_entropy(before: Tensor, after: Tensor, codes: int) -> float:
-    """Plug-in H(Q' | Q), nats, of two long (n) code sequences in 0..codes-1. Estimator, biased low.
+    """Estimate H(Q' | Q), nats, of two long (n) code sequences in 0..codes-1: plug-in, biased low.
 
     >>> round(conditional_entropy(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2), 4)
     0.3466
@@ -106,7 +106,7 @@ def conditional_entropy(before: Tensor, after: Tensor, codes: int) -> float:
 def code_entropy(
     before: Tensor, after: Tensor, codes: int, level: float = 0.95, resamples: int = 200, seed: int = 0
 ) -> CodeEntropy:
-    """H(Q_l | Q_{l-1}) under one k-means quantiser shared by both layers, beside Fano's bound [D, link 5].
+    """Estimate H(Q_l | Q_{l-1}) under one k-means quantiser of both layers, beside Fano's bound [D, link 5].
 
     The quantiser is fitted on both layers' states together, so that an unchanged state keeps its code. Estimator: the
     plug-in entropy is biased low and depends on K, hence sweep K. The interval resamples inputs, the quantiser fixed.
@@ -139,8 +139,8 @@ def code_entropy(
         raise DataError("code_entropy: expected finite states, got NaN or infinity")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct states than codes
-        found = KMeans(codes, n_init=3, random_state=seed).fit_predict(states.numpy())
-    first, second = torch.from_numpy(found).long().view(2, n, m)
+        assigned = KMeans(codes, n_init=3, random_state=seed).fit_predict(states.numpy())
+    first, second = torch.from_numpy(assigned).long().view(2, n, m)
     draw = torch.Generator().manual_seed(seed)
     again = []
     for _ in range(resamples):
@@ -155,7 +155,7 @@ def code_entropy(
 
 
 def sizes_for(samples: int, sizes: tuple[int, ...] = (2, 4, 8, 16, 32)) -> tuple[int, ...]:
-    """The codebook sizes that so many samples can carry (n >= 10 K^2).
+    """Return the codebook sizes that so many samples can carry (n >= 10 K^2).
 
     >>> sizes_for(1000)
     (2, 4, 8)

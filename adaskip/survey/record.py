@@ -1,0 +1,133 @@
+"""Record one pass of a batch, and rerun its suffix with other decisions: the experiment that every survey repeats.
+
+                 layer 0         layer 1         layer 2         layer 3
+    record:   s0 ───────▶ s1 ───────────▶ s2 ───────────▶ s3 ───────────▶ s4 ──▶ logits
+
+    rerun, layer 2 left out:
+              s0          s1              s2 ─ ─ ─ ─ ─ ─▶ s2 ───────────▶ s4' ─▶ logits'
+
+Layers before the first one that is decided otherwise hand out what they returned in the recorded pass, so that a rerun
+costs the layers behind it only: all single layers of a model together cost about half as many passes as it has layers.
+Kept of the logits are those that predict a supervised token, k of all rows together; the rest nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaskip.backbone.inspect import Tokens
+from adaskip.batch import Batch
+from adaskip.errors import ConfigError
+from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.crossmodal import AttentionReading, read_attention
+from adaskip.theory.costs import compare_predicted, predicted
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One pass of one batch: its decisions, its logits, and the states between its layers."""
+
+    model: RoutedModel
+    batch: Batch
+    tokens: Tokens  # which positions are real, and which are vision
+    logits: Tensor  # (k v) at the predicted tokens, row by row
+    keep: Tensor  # bool (l b) the decisions of the pass; all True where it was dense
+    states: list[Tensor]  # l+1 of (b t d): what layer 0 got, then what every layer returned; none if not asked for
+    entered: list[Tensor]  # l of (b t d): what every layer got; some models add to the states between two layers
+    attention: AttentionReading | None  # of the text to vision, if asked for
+
+    @property
+    def group(self) -> Tensor:
+        """Return bool (b t): the tokens that leave a layer which is skipped."""
+        return find_group(self.model, self.tokens)
+
+    def skipping(self, layers: Iterable[int]) -> Tensor:
+        """Return the decisions bool (l b) of leaving out these layers, for every row, and no other."""
+        keep = torch.ones_like(self.keep)
+        keep[list(layers)] = False
+        return keep
+
+    def rerun(self, keep: Tensor) -> Tensor:
+        """Run the batch under other decisions, from the first layer on that is decided otherwise; (l b) -> (k v)."""
+        different = (keep.to(self.keep.device) != self.keep).any(1)
+        first = int(different.long().argmax()) if different.any() else len(different)
+        with self.model.replay(self.states[: first + 1]):
+            return self._run(routing=keep)
+
+    def rerun_dense(self, start: int, entry: Tensor | None = None) -> Tensor:
+        """Run every layer from ``start`` on, whatever the decisions -> (k v). For what is changed inside a layer.
+
+        Args:
+            start: the first layer that runs.
+            entry: (b t d) what the layer before it hands out instead of what it returned.
+
+        Raises:
+            ConfigError: an entry to layer 0, before which there is no layer.
+        """
+        states = self.states[: start + 1]
+        if entry is not None:
+            if not start:
+                raise ConfigError("rerun_dense: expected a start of at least 1 with an entry, got 0")
+            states[start] = entry
+        with self.model.dense(), self.model.replay(states):
+            return self._run()
+
+    def compare(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return ``kl``, ``s`` and ``u`` of logits (k v) against the recorded ones, (b) each; see `costs.compare`."""
+        return compare_predicted(self.logits, logits, self.batch.supervised)
+
+    def match(self, logits: Tensor) -> Tensor:
+        """Return bool (b): whether the argmax of logits (k v) is right at every predicted token of a row."""
+        return match_predicted(logits, self.batch)
+
+    def _run(self, **decisions: Tensor) -> Tensor:
+        return predicted(self.model(**self.batch.arguments(), **decisions).logits, self.batch.supervised)
+
+
+@torch.no_grad()
+def record(
+    model: RoutedModel, batch: Batch, *, routed: bool = False, states: bool = True, attention: bool = False
+) -> Recorded:
+    """Run a batch once, densely or as the routers decide, and keep what reruns need.
+
+    Args:
+        model: attached.
+        batch: prompts with answers, on the model's device.
+        routed: follow the routers or the plan; False: every layer runs.
+        states: keep the states between the layers, l+1 of (b t d); without them reruns begin at layer 0.
+        attention: also read how much the text attends to vision, in the same pass.
+    """
+    after: list[Tensor] = []
+    entered: list[Tensor] = []
+
+    def watch(layer: int, before: Tensor, result: Tensor) -> None:
+        entered.append(before)
+        after.append(result)
+
+    tokens = model.read_tokens(batch.inputs)
+    reading = read_attention(model, tokens) if attention else nullcontext()
+    decided = nullcontext() if routed else model.dense()
+    with decided, model.observe(watch) if states else nullcontext(), reading as text:
+        logits = predicted(model(**batch.arguments()).logits, batch.supervised)
+    if routed:
+        keep = model.routing.keep
+    else:
+        keep = torch.ones(len(model.spec.layers), len(batch), dtype=torch.bool, device=logits.device)
+    return Recorded(model, batch, tokens, logits, keep, [*entered[:1], *after], entered, text)
+
+
+def find_group(model: RoutedModel, tokens: Tokens) -> Tensor:
+    """Return bool (b t): the tokens that the routing of a model speaks of."""
+    return tokens.valid if model.target.group == "all" or tokens.vision is None else tokens.vision
+
+
+def match_predicted(logits: Tensor, batch: Batch) -> Tensor:
+    """Return bool (b) as `adaskip.batch.exact_match`, from the logits (k v) of the predicted tokens alone."""
+    supervised = batch.supervised
+    wrong = torch.zeros_like(supervised)
+    return ~wrong.masked_scatter(supervised, logits.argmax(-1) != batch.labels[:, 1:][supervised]).any(1)

@@ -1,0 +1,91 @@
+"""Measure what leaving out a layer, or a band of layers, costs each input: one dense pass, and a rerun for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from adaskip.batch import Batch
+from adaskip.errors import ConfigError
+from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.record import Recorded, record
+from adaskip.theory import measures
+from adaskip.theory.bands import Band
+from adaskip.theory.tables import LayerMeasures
+
+
+def measure(
+    model: RoutedModel,
+    batches: Iterable[Batch],
+    layers: Iterable[int] | None = None,
+    attention: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> LayerMeasures:
+    """Measure all per-layer quantities of the routed group on batches of prompts with answers.
+
+    Costs one dense pass a batch and, per layer, the decoder's suffix from that layer on.
+
+    Args:
+        model: attached; its group says which tokens leave a layer.
+        batches: as `Collator` makes them, on the model's device.
+        layers: which layers to measure; default all.
+        attention: also measure the text's attention mass on vision, in the same pass.
+        progress: called with the number of inputs done after each batch.
+    """
+    chosen = tuple(range(len(model.spec.layers)) if layers is None else layers)
+    table = measure_bands(model, batches, [Band(layer, layer) for layer in chosen], attention, progress)
+    return replace(table, layers=chosen)
+
+
+@torch.no_grad()
+def measure_bands(
+    model: RoutedModel,
+    batches: Iterable[Batch],
+    bands: Sequence[Band],
+    attention: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> LayerMeasures:
+    """Measure of bands what `measure` measures of layers: column i is band i, its states those at entry and at exit.
+
+    The single layers of a band say little about it: cosine distances may grow like the square of its length (link 6b),
+    and costs neither add up nor bound one another. Costs a dense pass a batch and a suffix from its entry per band.
+    ``mass`` is the mean over the band's layers.
+
+    Raises:
+        ConfigError: no band, or one outside the model.
+    """
+    n_layers = len(model.spec.layers)
+    if not bands or any(not 0 <= band.first <= band.last < n_layers for band in bands):
+        raise ConfigError(f"bands: expected bands within layers 0 to {n_layers - 1}, got {list(bands)}")
+    tables: list[dict[str, Tensor]] = []
+    for batch in batches:
+        recorded = record(model, batch, attention=attention)
+        columns = [_measure_band(recorded, band) for band in bands]
+        tables.append({name: torch.stack([c[name] for c in columns], 1).float().cpu() for name in columns[0]})
+        if progress is not None:
+            progress(sum(len(table["kl"]) for table in tables))
+    whole = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+    return LayerMeasures(tuple(range(len(bands))), **whole)
+
+
+def _measure_band(recorded: Recorded, band: Band) -> dict[str, Tensor]:
+    """Measure one column, (b) each."""
+    layers = range(band.first, band.last + 1)
+    entry, leave, group = recorded.entered[band.first], recorded.states[band.last + 1], recorded.group
+    cost = recorded.compare(recorded.rerun(recorded.skipping(layers)))
+    mass = torch.zeros_like(cost["kl"]) if recorded.attention is None else recorded.attention.mass[:, layers].mean(1)
+    return {
+        "cosine": _of_group(measures.cosine_distance(entry, leave, group)),
+        "rho": _of_group(measures.relative_change(entry, leave, group)),
+        "mass": mass,
+        **cost,
+    }
+
+
+def _of_group(values: Tensor) -> Tensor:
+    """Put 0 where an input has no token of the group: a skip that nothing makes changes nothing."""
+    return values.nan_to_num(0.0, posinf=math.inf)
