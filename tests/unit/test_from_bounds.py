@@ -194,7 +194,7 @@ def stop_after_one(state: FitState, figures: dict[str, float]) -> None:
 
 def test_what_cannot_be_fitted_is_said() -> None:
     plan = adaskip.attach(toys.make("llama").model, adaskip.SkipPlan.static([1]))
-    with pytest.raises(ConfigError, match=r"expected one decision a layer and prompt, by routers; attach with"):
+    with pytest.raises(ConfigError, match=r"expected one decision a layer and prompt, by learned routers; attach with"):
         survey_flips(plan, batches(1))
     with pytest.raises(ConfigError) as caught:
         Fit(rounds=0, steps=-1, learning_rate=0)
