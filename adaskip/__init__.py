@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from adaskip.verbs.export import export as export
     from adaskip.verbs.train import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AdaSkipError": "errors",

@@ -1,4 +1,4 @@
-"""The README's table of architectures, generated from what the contract suite runs: `python -m tests.architectures`."""
+"""The table in docs/architectures.md, generated from what the contract suite runs: `python -m tests.architectures`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.families import (
     make_refused,
 )
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 BLOCK = re.compile(r"(<!-- architectures -->\n).*?(<!-- /architectures -->)", re.DOTALL)
 
 
@@ -62,8 +62,8 @@ def table() -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    README.write_text(BLOCK.sub(lambda found: found[1] + table() + found[2], text), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(BLOCK.sub(lambda found: found[1] + table() + found[2], text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ FINDING = {"layer": int, "notion": str, "verdict": str} | dict.fromkeys(("estima
 def write(run: str | Path) -> Path:
     """Write `report.md` and `plots/*.png` into a run folder and return the path of `report.md`.
 
-    Only `metrics.csv` must be there; what any other file would have told is reported as not measured.
+    Only `metrics.csv` or a recipe must be there; what any other file would have told is reported as not measured.
 
     Raises:
         DataError: no such folder, no `metrics.csv`, or a damaged file; the text names the file and the line.
@@ -74,8 +74,11 @@ def read(run: Path) -> Files:
     """Read everything a report is made of; called before long work whose result goes into it. Raises as `write`."""
     if not run.is_dir():
         raise DataError(f"report: {run} is no folder; expected the folder that `adaskip train` made")
+    # a policy that was not trained has a recipe, and neither curves nor a summary of its training
+    has = {name: (run / name).is_file() for name in (runfiles.METRICS, runfiles.RECIPE, runfiles.SUMMARY)}
+    trained = has[runfiles.METRICS] or has[runfiles.SUMMARY] or not has[runfiles.RECIPE]
     return Files(
-        read_curves(run / runfiles.METRICS),
+        read_curves(run / runfiles.METRICS) if trained else {},
         read_object(run / runfiles.RECIPE),
         read_object(run / runfiles.ENVIRONMENT),
         read_rates(run / runfiles.KEEP_RATES),

@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning
 import pytest
 import torch
 from torch import Tensor
 
 import adaskip
+from adaskip.bench.subject import stored_subject
+from adaskip.demo.backbone import load
 from adaskip.errors import ConfigError
 from adaskip.policies import Policy, find, register
-from tests import families
+from adaskip.recipe import dump
+from adaskip.recipe import load as load_recipe
+from adaskip.runfiles import RECIPE, ROUTER
+from tests import families, tuning
 from tests.routing import GREEDY, LENGTHS, real, same_both_ways
 
 # -- the whole policy: 16 lines ---------------------------------------------------------------------------------------
@@ -99,6 +105,54 @@ class TestContract:
         many = model.generate_many(items, max_new_tokens=4, **GREEDY)
         for item, answer in zip(items, many.answers, strict=True):
             assert torch.equal(model.generate(**item, max_new_tokens=4, **GREEDY)[0, -4:], answer.tokens)
+
+
+def test_eval_and_bench(tmp_path: Path) -> None:
+    """`adaskip eval` and `adaskip bench` take the folder of a run that holds it, like one of routers."""
+    base, _ = load()
+    recipe = load_recipe("digits-vlm", ["data.examples.test=12"])
+    (tmp_path / RECIPE).write_text(dump(recipe))
+    adaskip.attach(base, Coin(target=adaskip.Target(group="vision"))).save_pretrained(tmp_path / ROUTER)
+    result = adaskip.evaluate(tmp_path, per_kind=2)
+    assert {row.n for row in result.kinds} == {2}
+    assert 0 < result.mean["keep"] < 1
+    subject = stored_subject(str(tmp_path), torch.device("cpu"), 0)
+    assert type(subject.routed.policy) is Coin
+    subject.routed.generate(**subject.batch(2), max_new_tokens=2)
+    assert subject.routed.routing.keep.shape[1] == 2
+
+
+@register
+class Scales(Policy):
+    """A policy that learns: one weight and one bias a layer for the length of the prompt's mean state."""
+
+    kind: ClassVar[str] = "scales"
+
+    def build(self, spec: Any, seed: int) -> None:
+        self.weight = torch.nn.Parameter(torch.full((len(spec.layers), 2), 1.0))
+
+    def decide(self, layer: int, states: Tensor, request: Any) -> Tensor:
+        prompt = request.prompt[..., None]
+        mean = states.detach().masked_fill(~prompt, 0.0).sum(1) / prompt.sum(1)
+        weight, bias = self.weight[layer]
+        return weight * mean.norm(dim=-1) + bias
+
+
+def test_one_that_learns(tmp_path: Path) -> None:
+    """`RouterTuner` trains whatever has parameters and gives logits; its threshold, too, is set and saved."""
+    model = adaskip.attach(families.make("llama").model, Scales())
+    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.5, bound_weight=0.0, warmup=0.0), learning_rate=0.1)
+    trainer = lightning.Trainer(
+        max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    trainer.fit(tuner, torch.utils.data.DataLoader(tuning.DATA[:8], **tuning.WHOLE), None)
+    assert (model.policy.weight != 1.0).all()
+    model.set_threshold(1.5)
+    model.save_pretrained(tmp_path)
+    again = adaskip.RoutedModel.from_pretrained(tmp_path, families.make("llama").model)
+    assert again.policy.threshold == 1.5
+    assert torch.equal(again.policy.weight, model.policy.weight)
+    assert again.routers is None
 
 
 def test_what_cannot_be_trained_says_so() -> None:

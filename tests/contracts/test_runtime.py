@@ -192,8 +192,8 @@ def test_what_cannot_be_routed_is_refused_by_reason(name: str) -> None:
 
 
 @pytest.mark.skipif(not families.NEWEST, reason="the table speaks of the newest tested transformers")
-def test_the_readme_lists_them() -> None:
-    block = architectures.BLOCK.search(architectures.README.read_text(encoding="utf-8"))
+def test_the_page_lists_them() -> None:
+    block = architectures.BLOCK.search(architectures.PAGE.read_text(encoding="utf-8"))
     assert block is not None
     assert block[0] == f"{block[1]}{architectures.table()}{block[2]}", "type: python -m tests.architectures"
 
