@@ -14,6 +14,11 @@
     print(model.routing.keep_rate)                                       # executed over dense decoder FLOPs
     with model.dense(): ...                                              # exactly the original model
 
+What `adaskip VERB` does on the command line is a function of the same name; each returns a dataclass with ``to_dict``:
+
+    adaskip.train("digits-vlm", {"objective.keep": 0.5})                 # a recipe's name, file or object
+    adaskip.evaluate("runs/digits-vlm").mean["routed_accuracy"]          # then check, calibrate and export
+
 Names are loaded when they are first used; importing the package imports no torch.
 """
 
@@ -40,6 +45,11 @@ if TYPE_CHECKING:
     from adaskip.training.collate import Collator as Collator
     from adaskip.training.module import RouterTuner as RouterTuner
     from adaskip.training.objective import Objective as Objective
+    from adaskip.verbs.calibrate import calibrate as calibrate
+    from adaskip.verbs.check import check as check
+    from adaskip.verbs.evaluate import evaluate as evaluate
+    from adaskip.verbs.export import export as export
+    from adaskip.verbs.train import train as train
 
 __version__ = "0.2.0"
 
@@ -57,9 +67,14 @@ _HOMES = {
     "SkipPlan": "plan",
     "Target": "plan",
     "attach": "runtime.attach",
+    "calibrate": "verbs.calibrate",
+    "check": "verbs.check",
     "cut": "generate.cut",
     "detach": "runtime.patch",
+    "evaluate": "verbs.evaluate",
+    "export": "verbs.export",
     "profile": "theory.redundancy",
+    "train": "verbs.train",
 }
 __all__ = sorted(_HOMES)
 

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from adaskip.demo.backbone import EMBEDDED
+from adaskip import runfiles, sources
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.policies.learned.config import RouterConfig
+from adaskip.sections import Overrides, Section, faults, override, read_yaml
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective
 
-RESOLVED = "recipe.resolved.yaml"
-"""The resolved recipe in the folder of its run."""
-_NAMES = {int: "an integer", float: "a number", str: "a string"}
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-Keys = tuple[str | int, ...]
-"""The path of a key inside a recipe."""
-
-
-class Section(BaseModel):
-    """Closed and frozen: an unknown key is an error, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BackboneSection(Section):
@@ -101,7 +88,7 @@ class ConditionsSection(Section):
 
     @property
     def nats(self) -> float:
-        """What one skip may cost, in nats per predicted token."""
+        """Return what one skip may cost, in nats per predicted token."""
         return self.tolerance if self.points is None else float(kl_for_accuracy(self.points))
 
 
@@ -111,7 +98,7 @@ class TrackingSection(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: Text = "adaskip"
     name: str | None = None
-    tags: list[str] = []
+    tags: list[str] = Field(default_factory=list)
 
 
 class Recipe(Section):
@@ -145,7 +132,7 @@ class Recipe(Section):
 
 
 def recipes() -> dict[str, Path]:
-    """The shipped recipes by name: inside an installed package, or at the root of a source checkout."""
+    """Find the shipped recipes by name: inside an installed package, or at the root of a source checkout."""
     package = Path(__file__).parent
     installed = package / "_recipes"
     folder = installed if installed.is_dir() else package.parent / "recipes"
@@ -153,13 +140,13 @@ def recipes() -> dict[str, Path]:
 
 
 def sentence(path: Path) -> str:
-    """What a recipe says it is: its first line, a comment."""
+    """Read what a recipe says it is: its first line, a comment."""
     with path.open(encoding="utf-8") as lines:
         return next(lines, "").lstrip("# ").strip()
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The file of a shipped recipe's name, or of a path.
+    """Find the file of a shipped recipe's name, or of a path.
 
     Raises ConfigError when there is neither.
     """
@@ -176,182 +163,65 @@ def find(name_or_path: str | Path) -> Path:
     )
 
 
-def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe or a file, apply ``key.path=value`` overrides (values are YAML), and validate.
+def load(recipe: Recipe | str | Path, overrides: Overrides = ()) -> Recipe:
+    """Read a recipe, change single keys of it, and validate.
 
     A relative `data.source` or `backbone.path` that exists beside the file, or else in the working directory, becomes
     absolute; anything else is left for the Hugging Face hub. A run's own ``recipe.resolved.yaml`` means the folder it
     lies in, wherever that has been moved to or is looked at from.
+
+    Args:
+        recipe: a name that `adaskip ls` shows, a YAML file, or a recipe that was loaded before.
+        overrides: ``["objective.keep=0.5"]``, with YAML values, or ``{"objective.keep": 0.5}``.
 
     Raises:
         ConfigError: lists every fault of the file and the overrides, one a line.
 
     >>> load("digits-vlm", ["objective.keep=0.5"]).objective.keep
     0.5
+    >>> load(load("digits-vlm"), {"trainer": {"steps": 10}}).trainer.steps
+    10
     """
-    path = find(name_or_path)
-    raw, found = _parse(path)
-    if isinstance(raw, dict):
-        if path.name == RESOLVED:
-            raw["output"] = str(path.parent)
-        found += [fault for text in overrides if (fault := _override(raw, text))]
-        raw.setdefault("name", path.stem)
-        raw.setdefault("output", f"runs/{raw['name']}")
-        for section, key in (("data", "source"), ("backbone", "path")):
-            if isinstance(values := raw.setdefault(section, {}), dict) and isinstance(values.get(key), str):
-                values[key] = _absolute(values[key], path.parent)
-        raw.setdefault("trainer", {})
-        found += faults(raw)
-    if found:
-        count = "1 fault" if len(found) == 1 else f"{len(found)} faults"
-        raise ConfigError("\n  ".join([f"recipe {path}: {count}", *found]))
+    if isinstance(recipe, Recipe):
+        return _resolved(recipe.model_dump(), overrides, f"recipe {recipe.name}", Path.cwd()) if overrides else recipe
+    path = find(recipe)
+    raw, problems = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise _error(f"recipe {path}", problems)
+    if path.name == runfiles.RECIPE:
+        raw["output"] = str(path.parent)
+    return _resolved(raw, overrides, f"recipe {path}", path.parent, path.stem, problems)
+
+
+def _resolved(
+    raw: dict[str, Any], overrides: Overrides, title: str, folder: Path, name: str = "", problems: Sequence[str] = ()
+) -> Recipe:
+    """Validate plain values with their overrides; ``problems`` are the faults so far, ``folder`` that of the file."""
+    problems = [*problems, *override(raw, overrides)]
+    raw.setdefault("name", name)
+    raw.setdefault("output", f"runs/{raw['name']}")
+    for section, key in (("data", "source"), ("backbone", "path")):
+        if isinstance(values := raw.setdefault(section, {}), dict) and isinstance(values.get(key), str):
+            values[key] = _absolute(values[key], folder)
+    raw.setdefault("trainer", {})
+    problems += faults(Recipe, raw)
+    if problems:
+        raise _error(title, problems)
     return Recipe.model_validate(raw)
 
 
+def _error(title: str, problems: Sequence[str]) -> ConfigError:
+    count = "1 fault" if len(problems) == 1 else f"{len(problems)} faults"
+    return ConfigError("\n  ".join([f"{title}: {count}", *problems]))
+
+
 def dump(recipe: Recipe) -> str:
-    """The recipe, resolved, as YAML that `load` reads back to an equal recipe."""
+    """Write the recipe, resolved, as YAML that `load` reads back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def faults(raw: dict[str, Any]) -> list[str]:
-    """Everything wrong with a recipe's plain values: key path, what was expected, what arrived, the likely cure.
-
-    What is found is taken out and the rest validated again, so that a wrong type does not hide a wrong range.
-    """
-    rest: dict[str, Any] = copy.deepcopy(raw)
-    found: dict[Keys, str] = {}
-    while True:
-        try:
-            Recipe.model_validate(rest)
-            new = {}
-        except ValidationError as error:
-            new = {keys: text for keys, text in _explain(error, rest) if keys not in found}
-        if not new:
-            return [f"{'.'.join(map(str, keys))}: {text}" for keys, text in found.items()]
-        found |= new
-        for keys in new:
-            if isinstance(section := _reach(rest, keys[:-1])[1], dict):
-                section.pop(keys[-1], None)
-
-
-class _Loader(yaml.SafeLoader):
-    """Notes repeated keys, where PyYAML silently keeps the last."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.repeated: list[str] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in names:
-                    self.repeated.append(f"line {key.start_mark.line + 1}: key {key.value!r} appears twice; keep one")
-                names.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parse(path: Path) -> tuple[Any, list[str]]:
-    """A file's plain values, and the faults found on the way."""
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        raw, found = loader.get_single_data(), loader.repeated
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        return None, [f"{where}expected valid YAML, got: {getattr(error, 'problem', None) or error}"]
-    if not isinstance(raw, dict):
-        found.append(f"expected a mapping of sections (backbone, data, trainer ...), got {_show(raw)}")
-    return raw, found
-
-
-def _override(raw: dict[str, Any], text: str) -> str | None:
-    """Set one ``key.path=value`` in place; the fault, if it cannot be."""
-    path, equals, value = text.partition("=")
-    *sections, last = keys = path.strip().split(".")
-    if not equals or not all(keys):
-        return f"override {text!r}: expected key.path=value, for example objective.keep=0.5"
-    for depth, key in enumerate(sections, 1):
-        raw = raw.setdefault(key, {})
-        if not isinstance(raw, dict):
-            return f"override {text!r}: {'.'.join(sections[:depth])} is {_show(raw)}, which has no key {keys[depth]!r}"
-    try:
-        raw[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        return f"override {text!r}: expected a YAML value, got {value!r} ({getattr(error, 'problem', None) or error})"
-    return None
-
-
 def _absolute(text: str, folder: Path) -> str:
-    for base in () if text in ("", EMBEDDED) else (folder, Path.cwd()):
+    for base in () if not text or sources.is_shipped(text) else (folder, Path.cwd()):
         if (candidate := base / Path(text).expanduser()).exists():
             return str(candidate.resolve())
     return text
-
-
-def _explain(error: ValidationError, raw: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
-    """(key path, text) of each fault; the members of a union count as one."""
-    expected: dict[Keys, list[str]] = {}
-    for item in error.errors(include_url=False):
-        loc, kind = item["loc"], item["type"]
-        if kind == "missing":
-            wanted = _schema(loc[:-1])[str(loc[-1])]
-            yield loc, f"required key is missing; expected {_NAMES.get(wanted, 'a section')}"
-            continue
-        keys, got = _reach(raw, loc)
-        match kind:
-            case "extra_forbidden" | "unexpected_keyword_argument" | "invalid_key":
-                yield loc, f"no such key, got {_show(item['input'])}; {_hint(loc)}"
-            case "literal_error":
-                allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-                hint = did_you_mean(str(got), allowed)
-                near = f"; {hint}" if hint.startswith("did") else ""
-                yield keys, f"expected {' | '.join(allowed)}, got {_show(got)}{near}"
-            case "value_error":
-                for part in str(item["ctx"]["error"]).partition(": ")[2].split("; "):
-                    key, _, text = part.partition(": ")
-                    yield (*keys, key), text
-            case "model_type" | "dataclass_type":
-                yield keys, f"expected a mapping of keys ({', '.join(_schema(loc))}), got {_show(got)}"
-            case _:
-                text = re.sub(r"^\w+ should (be|have) ", "", item["msg"]).split(", ")[0]
-                expected.setdefault(keys, []).append(text)
-    for keys, texts in expected.items():
-        yield keys, f"expected {' | '.join(dict.fromkeys(texts))}, got {_show(_reach(raw, keys)[1])}"
-
-
-def _schema(loc: Sequence[str | int]) -> dict[str, Any]:
-    """The keys of the section at a path, with their types; none where there is no section."""
-    kind: Any = Recipe
-    for key in loc:
-        kind = _schema_of(kind)[str(key)]
-    return _schema_of(kind)
-
-
-def _schema_of(kind: Any) -> dict[str, Any]:
-    if is_dataclass(kind):
-        return {f.name: f.type for f in fields(kind)}
-    return {name: info.annotation for name, info in getattr(kind, "model_fields", {}).items()}
-
-
-def _hint(loc: Keys) -> str:
-    """The closest key of the same section, or else the same key in another one."""
-    near = did_you_mean(str(loc[-1]), _schema(loc[:-1]))
-    elsewhere = [f"{section}.{loc[-1]}" for section in _schema(()) if loc[-1] in _schema([section])]
-    return near if near.startswith("did") or not elsewhere else f"did you mean {elsewhere[0]!r}?"
-
-
-def _reach(raw: Any, loc: Sequence[str | int]) -> tuple[Keys, Any]:
-    """The longest part of a path that exists in the values, and what is there."""
-    keys: list[str | int] = []
-    for key in loc:
-        if key not in (raw if isinstance(raw, dict) else range(len(raw)) if isinstance(raw, list) else ()):
-            break
-        keys.append(key)
-        raw = raw[key]
-    return tuple(keys), raw
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import typer
 from rich import box
@@ -25,11 +25,20 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
-def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
+class Result(Protocol):
+    """Result of a verb: a frozen dataclass that can say itself in plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints; ``ok``, where it is there, decides on the exit status."""
+        ...
+
+
+def do(work: Callable[[], Result | dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
     """Do a verb's work, then print its result for people or for programs, and turn it into an exit status."""
     try:
         with _stdout_to_stderr() if as_json else nullcontext():
-            found = work()
+            result = work()
+            values = result if isinstance(result, dict) else result.to_dict()
     except (AdaSkipError, OSError) as error:
         _tell(str(error), as_json)
         raise typer.Exit(2) from None
@@ -37,12 +46,12 @@ def do(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None
         _tell(str(error) or "interrupted", as_json)
         raise typer.Exit(INTERRUPTED) from None
     if not is_first_process():
-        raise typer.Exit(0 if found.get("ok", True) else 1)
+        raise typer.Exit(0 if values.get("ok", True) else 1)
     if as_json:
-        emit(found)
+        emit(values)
     else:
-        show(found)
-    if not found.get("ok", True):
+        show(values)
+    if not values.get("ok", True):
         raise typer.Exit(1)
 
 
@@ -71,7 +80,7 @@ class BarStages(Stages):
 
 
 def terminal_stages(bars: bool = True) -> Stages:
-    """Stages on standard error: bars where that is a terminal, plain lines elsewhere; of one process of a run only."""
+    """Choose how stages are shown: bars on a terminal, else plain lines; by one process of a run only."""
     if not is_first_process():
         return SILENT
     return BarStages() if bars and sys.stderr.isatty() else LineStages()
@@ -103,9 +112,9 @@ def emit_error(text: str) -> None:
 
 
 def existing(run: Path) -> Path:
-    """The folder itself.
+    """Return the folder itself.
 
-    Raises CheckpointError when there is none; names a sibling folder of a similar name.
+    Raises CheckpointError where there is none; names a sibling folder of a similar name.
     """
     if run.is_dir():
         return run
@@ -122,7 +131,7 @@ def say(text: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], hidden: Sequence[str] = (), shown: Sequence[str] | None = None) -> None:
-    """Rows as a table that fits 80 columns; the first row names the columns, ``shown`` some of them."""
+    """Print rows as a table that fits 80 columns; the first row names the columns, ``shown`` some of them."""
     names = [name for name in (rows[0] if rows else ()) if name not in hidden and (shown is None or name in shown)]
     if len(names) < 2 and shown is not None:
         return
@@ -134,7 +143,7 @@ def table(rows: list[dict[str, Any]], hidden: Sequence[str] = (), shown: Sequenc
 
 
 def pairs(values: dict[str, Any], prefix: str = "") -> None:
-    """One `name  value` a line; what is nested gets its path as a name."""
+    """Print one `name  value` a line; the name of a nested value is its path."""
     for name, value in values.items():
         if isinstance(value, dict):
             pairs(value, f"{prefix}{name}.")

@@ -29,7 +29,7 @@ from adaskip.survey.search import Scored, Search, best
 from adaskip.theory.intervals import bootstrap_mean, paired_difference
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
-from adaskip.verbs.run import open_run
+from adaskip.verbs.run import Run
 from adaskip.verbs.train import train
 
 TEXT_ONLY = ("arithmetic", "repeat")
@@ -111,7 +111,7 @@ def main() -> None:
         folders = [trained(args.group, keep, seed, args.runs, args.set) for seed in args.seeds]
         results = []
         for folder in folders:
-            run = open_run(folder)
+            run = Run.open(folder)
             collate = Collator(run.processor)
             test = load_records("digits-vlm", "test", args.per_kind * len(KINDS), seed=0)
             batches = [*loader(test, collate, 100)]

@@ -25,8 +25,9 @@ from adaskip.recipe import Recipe, load
 from adaskip.theory.intervals import paired_difference
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
-from adaskip.verbs.run import open_run
-from adaskip.verbs.train import records, train
+from adaskip.verbs.run import Run
+from adaskip.verbs.splits import records
+from adaskip.verbs.train import train
 
 
 def finished(name: str, method: str, settings: list[str], folder: Path) -> Path:
@@ -43,7 +44,7 @@ def finished(name: str, method: str, settings: list[str], folder: Path) -> Path:
 @torch.no_grad()
 def answers(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Test questions: whether the routed and the dense answer are right (teacher-forced), and the keep rates."""
-    run = open_run(folder)
+    run = Run.open(folder)
     routed, dense, rates = [], [], []
     for batch in loader(records(run.recipe, "test"), Collator(run.processor), 100):
         arguments = batch.arguments()

@@ -19,7 +19,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from adaskip.backbone.load import load_backbone
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.theory.bounds import joint_quadratic, redundancy_bound
@@ -29,8 +28,8 @@ from adaskip.theory.prices import Kind, first_order_of, price
 from adaskip.theory.profile import Prices, compare, measure
 from adaskip.training.data import Collator, loader
 from adaskip.training.tracking import environment
-from adaskip.verbs.run import open_run
-from adaskip.verbs.train import backbone_options, load_processor, records
+from adaskip.verbs.run import Run, load_model, load_processor
+from adaskip.verbs.splits import records
 
 
 @torch.no_grad()
@@ -72,7 +71,7 @@ def main() -> None:
 
     recipe = load(args.recipe)
     collate = Collator(load_processor(recipe))
-    model = attach(load_backbone(recipe.backbone.path, **backbone_options(recipe)), recipe.router, seed=recipe.seed)
+    model = attach(load_model(recipe), recipe.router, seed=recipe.seed)
     parts = {split: [*loader(records(recipe, split)[: args.inputs], collate, 60)] for split in ("calibration", "test")}
     none = torch.zeros(len(model.spec.layers))
     kinds: tuple[Kind, ...] = get_args(Kind)
@@ -89,7 +88,7 @@ def main() -> None:
             keep = torch.rand(rho.shape, generator=draws) >= rate
             plans.setdefault(f"random, {rate} skipped", []).append(joint_kl(model, parts["test"], keep))
     for folder in args.run:
-        plans[f"routers of {folder.name}"] = [joint_kl(open_run(folder).model, parts["test"], None)]
+        plans[f"routers of {folder.name}"] = [joint_kl(Run.open(folder).model, parts["test"], None)]
 
     def predicted(kind: str, keep: Tensor) -> Tensor:
         if kind == "quadratic":

@@ -39,20 +39,21 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.backbone.inspect import twin
-from adaskip.bench import bench
 from adaskip.bench.forced import force, spread_out
 from adaskip.bench.graph import graph_row
 from adaskip.bench.random_model import Size, random_subject
 from adaskip.bench.rounds import bounded_ratio
-from adaskip.bench.settings import columns
+from adaskip.bench.settings import BenchSettings
 from adaskip.bench.sides import Side
 from adaskip.bench.subject import Subject
+from adaskip.bench.table import bench, columns
 from adaskip.bench.waits import count_waits
 from adaskip.errors import AdaSkipError
+from adaskip.runfiles import write_json
 from adaskip.runtime.measure import clock, peak_memory, timed
 from adaskip.training.fit import fit_from_bounds
 from adaskip.training.objective import Fit
-from adaskip.training.tracking import environment, write_text
+from adaskip.training.tracking import environment
 
 ROOT = Path(__file__).parents[1]
 OUT, DRY_OUT = ROOT / "benchmarks" / "gpu", ROOT / "runs" / "gpu-dry-run"
@@ -206,9 +207,8 @@ class Lab:
     ) -> Callable[[float], Rows]:
         """Return the work of timing one phase, as `adaskip bench` does."""
         new, different = self.scale.new, min(4, rows)
-        return lambda seconds: bench(
-            self.subject(kind), skips, [rows], paths.split(), new, seconds, different=different, phases=[phase]
-        )
+        size = {"batch": (rows,), "path": paths.split(), "paths": different, "phase": (phase,), "new": new}
+        return lambda seconds: bench(self.subject(kind), BenchSettings(target=kind, skip=skips, budget=seconds, **size))
 
     def graph(self, rows: int, rate: float, seconds: float) -> Rows:
         """Time decoding a token, eagerly and by replaying a graph."""
@@ -339,7 +339,7 @@ def run_part(path: Path, steps: Mapping[str, Step], record: dict[str, Any], shar
         done = record["found"].keys() | record["failed"].keys()
         record["not_run"] = [other for other in steps if other not in done]
         if number == len(steps) - 1 or name in done:
-            write_text(path, json.dumps(record, indent=1) + "\n")
+            write_json(path, record, indent=1)
 
 
 def show(name: str, record: dict[str, Any]) -> None:

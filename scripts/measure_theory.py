@@ -36,7 +36,7 @@ from adaskip.training.callbacks import joint_cost
 from adaskip.training.data import Collator, load_records, loader
 from adaskip.training.tracking import environment
 from adaskip.verbs.budget import hold_budget
-from adaskip.verbs.run import open_run
+from adaskip.verbs.run import Run
 from adaskip.verbs.train import train
 
 OUT = Path(__file__).parents[1] / "benchmarks" / "theory.json"
@@ -316,7 +316,7 @@ def main() -> None:
                     ],
                 )
             )
-        loaded = open_run(run)
+        loaded = Run.open(run)
         measured, prices, seen = kept["all"]
         found["decisions"] = decisions(
             loaded.model, test, batches("validation", 300), seen, measured.rho, prices, options.keep

@@ -1,4 +1,4 @@
-"""Backbones and their processors by Hugging Face id or folder."""
+"""Load backbones and their processors by Hugging Face id, by folder or by the name of what ships with the package."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from adaskip.demo.backbone import EMBEDDED, FOLDER
+from adaskip import sources
 from adaskip.errors import CheckpointError
 
 
 def load_backbone(name: str, **options: Any) -> PreTrainedModel:
-    """Load a language or image-text-to-text model by Hugging Face id or folder; ``digits-vlm`` is the embedded one.
+    """Load a language or image-text-to-text model.
+
+    Args:
+        name: a shipped name, a folder or a Hugging Face id.
+        **options: of ``from_pretrained``: dtype, device_map, attn_implementation, trust_remote_code, revision ...
 
     Raises:
         CheckpointError: it cannot be read; says why.
@@ -34,12 +38,12 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"backbone {name!r}: cannot be loaded ({_reason(error)}); expected a Hugging Face id, a folder that "
-            "save_pretrained wrote, or digits-vlm"
+            f"save_pretrained wrote, or {sources.shipped_names()}"
         ) from error
 
 
 def load_processor(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """A backbone's processor, or its tokenizer where it has no pictures.
+    """Load a backbone's processor, or its tokenizer where it has no pictures.
 
     Raises:
         CheckpointError: the folder or repository holds neither.
@@ -59,12 +63,12 @@ def load_processor(name: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def _located(name: str) -> str | Path:
-    if name == EMBEDDED:
-        return FOLDER
+    if sources.is_shipped(name):
+        return sources.shipped_model(name)
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise CheckpointError(
             f"backbone {name!r}: no such folder; expected a Hugging Face id, a folder that save_pretrained wrote, or "
-            f"{EMBEDDED}"
+            f"{sources.shipped_names()}"
         )
     return name
 

@@ -5,38 +5,36 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from adaskip.bench.forced import Path, check_forced, force, spread_out
+from adaskip.bench.forced import check_forced, force, spread_out
 from adaskip.bench.rounds import Seconds, bounded_ratio, interleave, ratio, spread
+from adaskip.bench.settings import Path, Phase
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
 from adaskip.plan import Routing
 from adaskip.runtime.measure import cache_bytes, peak_memory
 
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-
 
 class Timed(Protocol):
-    """What takes its turn in a round."""
+    """A side that takes its turn in a round."""
 
     def prefill_seconds(self) -> float:
-        """Seconds of one prefill."""
+        """Take the seconds of one prefill."""
         ...
 
     def decode_seconds(self) -> float:
-        """Seconds of writing one token."""
+        """Take the seconds of writing one token."""
         ...
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Four sides that do the same work, and what of it does not depend on the clock."""
+    """Four sides that do the same work, and all of it that does not depend on the clock."""
 
     facts: dict[str, Any]  # what is measured
     sides: dict[str, Timed]  # dense, routed, ideal, control
@@ -44,15 +42,15 @@ class Cell:
     held: dict[str, dict[str, int]]  # of a phase: bytes of keys and values after it
     memory: dict[str, Any]
 
-    def measure(self, phase: Phase, budget: float, width: float, told: Callable[[Seconds], None]) -> dict[str, Any]:
-        """Rounds of ``phase``, prefill or decode, and their row of the table, as `adaskip.bench.bench` says."""
+    def measure(self, phase: Phase, budget: float, width: float, on_round: Callable[[Seconds], None]) -> dict[str, Any]:
+        """Run the rounds of a phase, and return their row of the table, as `adaskip.bench.table.bench` says."""
         whole = self.facts["skip"] == 0
-        asked = [("ideal", "routed"), *([("routed", "dense")] if whole else [])]
+        pairs = [("ideal", "routed"), *([("routed", "dense")] if whole else [])]
         seconds = interleave(
             {name: getattr(side, f"{phase}_seconds") for name, side in self.sides.items()},
-            lambda found: all(_width(found, *pair) < width for pair in asked),
+            lambda found: all(_width(found, *pair) < width for pair in pairs),
             budget,
-            told,
+            on_round,
         )
         executed, dense = self.spent[phase]
         row: dict[str, Any] = {"phase": phase, **self.facts}
@@ -75,7 +73,7 @@ class Cell:
 
 
 def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new: int) -> Cell:
-    """One batch that is prefilled and decoded as it is, its rows going one path or several.
+    """Make the cell of one batch that is prefilled and decoded as it is, its rows going one path or several.
 
     Raises:
         AdaSkipError: routers cannot be made to decide, or on a uniform path sides answer differently.
@@ -116,7 +114,7 @@ def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new
 def describe(
     subject: Subject, inputs: dict[str, Tensor], keep: Tensor, path: str, rate: float | None
 ) -> dict[str, Any]:
-    """What is measured: the model and its inputs, and the decisions (l b) that its rows take."""
+    """Describe what is measured: the model and its inputs, and the decisions (l b) that its rows take."""
     batch, tokens = inputs["input_ids"].shape
     return {
         "backbone": subject.name,
@@ -130,7 +128,7 @@ def describe(
 
 
 def peaks(subject: Subject, routed: Callable[[], Any], dense: Callable[[], Any]) -> dict[str, Any]:
-    """The most memory, bytes, that the routed and the dense call held, and which memory that is.
+    """Measure the most memory, bytes, that the routed and the dense call held, and name which memory that is.
 
     Both are called once before, and neither should keep anything.
     """
@@ -162,7 +160,7 @@ def _ratio(name: str, seconds: Seconds, above: str, below: str) -> dict[str, flo
 
 
 def _check_same(routed: Tensor | None, cut: Tensor | None) -> None:
-    """Two programs whose seconds are compared must say the same."""
+    """Refuse to compare the seconds of two programs that do not say the same."""
     assert routed is not None
     assert cut is not None
     gap, size = (routed - cut).abs().max(), cut.abs().max()

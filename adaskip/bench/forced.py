@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaskip.bench.settings import Path
 from adaskip.errors import AdaSkipError
 from adaskip.policies.learned.features import mean_weights, pool
 from adaskip.runtime.attach import RoutedModel
 
-Path = Literal["uniform", "mixed", "many"]
 _LOGIT = 4.0
 
 
 def spread_out(layers: int, rate: float, batch: int, path: Path) -> Tensor:
-    """bool (l b): every row leaves out ``round(rate * layers)`` layers, evenly spread over the depth.
+    """Return bool (l b): every row leaves out ``round(rate * layers)`` layers, evenly spread over the depth.
 
     ``uniform``: all rows the same ones; ``mixed``: each row others, the pattern moved on by one layer a row.
 
     >>> spread_out(4, 0.5, 2, "mixed").int().T.tolist()
     [[1, 0, 1, 0], [0, 1, 0, 1]]
     """
-    left = round(rate * layers)
+    skipped = round(rate * layers)
     row = torch.ones(layers, dtype=torch.bool)
-    row[[(2 * i + 1) * layers // (2 * left) for i in range(left)]] = False
+    row[[(2 * i + 1) * layers // (2 * skipped) for i in range(skipped)]] = False
     return torch.stack([row.roll(i if path == "mixed" else 0) for i in range(batch)], 1)
 
 
 def different(layers: int, rate: float, batch: int, count: int) -> Tensor:
-    """bool (l b): ``count`` different ways of leaving out ``round(rate * layers)`` layers, taken by the rows in turn.
+    """Return bool (l b): ``count`` ways of leaving out ``round(rate * layers)`` layers, taken by the rows in turn.
 
     Where nothing is left out there is one way only. Drawn at random, the same at every call.
 
     >>> different(4, 0.5, 3, 2).int().T.tolist()
     [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 1]]
     """
-    left, draw = round(rate * layers), torch.Generator().manual_seed(0)
-    found: dict[tuple[int, ...], Tensor] = {}
-    while len(found) < (count if left else 1):
-        out = torch.randperm(layers, generator=draw)[:left].sort().values
-        found.setdefault(tuple(out.tolist()), torch.ones(layers, dtype=torch.bool).index_fill(0, out, False))
-    ways = [*found.values()]
+    skipped, draw = round(rate * layers), torch.Generator().manual_seed(0)
+    patterns: dict[tuple[int, ...], Tensor] = {}
+    while len(patterns) < (count if skipped else 1):
+        out = torch.randperm(layers, generator=draw)[:skipped].sort().values
+        patterns.setdefault(tuple(out.tolist()), torch.ones(layers, dtype=torch.bool).index_fill(0, out, False))
+    ways = [*patterns.values()]
     return torch.stack([ways[row % len(ways)] for row in range(batch)], 1)
 
 
@@ -72,20 +72,20 @@ def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
     for index, head in enumerate(model.routers):
         outer: Any = head.outer
         outer.weight.zero_()
-        wanted = signs[index]
-        if index in seen and bool((wanted != wanted[0]).any()):
+        target = signs[index]
+        if index in seen and bool((target != target[0]).any()):
             features = seen[index].double()
             features = features - features.mean(0)
-            outer.weight.copy_((torch.linalg.pinv(features) @ (wanted - wanted.mean()).double())[None])
+            outer.weight.copy_((torch.linalg.pinv(features) @ (target - target.mean()).double())[None])
             outer.bias.fill_(threshold)
             logits = seen[index] @ outer.weight[0] + outer.bias
-            outer.bias.sub_((logits - threshold - wanted).mean())
+            outer.bias.sub_((logits - threshold - target).mean())
         else:
-            outer.bias.fill_(threshold + float(wanted[0]))
+            outer.bias.fill_(threshold + float(target[0]))
 
 
 def check_forced(decided: Tensor, keep: Tensor) -> None:
-    """Raises AdaSkipError unless decisions (l b) are those that `force` was told."""
+    """Raise AdaSkipError unless decisions (l b) are those that `force` was to make."""
     if not torch.equal(decided.cpu(), keep):
         layers = sorted({int(layer) for layer, _ in (decided.cpu() != keep).nonzero()})
         raise AdaSkipError(

@@ -104,11 +104,11 @@ def graph_row(subject: Subject, batch: int, rate: float, new: int, budget: float
     for side in sides.values():
         side.settle()
         side.decode_seconds()
-    wanted, found = eager["routed"].decode(), graphs["cut_graph"].decode()
+    expected, replayed = eager["routed"].decode(), graphs["cut_graph"].decode()
     eager["routed"].cache.crop(-new)
-    assert wanted is not None
-    assert found is not None
-    gap = float((found - wanted).abs().max() / wanted.abs().max())
+    assert expected is not None
+    assert replayed is not None
+    gap = float((replayed - expected).abs().max() / expected.abs().max())
     if not gap <= _CLOSE:
         raise AdaSkipError(f"bench: the graph's logits and the routed model's differ by {gap:.2g} of the largest")
     seconds = interleave({name: side.decode_seconds for name, side in sides.items()}, lambda _: False, budget)

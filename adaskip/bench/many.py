@@ -31,7 +31,7 @@ class Many:
     new: int
 
     def run(self, new: int) -> Answers:
-        """Answers of just so many tokens; placeholders of pictures are never written."""
+        """Generate answers of just so many tokens; placeholders of pictures are never written."""
         placeholders = list(self.model.spec.vision_ids) or None
         return self.model.generate_many(
             [self.inputs],
@@ -42,16 +42,16 @@ class Many:
         )
 
     def prefill_seconds(self) -> float:
-        """Seconds of routing and reading all prompts."""
+        """Take the seconds of routing and reading all prompts."""
         return self.run(1).prefill_s
 
     def decode_seconds(self) -> float:
-        """Seconds of writing one token of every answer, group by group."""
+        """Take the seconds of writing one token of every answer, group by group."""
         return self.run(self.new).decode_s / self.new
 
 
 def many_cell(subject: Subject, batch: int, count: int, rate: float, new: int) -> Cell:
-    """``batch`` prompts that go ``count`` different paths, each of which leaves out the same share of the layers.
+    """Make the cell of ``batch`` prompts that go ``count`` different paths, each leaving out the same share of layers.
 
     Raises:
         AdaSkipError: routers cannot be made to decide.
@@ -83,7 +83,7 @@ def many_cell(subject: Subject, batch: int, count: int, rate: float, new: int) -
 
 
 def _groups(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -> Sides:
-    """For every path a model of its layers alone, with those prompts as its batch."""
+    """Make for every path a model of its layers alone, with those prompts as its batch."""
     parts = []
     for path in dict.fromkeys(map(tuple, keep.T.tolist())):
         column = torch.tensor(path)
@@ -93,7 +93,7 @@ def _groups(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int)
 
 
 def _rows(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some prompts of a batch; what has more entries than there are prompts has equally many for each."""
+    """Take some prompts of a batch; what has more entries than there are prompts has equally many for each."""
     batch = len(inputs["input_ids"])
     if uneven := [name for name, value in inputs.items() if len(value) % batch]:
         raise ConfigError(f"bench: --path many: expected equally many {', '.join(uneven)} for every prompt")

@@ -25,7 +25,7 @@ _PATCH = 4
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a random model; None: as `fill` says."""
+    """The size of a random model; None: what the comment says."""
 
     layers: int = 24
     hidden: int = 1024
@@ -35,7 +35,7 @@ class Size:
     vocabulary: int = 32_000
 
     def names(self, longest: int) -> dict[str, Any]:
-        """The same under the names that configurations use.
+        """Return the size under the names that configurations use.
 
         Raises:
             ConfigError: sizes that do not fit one another; all faults at once.
@@ -88,7 +88,7 @@ def random_subject(
     device: torch.device,
     seed: int,
 ) -> Subject:
-    """A model of this type with random weights, and random prompts of ``prompt`` text tokens after a picture.
+    """Make a model of this type with random weights, and random prompts of ``prompt`` text tokens after a picture.
 
     Raises:
         ConfigError: no such type, or sizes that do not fit.
@@ -141,13 +141,13 @@ def random_subject(
         if picture is not None:
             head = torch.tensor([*opening, *[IMAGE] * image_tokens]).expand(rows, -1)
             ids = torch.cat([head, ids[:, len(opening) :]], 1)
-        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if picture is not None:
-            found |= picture(rows, draw)
-            found["pixel_values"] = found["pixel_values"].to(dtype)
+            inputs |= picture(rows, draw)
+            inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         if "mm_token_type_ids" in takes:
-            found["mm_token_type_ids"] = (ids == IMAGE).long()
-        return {name: value.to(device) for name, value in found.items()}
+            inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+        return {name: value.to(device) for name, value in inputs.items()}
 
     spec = inspect_backbone(model)
     _check_size(backbone, size, len(spec.layers), spec.width)
@@ -182,7 +182,7 @@ Picture = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
 def _llava(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture]:
-    """A tower of one narrow layer over a square of patches, then a Llama."""
+    """Configure a tower of one narrow layer over a square of patches, then a Llama."""
     side = round(slots**0.5)
     if side * side != slots:
         raise ConfigError(f"--image-tokens {slots}: expected a square for llava, such as {side * side}")
@@ -201,7 +201,7 @@ def _llava(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture
 
 
 def _qwen2_vl(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture]:
-    """A tower of one narrow layer over patches that are merged two by two, then a Qwen2."""
+    """Configure a tower of one narrow layer over patches that are merged two by two, then a Qwen2."""
     tower = {"depth": 1, "embed_dim": 64, "num_heads": 1, "hidden_size": names["hidden_size"], "mlp_ratio": 1}
     return _patched("qwen2_vl", names, tower, slots)
 

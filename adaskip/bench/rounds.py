@@ -19,9 +19,9 @@ def interleave(
     calls: Mapping[str, Callable[[], float]],
     enough: Callable[[Seconds], bool],
     budget: float,
-    told: Callable[[Seconds], None] = lambda seconds: None,
+    on_round: Callable[[Seconds], None] = lambda seconds: None,
 ) -> Seconds:
-    """Seconds of each call, one value a round: the mean of its turn on the way forth and its turn on the way back.
+    """Take the seconds of each call, one value a round: the mean of its turns there and back.
 
     Whatever drifts evenly during a round falls on all calls alike (for two of them: A B B A).
 
@@ -29,7 +29,7 @@ def interleave(
         calls: by name; each does its work once and returns its seconds.
         enough: whether the rounds so far suffice; asked after every round from the `LEAST`th on.
         budget: seconds after which no further round begins; one round is always made.
-        told: hears of every round.
+        on_round: hears of every round.
     """
     start = time.perf_counter()
     seconds: Seconds = {name: [] for name in calls}
@@ -39,37 +39,39 @@ def interleave(
             turns[name].append(calls[name]())
         for name, both in turns.items():
             seconds[name].append(statistics.fmean(both))
-        told(seconds)
+        on_round(seconds)
         if time.perf_counter() - start >= budget or (done >= LEAST and enough(seconds)):
             break
     return seconds
 
 
 def ratio(above: list[float], below: list[float], level: float = 0.95) -> Interval:
-    """``exp E log(above / below)`` over paired rounds, with its studentised bootstrap interval (estimator).
+    """Estimate ``exp E log(above / below)`` over paired rounds, with its studentised bootstrap interval (estimator).
 
     >>> ratio([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]).estimate
     2.0
     """
     logs = torch.tensor(above, dtype=torch.float64).log() - torch.tensor(below, dtype=torch.float64).log()
-    found = bootstrap_mean(logs, level)
-    low, middle, high = torch.tensor([found.low, found.estimate, found.high], dtype=torch.float64).exp().tolist()
-    return Interval(middle, low, high, found.n)
+    interval = bootstrap_mean(logs, level)
+    low, middle, high = (
+        torch.tensor([interval.low, interval.estimate, interval.high], dtype=torch.float64).exp().tolist()
+    )
+    return Interval(middle, low, high, interval.n)
 
 
 def bounded_ratio(above: list[float], below: list[float]) -> list[float | None]:
-    """`ratio` and the ends of its interval; None for ends that too few rounds leave open.
+    """Return `ratio` and the ends of its interval; None for ends that too few rounds leave open.
 
     >>> bounded_ratio([2.0], [1.0])
     [2.0, None, None]
     """
-    found = ratio(above, below)
-    ends = (found.low, found.high) if math.isfinite(found.high) and found.low > 0 else (None, None)
-    return [found.estimate, *ends]
+    interval = ratio(above, below)
+    ends = (interval.low, interval.high) if math.isfinite(interval.high) and interval.low > 0 else (None, None)
+    return [interval.estimate, *ends]
 
 
 def spread(values: list[float]) -> list[float]:
-    """Lower quartile and upper quartile; one value is both."""
+    """Return lower quartile and upper quartile; one value is both."""
     if len(values) == 1:
         return values * 2
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -45,7 +45,8 @@ class Side:
         """Write ``new`` tokens after the prompt: the greedy choice is made, the token fed is always the same.
 
         Returns the last one's logits (b v), where the model has a head.
-        Where prompts are padded a token stands behind the real ones; what a picture takes off its place is left aside.
+        Where prompts are padded, a token's position is the number of real ones before it. That a picture's tokens may
+        share positions is ignored.
         """
         mask, rows = self.inputs["attention_mask"], len(self.inputs["input_ids"])
         padded = not bool(mask.all())
@@ -63,17 +64,17 @@ class Side:
         return None if self.logits is None else out.logits[:, -1]
 
     def prefill_seconds(self) -> float:
-        """Seconds of one prefill, times the share."""
+        """Take the seconds of one prefill, times the share."""
         return timed(self.prefill)[1] * self.share
 
     def decode_seconds(self) -> float:
-        """Seconds of writing one token, times the share; the cache is cut back to the prompt afterwards, untimed."""
+        """Take the seconds of writing one token, times the share; then cut the cache back to the prompt, untimed."""
         seconds = timed(self.decode)[1]
         self.cache.crop(-self.new)
         return seconds / self.new * self.share
 
     def _last_only(self) -> dict[str, Any]:
-        """As ``generate`` does: logits of the last token only, where the model has the option."""
+        """Ask, as ``generate`` does, for logits of the last token only, where the model has the option."""
         return {"logits_to_keep": 1} if self._takes("logits_to_keep") else {}
 
     def _takes(self, name: str) -> bool:
@@ -83,16 +84,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Sides:
-    """Several that make up one figure."""
+    """Several sides that make up one figure."""
 
     parts: tuple[Side, ...]
 
     def prefill_seconds(self) -> float:
-        """Sum over the parts."""
+        """Sum the seconds of the parts."""
         return sum(part.prefill_seconds() for part in self.parts)
 
     def decode_seconds(self) -> float:
-        """Sum over the parts."""
+        """Sum the seconds of the parts."""
         return sum(part.decode_seconds() for part in self.parts)
 
     def settle(self) -> None:
@@ -102,7 +103,7 @@ class Sides:
 
 
 def ideal(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -> Sides:
-    """The same decisions physically cut out: for every number of layers kept, a model of just so many layers.
+    """Cut the same decisions out of the model: for every number of layers kept, a model of just so many layers.
 
     Each runs the whole batch and counts by its share of the rows (layers are taken to cost the same). Of group
     ``vision`` the layers that vision leaves are a second model, run on the text tokens alone and without a head.
@@ -128,14 +129,17 @@ def ideal(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -
 
 
 def _text_only(subject: Subject, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The text tokens of every row, with padding on the left where rows differ."""
+    """Take the text tokens of every row, with padding on the left where rows differ."""
     tokens = subject.routed.read_tokens(inputs)
     assert tokens.vision is not None
     text = tokens.valid & ~tokens.vision
     width = int(text.sum(1).max())
     order = text.int().argsort(dim=1, stable=True)[:, -width:]
     mask = text.gather(1, order)
-    found = {"input_ids": inputs["input_ids"].gather(1, order), "attention_mask": mask.to(inputs["attention_mask"])}
+    text_inputs = {
+        "input_ids": inputs["input_ids"].gather(1, order),
+        "attention_mask": mask.to(inputs["attention_mask"]),
+    }
     if "mm_token_type_ids" in inputs:
-        found["mm_token_type_ids"] = torch.zeros_like(found["input_ids"])
-    return found
+        text_inputs["mm_token_type_ids"] = torch.zeros_like(text_inputs["input_ids"])
+    return text_inputs

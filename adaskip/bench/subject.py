@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adaskip import sources
+from adaskip.backbone import load
 from adaskip.backbone.inspect import BackboneSpec, inspect_backbone, twin
-from adaskip.demo.backbone import EMBEDDED
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.training.data import Collator, load_records
+from adaskip.verbs import splits
+from adaskip.verbs.run import Run
 
 
 @dataclass(frozen=True)
@@ -31,29 +35,23 @@ class Subject:
 
 
 def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
-    """``digits-vlm`` with untrained routers, or the folder of a run with its own; inputs are its test questions.
+    """Load ``digits-vlm`` with untrained routers, or the folder of a run with its own; inputs are its test questions.
 
     Raises:
         CheckpointError: there is no such run.
     """
-    from adaskip.training.data import Collator, load_records
-
-    if target == EMBEDDED:
-        from adaskip.demo.backbone import load
-
-        model, processor = load()
+    if sources.is_shipped(target):
+        model, processor = load.load_backbone(target), load.load_processor(target)
         spec = inspect_backbone(nn.Module.to(model.requires_grad_(False), device))
         routed, trained = attach(twin(spec), RouterConfig()), False
-        records = load_records(EMBEDDED, "test", 512, seed)
+        records = load_records(target, "test", 512, seed)
     else:
-        from adaskip.verbs.run import open_run
-        from adaskip.verbs.train import records as split
-
         if not Path(target).is_dir():
             raise CheckpointError(
-                f"{target}: expected {EMBEDDED} or the folder of a run; for a random model type --backbone {target}"
+                f"{target}: expected {sources.shipped_names()} or the folder of a run; for a random model type "
+                f"--backbone {target}"
             )
-        run = open_run(Path(target))
+        run = Run.open(target)
         processor, trained = run.processor, True
         policy = run.model.policy
         spec = inspect_backbone(nn.Module.to(run.model.detach().requires_grad_(False), device))
@@ -61,7 +59,7 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
         routed.policy.load_state_dict(policy.state_dict())
         routed.set_threshold(policy.threshold)
         routed.hold(policy.held)
-        records = split(run.recipe, "test")
+        records = splits.records(run.recipe, "test")
     collate = Collator(processor, answers=False)
 
     def batch(rows: int) -> dict[str, Tensor]:

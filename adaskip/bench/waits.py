@@ -27,12 +27,12 @@ def count_waits(call: Callable[[], Any], device: torch.device) -> dict[str, Any]
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        waits = [warning for warning in told if "synchroniz" in str(warning.message)]
+        waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
         places.update(f"{'/'.join(Path(wait.filename).parts[-3:])}:{wait.lineno}" for wait in waits)
     with torch.profiler.profile(activities=kinds) as profile:
         call()

@@ -15,7 +15,7 @@ __all__ = ["app", "main", "measuring", "runs", "training"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point: exits 0 on success, 1 when a check failed, 2 on bad input, 130 after Ctrl-C."""
+    """Run a command and exit 0 on success, 1 when a check failed, 2 on bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if args is None else args)
     try:
         sys.exit(app(words, prog_name="adaskip", standalone_mode=False) or 0)

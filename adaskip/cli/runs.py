@@ -20,23 +20,23 @@ def evaluate(
     max_new_tokens: Longest = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy, agreement, keep rate and seconds of the routed model beside the dense one, by kind of example."""
+    """Measure accuracy, agreement, keep rate and seconds of the routed model beside the dense one, by kind."""
     seconds = ("dense_s", "routed_s", "prefill_dense_s", "prefill_routed_s")
     forced = ("kl", "dense_log_likelihood", "routed_log_likelihood")
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.evaluate import evaluate
 
         return evaluate(folder, split=split, per_kind=examples, max_new_tokens=max_new_tokens, stages=terminal_stages())
 
-    def show(found: dict[str, Any]) -> None:
-        rows = [*found["kinds"], {"kind": "mean", **found["mean"]}]
+    def show(result: dict[str, Any]) -> None:
+        rows = [*result["kinds"], {"kind": "mean", **result["mean"]}]
         table(rows, hidden=(*forced, *seconds))
         table(rows, shown=("kind", "keep", *seconds))
         table(rows, shown=("kind", *forced))
         say("above: generated answers, and seconds; below: the data's own answers, teacher-forced, nats per token")
-        pairs({name: value for name, value in found.items() if name not in ("kinds", "mean", "warnings")})
+        pairs({name: value for name, value in result.items() if name not in ("kinds", "mean", "warnings")})
 
     do(work, show, as_json)
 
@@ -49,25 +49,25 @@ def check(
 ) -> None:
     """Check the theory's conditions of a run on held-out inputs; exits 0 only if they are shown to hold."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.check import check
 
         return check(folder, bands, terminal_stages())
 
-    def show(found: dict[str, Any]) -> None:
-        table(found["rows"], hidden=("n", "margin"))
+    def show(result: dict[str, Any]) -> None:
+        table(result["rows"], hidden=("n", "margin"))
         if bands:
-            table(found["bands"], hidden=("n", "margin", "notions"))
-        pairs({name: value for name, value in found["summary"].items() if name not in ("verdict", "reasons")})
+            table(result["bands"], hidden=("n", "margin", "notions"))
+        pairs({name: value for name, value in result["summary"].items() if name not in ("verdict", "reasons")})
         say(
             {
                 "hold": "the conditions hold",
                 "do not hold": "the conditions DO NOT hold",
                 "undecided": "undecided: these inputs do not show that the conditions hold",
-            }[found["verdict"]]
+            }[result["verdict"]]
         )
-        for reason in found["reasons"]:
+        for reason in result["reasons"]:
             say(f"  {reason}")
 
     do(work, show, as_json)
@@ -83,16 +83,16 @@ def calibrate(
 ) -> None:
     """Certify the routers' threshold on fresh inputs and store it; exits 1 when none holds (every layer then runs)."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.calibrate import calibrate
 
         return calibrate(folder, risk, delta, max_new_tokens, terminal_stages())
 
-    def show(found: dict[str, Any]) -> None:
-        table(found["steps"])
-        pairs({name: value for name, value in found.items() if name != "steps"})
-        if found["threshold"] is None:
+    def show(result: dict[str, Any]) -> None:
+        table(result["steps"])
+        pairs({name: value for name, value in result.items() if name != "steps"})
+        if result["threshold"] is None:
             say("no threshold is certified: the checkpoint now runs every layer")
         else:
             say(f"answers differ from dense on at most {risk:g} of the inputs, with probability {1 - delta:g}")
@@ -115,7 +115,7 @@ def generate(
 ) -> None:
     """Answer one prompt, dense and routed, or many, those of one path together; show which layers were taken."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         if (many, paths) != (None, None) and (many is None or (image, prompt, example) != (None, None, None)):
             raise ConfigError("--many FILE takes no other question, and --paths N goes with it")
         if many is not None:
@@ -132,14 +132,14 @@ def generate(
         stages = terminal_stages()
         return answer(folder, image=image, prompt=prompt, example=example, max_new_tokens=max_new_tokens, stages=stages)
 
-    def show(found: dict[str, Any]) -> None:
-        for row in found.get("answers", ()):
+    def show(result: dict[str, Any]) -> None:
+        for row in result.get("answers", ()):
             say(f"{''.join('#' if ran else '.' for ran in row['route'])}  {row['keep']:.2f}  {row['answer']}")
-        pairs({name: value for name, value in found.items() if name not in ("route", "layers", "answers", "warnings")})
+        pairs({name: value for name, value in result.items() if name not in ("route", "layers", "answers", "warnings")})
         if many is not None:
             return
-        bar = "".join("#" if ran else "." for ran in found["route"])
-        say(f"route   {bar}   {sum(found['route'])} of {found['layers']} layers ran (# ran, . skipped)")
+        bar = "".join("#" if ran else "." for ran in result["route"])
+        say(f"route   {bar}   {sum(result['route'])} of {result['layers']} layers ran (# ran, . skipped)")
 
     do(work, show, as_json)
 
@@ -148,7 +148,7 @@ def generate(
 def export(run: Run, destination: Annotated[Path, typer.Argument(metavar="DEST")], as_json: Json = False) -> None:
     """Copy a run's routers to a folder of their own, ready to ship."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.export import export
 

@@ -29,8 +29,8 @@ Longest = Annotated[
 ]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"adaskip {__version__}")
         raise typer.Exit
 

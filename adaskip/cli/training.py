@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +29,7 @@ def ls(as_json: Json = False) -> None:
             rows.append({**about, "sentence": sentence(path)})
         return {"recipes": rows}
 
-    do(work, lambda found: table(found["recipes"]), as_json)
+    do(work, lambda result: table(result["recipes"]), as_json)
 
 
 @app.command()
@@ -77,12 +79,13 @@ def train(
 ) -> None:
     """Train the routers of a recipe; leaves a complete run folder."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         from adaskip.recipe import load
 
         read = load(recipe, overrides or [])  # before the heavier imports: a fault shows at once
         from adaskip.verbs.train import train
 
+        _quieten()
         # while it trains, Lightning draws a bar of its own; two live bars would overwrite one another
         return train(read, resume=resume, stages=terminal_stages(bars=False))
 
@@ -94,3 +97,10 @@ def train(
         say(f"next: adaskip eval {done['folder']}, adaskip check {done['folder']}")
 
     do(work, show, as_json)
+
+
+def _quieten() -> None:
+    """Let Lightning say no more than a user of the command line can act on; this process is ours alone."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for noise in (".*many workers.*", ".*LeafSpec.*", ".*eval mode at the start of training.*"):
+        warnings.filterwarnings("ignore", noise)

@@ -25,6 +25,8 @@ WORDS: tuple[str, ...] = (
     *("digit", "sum", "count", "largest", "repeat", "plus", "top", "bottom", "left", "right", "row", "?"),
     *(str(n) for n in range(19)),
 )
+_DRAWN = {"train": ("train", 0), "validation": ("val", 1000), "calibration": ("val", 2000), "test": ("test", 3000)}
+"""Of each split of a recipe's data the scans it is composed of, and what is added to the seed."""
 REPEATED = 0.25
 """Chance that a place shows the same digit as the place before it, so that counts above one are common."""
 
@@ -98,6 +100,21 @@ def ask(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[str, s
             number = " ".join(map(str, rng.integers(10, size=3)))
             return f"repeat {number} ?", number
     raise DataError(f"kind {kind!r} is unknown; {did_you_mean(kind, KINDS)}")
+
+
+def records(split: str, limit: int | None, seed: int) -> list[dict[str, Any]]:
+    """Draw the examples of a split of a recipe's data: train, validation, calibration or test.
+
+    Validation and calibration are composed of the same scans, into different pictures.
+
+    Args:
+        split: of the recipe's data.
+        limit: so many; None: 200 of each kind.
+        seed: of the draw; every split has draws of its own.
+    """
+    per_kind = -(-(limit or 200 * len(KINDS)) // len(KINDS))
+    scans, draws = _DRAWN[split]
+    return examples(scans, per_kind, seed + draws)[:limit]
 
 
 def examples(split: str, per_kind: int, seed: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
+from adaskip import runfiles
 from adaskip.errors import DataError
 from adaskip.lines import own_lines
 from adaskip.report import markdown
@@ -40,9 +41,9 @@ def write(run: str | Path) -> Path:
     curves, recipe, looks, rates = files.curves, files.recipe, files.looks, files.rates
 
     def draw(plot: Callable[[Any, Path], Figure], data: Any, name: str) -> str:
-        (run / "plots").mkdir(exist_ok=True)
-        plot(data, run / "plots" / name)
-        return f"plots/{name}"
+        (run / runfiles.PLOTS).mkdir(exist_ok=True)
+        plot(data, run / runfiles.PLOTS / name)
+        return f"{runfiles.PLOTS}/{name}"
 
     sections = [
         markdown.trained(recipe, files.environment, files.summary),
@@ -51,9 +52,8 @@ def write(run: str | Path) -> Path:
         markdown.training(curves, draw(training_plot, curves, "training.png") if curves else None),
         markdown.conditions(looks, recipe, draw(conditions_plot, looks[-1], "conditions.png") if looks else None),
     ]
-    report, part = run / "report.md", run / "report.md.part"
-    part.write_text("\n\n".join(chain.from_iterable(sections)) + "\n", encoding="utf-8")
-    part.replace(report)  # the whole file or nothing of it
+    report = run / runfiles.REPORT
+    runfiles.write_text(report, "\n\n".join(chain.from_iterable(sections)) + "\n")
     return report
 
 
@@ -71,42 +71,42 @@ class Files:
 
 
 def read(run: Path) -> Files:
-    """Everything a report is made of; asked before long work whose result goes into it. Raises as `write`."""
+    """Read everything a report is made of; called before long work whose result goes into it. Raises as `write`."""
     if not run.is_dir():
         raise DataError(f"report: {run} is no folder; expected the folder that `adaskip train` made")
     return Files(
-        read_curves(run / "metrics.csv"),
-        read_object(run / "recipe.resolved.yaml"),
-        read_object(run / "env.json"),
-        read_rates(run / "keep_rates.json"),
-        read_looks(run / "conditions.jsonl"),
-        read_object(run / "summary.json"),
-        read_evaluation(run / "evaluation.json"),
+        read_curves(run / runfiles.METRICS),
+        read_object(run / runfiles.RECIPE),
+        read_object(run / runfiles.ENVIRONMENT),
+        read_rates(run / runfiles.KEEP_RATES),
+        read_looks(run / runfiles.CONDITIONS),
+        read_object(run / runfiles.SUMMARY),
+        read_evaluation(run / runfiles.EVALUATION),
     )
 
 
 def read_curves(path: Path) -> Curves:
-    """The logged curves by name; of a step logged twice (a resumed run) the later value."""
+    """Read the logged curves by name; of a step logged twice (a resumed run) the later value."""
     if not path.is_file():
         raise DataError(f"{path} is missing; expected the folder of a training run, which `adaskip train` makes")
-    found: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, float]] = {}
     rows = csv.reader(own_lines(_text(path)))
     if (header := next(rows, HEADER)) != HEADER:
         raise DataError(f"{path}, line 1: expected the header {','.join(HEADER)}, got {','.join(header)!r}")
     for row in rows:
         try:
             step, name, value = row
-            found.setdefault(name, {})[int(step)] = float(value)
+            curves.setdefault(name, {})[int(step)] = float(value)
         except ValueError:
             raise DataError(
                 f"{path}, line {rows.line_num}: expected a step, a name and a number, got {','.join(row)!r}; "
                 "mend or delete that line"
             ) from None
-    return {name: np.array(sorted(values.items()), dtype=float).T for name, values in found.items()}
+    return {name: np.array(sorted(values.items()), dtype=float).T for name, values in curves.items()}
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The mapping a JSON or YAML file holds; empty when the file is missing or empty."""
+    """Read the mapping a JSON or YAML file holds; empty when the file is missing or empty."""
     text = _text(path)
     try:
         values = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(text) if text.strip() else None
@@ -122,7 +122,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_looks(path: Path) -> list[dict[str, Any]]:
-    """The looks of `conditions.jsonl` that found anything, in order."""
+    """Read the looks of `conditions.jsonl` that found anything, in order."""
     looks = []
     for number, line in enumerate(own_lines(_text(path)), 1):
         if not line.strip():
@@ -144,7 +144,7 @@ def read_looks(path: Path) -> list[dict[str, Any]]:
 
 
 def read_rates(path: Path) -> dict[str, list[float]]:
-    """The keep rates of each kind; all kinds speak of the same layers."""
+    """Read the keep rates of each kind; all kinds speak of the same layers."""
     rates = read_object(path)
     for kind, row in rates.items():
         if not isinstance(row, list) or not row or not all(isinstance(rate, int | float) for rate in row):
@@ -156,7 +156,7 @@ def read_rates(path: Path) -> dict[str, list[float]]:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """The evaluation, its rows under `kinds`; empty when nothing was evaluated."""
+    """Read the evaluation, its rows under `kinds`; empty when nothing was evaluated."""
     evaluation = read_object(path)
     kinds = evaluation.get("kinds", [])
     if not isinstance(kinds, list) or not all(isinstance(row, dict) for row in kinds):

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from adaskip import runfiles
+
 UNITS = {"functional": "nats", "geometric": "1 − cos", "proximal": "share moved", "cross-modal": "attention mass"}
 READ = {
     "agreement": "agreement",
@@ -36,10 +38,10 @@ def trained(recipe: dict[str, Any], environment: dict[str, Any], summary: dict[s
         **{key: value for key, value in summary.items() if isinstance(value, int | float) and key != "ok"},
     }
     known = [[name, number(value)] for name, value in rows.items() if value not in (None, "")]
-    files = {"recipe.resolved.yaml": recipe, "env.json": environment, "summary.json": summary}
+    files = {runfiles.RECIPE: recipe, runfiles.ENVIRONMENT: environment, runfiles.SUMMARY: summary}
     body = [f"# Run report: {_cell(recipe.get('name', 'unnamed'))}", "## What was trained"]
     told = [_table(["", "value"], known), _source(*(name for name, held in files.items() if held))]
-    return [*body, *(told if known else [_missing("recipe.resolved.yaml")])]
+    return [*body, *(told if known else [_missing(runfiles.RECIPE)])]
 
 
 def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
@@ -49,11 +51,11 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     if isinstance(validation, dict) and validation:
         names = {"kl": "KL to the dense model (nats)", "accuracy": "accuracy", "keep": "keep rate"}
         rows = [[names.get(key, _cell(key)), number(value)] for key, value in validation.items()]
-        body += ["### Validation", _table(["", "value"], rows), *_budget(summary), _source("summary.json")]
+        body += ["### Validation", _table(["", "value"], rows), *_budget(summary), _source(runfiles.SUMMARY)]
     body.append("### By kind of input")
     kinds, mean = evaluation.get("kinds") or [], evaluation.get("mean")
     if not kinds:
-        return [*body, _missing("evaluation.json")]
+        return [*body, _missing(runfiles.EVALUATION)]
     if isinstance(mean, dict):
         kinds = [*kinds, {"n": ""} | mean | {"kind": "**mean**"}]
     head = ["kind", "n", "dense accuracy", "routed accuracy", "keep rate", "FLOPs saved", "answer (s)", "prefill (s)"]
@@ -69,9 +71,9 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
             _table(head, [[_cell(row.get("kind")), *(number(row.get(key)) for key in keys)] for row in kinds]),
         ]
     body += [_cell(text) for text in evaluation.get("warnings") or []]
-    body.append(_source("evaluation.json", part=f"split {evaluation.get('split', 'unknown')}"))
+    body.append(_source(runfiles.EVALUATION, part=f"split {evaluation.get('split', 'unknown')}"))
     if isinstance(example := evaluation.get("example"), dict) and example:
-        body += ["### One input", _example(example), _source("evaluation.json")]
+        body += ["### One input", _example(example), _source(runfiles.EVALUATION)]
     return body
 
 
@@ -88,21 +90,21 @@ def keep_by_kind(rates: dict[str, list[float]], picture: str | None) -> list[str
     """Which layers each kind of input runs."""
     body = ["## Keep rates by layer and kind"]
     if not picture:
-        return [*body, _missing("keep_rates.json")]
+        return [*body, _missing(runfiles.KEEP_RATES)]
     means = np.mean(list(rates.values()), axis=0)
     most, least = int(means.argmax()), int(means.argmin())
     body.append(
         f"1 means that every input of the kind ran the layer. Layers are counted from 0. Over the kinds, layer {least} "
         f"runs least ({number(means[least])}) and layer {most} most ({number(means[most])})."
     )
-    return [*body, f"![keep rates by layer and kind]({picture})", _source("keep_rates.json")]
+    return [*body, f"![keep rates by layer and kind]({picture})", _source(runfiles.KEEP_RATES)]
 
 
 def training(curves: dict[str, np.ndarray], picture: str | None) -> list[str]:
     """How the keep rate followed its target, and what it cost."""
     body = ["## Training"]
     if not picture:
-        return [*body, _missing("metrics.csv")]
+        return [*body, _missing(runfiles.METRICS)]
     body.append(
         "The budget's multiplier rises while the keep rate lies above its target. Faint lines are the logged values, "
         "thick ones their running mean."
@@ -114,17 +116,17 @@ def training(curves: dict[str, np.ndarray], picture: str | None) -> list[str]:
             rows.append([f"`{name}`", str(int(steps[-1])), number(values[-1])])
             if len(lost := steps[~np.isfinite(values)]):
                 body.append(f"`{name}`: {len(lost)} of {len(steps)} values not finite, first at step {int(lost[0])}.")
-    body += [f"![keep rate, multiplier and losses over the steps]({picture})", _source("metrics.csv")]
-    return [*body, "Last values:", _table(["name", "step", "value"], rows), _source("metrics.csv")]
+    body += [f"![keep rate, multiplier and losses over the steps]({picture})", _source(runfiles.METRICS)]
+    return [*body, "Last values:", _table(["name", "step", "value"], rows), _source(runfiles.METRICS)]
 
 
 def conditions(looks: Sequence[dict[str, Any]], recipe: dict[str, Any], picture: str | None) -> list[str]:
     """The last look at the theory's conditions, layer by layer and together, and how the looks went."""
     body = ["## Conditions"]
     if not picture:
-        return [*body, _missing("conditions.jsonl")]
+        return [*body, _missing(runfiles.CONDITIONS)]
     look = looks[-1]
-    source = _source("conditions.jsonl", part=f"last look, step {look['step']}")
+    source = _source(runfiles.CONDITIONS, part=f"last look, step {look['step']}")
     sizes = sorted({row["n"] for row in look["findings"] if row.get("n") is not None})
     body += [
         f"May a layer be skipped by the tokens of group `{look.get('group', 'all')}`? One skip may cost "
@@ -142,7 +144,7 @@ def conditions(looks: Sequence[dict[str, Any]], recipe: dict[str, Any], picture:
         *_ranks(look.get("rank_correlation"), len({row["layer"] for row in look["findings"]}), source),
     ]
     if len(looks) > 1:
-        body += ["### All looks", _history(looks), _source("conditions.jsonl")]
+        body += ["### All looks", _history(looks), _source(runfiles.CONDITIONS)]
     return body
 
 
@@ -168,7 +170,7 @@ def _verdicts(look: dict[str, Any]) -> str:
 def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
     """Skips against the admissible set, and joint KL against kappa * B."""
     if not joint:
-        return [_missing("conditions.jsonl", "joint")]
+        return [_missing(runfiles.CONDITIONS, "joint")]
     n, recall, p_value = joint.get("n") or 0, joint.get("recall"), joint.get("coverage_p")
     hit = f"{share(joint.get('admissible_skips'))} of the router's {joint.get('skips')} skips are on admissible layers"
     took = f"of all skips that admissible layers allow, it takes {share(recall)}"
@@ -197,7 +199,7 @@ def _ranks(ranks: dict[str, Any] | None, layers: int, source: str) -> list[str]:
     """Spearman's rho of each cheap notion with the exact cost, and one sentence on which of them predict."""
     known = {name: rho for name, rho in (ranks or {}).items() if rho is not None and math.isfinite(rho)}
     if not known or layers < 3:
-        return [_missing("conditions.jsonl", "rank_correlation")]
+        return [_missing(runfiles.CONDITIONS, "rank_correlation")]
     chance = 1.645 / math.sqrt(layers - 1)  # 5 % of unrelated rankings lie above it, about
     limit = max(0.7, chance)
     good = [f"{name} ({rho:.2f})" for name, rho in known.items() if rho >= limit]

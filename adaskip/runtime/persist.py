@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from transformers import PreTrainedModel
 
 from adaskip import __version__
 from adaskip.backbone.load import load_backbone
-from adaskip.demo.backbone import EMBEDDED, FOLDER
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.policy import Policy
+from adaskip.runfiles import write
 from adaskip.runtime.card import write_card
 from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_policy, read_config, read_policy, sign
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check, check_digest, fingerprint
+from adaskip.sources import model_name
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
@@ -57,7 +57,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
         "format": FORMAT,
         "adaskip": __version__,
         "backbone": {
-            "name": _name(model.backbone.config._name_or_path),
+            "name": model_name(model.backbone.config._name_or_path),
             **taken.identity,
             "weights": taken.digest(),
             "quantised": taken.quantised,
@@ -74,22 +74,15 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     card = write_card(meta, model.target, count)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / WEIGHTS, content)
-        _write(folder / CONFIG, (json.dumps(meta, indent=2) + "\n").encode())
+        write(folder / WEIGHTS, content)
+        write(folder / CONFIG, (json.dumps(meta, indent=2) + "\n").encode())
         if _is_ours(folder / CARD):
-            _write(folder / CARD, card.encode())
+            write(folder / CARD, card.encode())
     except OSError as error:
         raise CheckpointError(
             f"{folder}: the routers cannot be written here ({error.strerror or error}); choose another folder"
         ) from error
     return folder
-
-
-def _name(named: str) -> str:
-    """By what the backbone is found again, from another folder too."""
-    if Path(named) == FOLDER:
-        return EMBEDDED
-    return str(Path(named).resolve()) if named and Path(named).is_dir() else named
 
 
 def _plain(name: str, values: Any) -> Any:
@@ -217,16 +210,6 @@ def read_weights(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], d
     if meta["format"] < 3:  # all was routers then, and their weights were called by their layers alone
         tensors = {f"heads.{name}": value for name, value in tensors.items()}
     return tensors, samples
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; two who write at once do not meet in one unfinished file."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _is_ours(card: Path) -> bool:

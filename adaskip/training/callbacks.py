@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError, did_you_mean
+from adaskip.runfiles import CONDITIONS, append_line
 from adaskip.runtime.attach import RoutedModel
 from adaskip.theory.batches import count, take
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
@@ -27,7 +27,7 @@ from adaskip.training.objective import is_count, is_number
 from adaskip.training.pricing import check_prices, evaluating
 from adaskip.training.schedule import planned_steps
 from adaskip.training.split import Split, split_inputs
-from adaskip.training.tracking import CONDITIONS, Board
+from adaskip.training.tracking import Board
 
 OnViolation = Literal["warn", "hold", "stop"]
 
@@ -223,8 +223,7 @@ class ConditionCheck(lightning.Callback):
         Board(trainer.loggers).conditions(record)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / CONDITIONS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(self.folder / CONDITIONS, record)
 
     def inspect(self, model: RoutedModel, prices: Prices, step: int) -> Look:
         """One look at a model's current decisions.

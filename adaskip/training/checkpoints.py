@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from adaskip.errors import CheckpointError
+from adaskip.runfiles import CHECKPOINTS, write_with
 
-CHECKPOINTS = "checkpoints"
 KEPT = 2
 
 _log = logging.getLogger(__name__)
@@ -33,12 +33,7 @@ class WholeFiles(TorchCheckpointIO):
         """Write the whole file or nothing of it."""
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(place.name + ".part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(place)
+        write_with(place, partial(torch.save, checkpoint))
 
 
 class RoundsBySteps(lightning.Callback):
@@ -77,7 +72,7 @@ class RoundsBySteps(lightning.Callback):
             )
         loop = trainer.fit_loop.epoch_loop
         loop.restarting = False
-        loop._batches_that_stepped = trainer.global_step  # what loggers are told
+        loop._batches_that_stepped = trainer.global_step  # what loggers get
         self.sampler.set_epoch(trainer.global_step // self.steps)
 
 
@@ -101,12 +96,12 @@ def checkpoint_callback(folder: Path) -> ModelCheckpoint:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, newest first."""
+    """List a run's checkpoints, newest first."""
     return sorted((folder / CHECKPOINTS).glob("*.ckpt"), reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that can be read, and its step; ``(None, 0)`` where there is none.
+    """Find the newest checkpoint that can be read, and its step; ``(None, 0)`` where there is none.
 
     One that cannot be read (a disk that was full, a file that was copied in part) is named in the log and passed over
     for the one before it.

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from adaskip.batch import Batch
 from adaskip.errors import CheckpointError
 from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
+from adaskip.runfiles import FIT, FIT_ROUTERS, write, write_lines
 from adaskip.runtime.attach import RoutedModel
 from adaskip.training.data import Collator, Record, RoundSampler, in_order
 from adaskip.training.fit import FitState, fit_from_bounds
 from adaskip.training.objective import Fit, Objective
-from adaskip.training.tracking import write_text
 
-ROUNDS, ROUTERS = "fit.jsonl", "fit.safetensors"
 SURVEYED = 128  # inputs a pass of the survey
 
 
@@ -41,8 +40,8 @@ def fit_in_folder(
     Raises:
         CheckpointError: the folder's routers are damaged or belong to another model.
     """
-    state = _load(model, folder / ROUTERS)
-    rounds = _read(folder / ROUNDS)[: state.round]
+    state = _load(model, folder / FIT_ROUTERS)
+    rounds = _read(folder / FIT)[: state.round]
 
     def draw(index: int) -> list[Batch]:
         sampler = RoundSampler(len(records), fit.examples, seed)
@@ -54,8 +53,8 @@ def fit_in_folder(
         rounds.append({"round": done.round, **figures})
         if not is_first_process():  # every process fits the same routers; one writes them
             return
-        write_text(folder / ROUNDS, "".join(json.dumps(line) + "\n" for line in rounds))
-        _save(model, done, folder / ROUTERS)
+        write_lines(folder / FIT, rounds)
+        _save(model, done, folder / FIT_ROUTERS)
         if say is not None:
             keep, cost = f"{figures['keep']:.3f} of {figures['target']:.3f}", f"{figures['cost']:.4f} nats"
             say(f"from-bounds: round {done.round} of {fit.rounds}, keep {keep}, expected cost {cost}")
@@ -65,10 +64,8 @@ def fit_in_folder(
 
 def _save(model: RoutedModel, state: FitState, path: Path) -> None:
     assert model.routers is not None
-    part = path.with_name(path.name + ".part")
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.routers.state_dict().items()}
-    save_file(weights, part, {"round": str(state.round), "multiplier": repr(state.multiplier)})
-    part.replace(path)
+    write(path, save(weights, {"round": str(state.round), "multiplier": repr(state.multiplier)}))
 
 
 def _load(model: RoutedModel, path: Path) -> FitState:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from adaskip.demo.backbone import EMBEDDED
+from adaskip import sources
 from adaskip.errors import DataError
 from adaskip.lines import Repeating, json_lines, listed
 from adaskip.training.pictures import located, look, pictures_of
@@ -52,12 +52,8 @@ def load_records(
     Raises:
         DataError: the source or split is missing, or records are wrong; lists them with file and line.
     """
-    if source == EMBEDDED:
-        from adaskip.demo.digits import KINDS, examples
-
-        scans = {"train": "train", "test": "test"}.get(split, "val")
-        per_kind = -(-(limit or 6 * 200) // len(KINDS))
-        return examples(scans, per_kind, seed + 1000 * SPLITS.index(split))[:limit]
+    if sources.is_shipped(source):
+        return sources.shipped_records(source, split, limit, seed)
     reader = _Reader({field: (columns or {}).get(field, field) for field in FIELDS})
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -85,9 +81,14 @@ def where(record: Mapping[str, Any]) -> str:
     return f"the record with prompt {prompt if len(prompt) <= 60 else prompt[:57] + '...'!r}"
 
 
+def split_file(folder: Path, split: str) -> Path:
+    """Return the file of a split in a folder of JSON lines."""
+    return folder / f"{split}.jsonl"
+
+
 def _read_folder(folder: Path, split: str, limit: int | None, reader: _Reader) -> list[Record]:
-    shared = split in ("validation", "calibration") and not (folder / "calibration.jsonl").is_file()
-    path = folder / ("validation.jsonl" if shared else f"{split}.jsonl")
+    shared = split in ("validation", "calibration") and not split_file(folder, "calibration").is_file()
+    path = split_file(folder, "validation" if shared else split)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected {path.name} in {folder}, which holds {_holdings(folder)}")
     return _read_file(path, reader, lambda rows: (_half(rows, split, str(path)) if shared else rows)[:limit])

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
+from adaskip.runfiles import METRICS, write_text
 
 PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetrics", "numpy")
-METRICS, CONDITIONS, KEEP_RATES = "metrics.csv", "conditions.jsonl", "keep_rates.json"
 
 
 class MetricsFile(Logger):
@@ -55,7 +55,7 @@ class MetricsFile(Logger):
             csv.writer(file).writerows((step, name, repr(float(v))) for name, v in metrics.items() if name != "epoch")
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The resolved recipe beside the file says it all."""
+        """Log nothing: the resolved recipe beside the file says it all."""
 
 
 def truncate_table(path: Path, after: int) -> None:
@@ -79,13 +79,6 @@ def truncate_lines(path: Path, after: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def write_text(path: Path, text: str) -> None:
-    """The whole file or nothing of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 class Laps:
     """Wall-clock seconds, and this process's processor seconds, of one part of a run after the other."""
 
@@ -94,18 +87,18 @@ class Laps:
         self._last = time.monotonic(), time.process_time()
 
     def lap(self, name: str) -> None:
-        """What has passed since the last lap belongs to this part."""
+        """Count what has passed since the last lap as this part."""
         now = time.monotonic(), time.process_time()
         wall, cpu = (round(b - a, 2) for a, b in zip(self._last, now, strict=True))
         self.parts[name], self._last = {"seconds": wall, "processor_s": cpu}, now
 
 
 def environment(seed: int, device: str) -> dict[str, Any]:
-    """What a figure of this run depends on beside the recipe."""
-    found = {}
+    """Describe what a figure of this run depends on beside the recipe."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
     return {
@@ -114,14 +107,14 @@ def environment(seed: int, device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": device,
         "seed": seed,
-        "packages": found,
+        "packages": versions,
     }
 
 
 def wandb_logger(
     folder: Path, mode: str, project: str, name: str | None, tags: Iterable[str], config: dict[str, Any]
 ) -> WandbLogger:
-    """Lightning's own W&B logger, without uploading checkpoints (that fails offline); the id is the run folder's."""
+    """Make Lightning's own W&B logger; it uploads no checkpoints (that fails offline); the id is the run folder's."""
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     logger = WandbLogger(
         project=project,
@@ -144,7 +137,7 @@ class Board:
         self.runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
     def conditions(self, look: dict[str, Any]) -> None:
-        """The verdicts as a table."""
+        """Send the verdicts as a table."""
         if not self.runs:
             return
         import wandb
@@ -166,7 +159,7 @@ class Board:
             run.log({"conditions": wandb.Table(columns=columns, data=rows)})
 
     def keep_rates(self, rates: dict[str, list[float]], figure: Figure) -> None:
-        """The heat map layer x kind, as a picture and as a table."""
+        """Send the heat map layer x kind, as a picture and as a table."""
         if not self.runs:
             return
         import wandb
@@ -181,7 +174,7 @@ class Board:
             )
 
     def router(self, folder: Path, facts: dict[str, Any]) -> None:
-        """The routers as an artifact."""
+        """Send the routers as an artifact."""
         if not self.runs:
             return
         import wandb

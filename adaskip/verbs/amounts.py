@@ -9,7 +9,7 @@ from adaskip.theory.conformal import smallest_sample
 
 
 def fitted(recipe: Recipe) -> int:
-    """So many calibration inputs, the first ones, are what training fits the bound's constants on."""
+    """Count the calibration inputs, the first ones, that training fits the bound's constants on."""
     return 2 * recipe.conditions.examples
 
 

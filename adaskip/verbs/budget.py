@@ -30,7 +30,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked of the mean keep rate, what was reached, and at which threshold.
+    """A goal for the mean keep rate, the rate that was reached, and its threshold.
 
     ``least`` is what these routers keep when all of them skip: nothing below it can be reached on these inputs.
     """
@@ -43,20 +43,20 @@ class Budget:
 
     @property
     def met(self) -> bool:
-        """Whether the mean keep rate lies at or below what was asked."""
+        """Return whether the mean keep rate lies at or below the goal."""
         return self.keep <= self.target + ROUNDING
 
     @property
     def sentence(self) -> str:
-        """What was asked, what was reached, and why, for people."""
-        asked = f"objective.keep={self.target:g}"
+        """Say what was asked, what was reached, and why."""
+        goal = f"objective.keep={self.target:g}"
         if not self.met:
             why = "; ".join(self.reasons) or "the rest of a layer runs although its router skips"
             return (
-                f"budget missed: {asked} was asked for and a mean keep rate of {self.keep:.3f} reached, the least that "
+                f"budget missed: {goal} was asked for and a mean keep rate of {self.keep:.3f} reached, the least that "
                 f"is possible here: {why}. Ask for at least {_up(self.least)}, or let more be skipped"
             )
-        reached = f"{asked}: mean keep rate {self.keep:.3f} at threshold {self.threshold:.6g}"
+        reached = f"{goal}: mean keep rate {self.keep:.3f} at threshold {self.threshold:.6g}"
         if (gap := self.target - self.keep) < COARSE:
             return reached
         return (
@@ -65,7 +65,7 @@ class Budget:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: what stands in ``summary.json``."""
+        """Return what stands in ``summary.json``."""
         return {
             "budget": "held" if self.met else "missed",
             "target_keep": self.target,
@@ -76,13 +76,13 @@ class Budget:
 
 
 def _up(share: float) -> float:
-    """The next whole hundredth; it is advice to type."""
+    """Return the next whole hundredth; it is advice to type."""
     return min(1.0, -(-share * 100 // 1) / 100)
 
 
 @torch.no_grad()
 def quality(model: RoutedModel, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Mean keep rate and teacher-forced exact-match accuracy of the routed model."""
+    """Measure mean keep rate and teacher-forced exact-match accuracy of the routed model."""
     keep, right = [], []
     for batch in batches:
         logits = model(**batch.arguments()).logits
@@ -104,7 +104,7 @@ def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advan
     Args:
         model: with trained routers.
         batches: prompts with answers that the routers were not fitted on, on the model's device.
-        keep: mean keep rate asked for.
+        keep: the mean keep rate that is asked for.
         advance: called with the number of passes over the batches made so far.
 
     Returns:
@@ -145,7 +145,7 @@ def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advan
 
 @torch.no_grad()
 def lightest(model: RoutedModel, batches: Sequence[Batch], keep: float) -> Budget:
-    """What these inputs keep when every router skips, beside a budget; the model is left as it was."""
+    """Measure what these inputs keep when every router skips, beside a budget; leave the model as it was."""
     before = model.policy.threshold
     try:
         run = _run(model, batches, -KEEP_ALL)
@@ -176,31 +176,31 @@ def _run(model: RoutedModel, batches: Sequence[Batch], threshold: float) -> _Ran
         decided = routing.logits[free]
         logits.append((decided if routing.tokens is None else decided[:, routing.tokens]).flatten().float().cpu())
         rates.append(routing.keep_rate.double().cpu())
-    found = torch.cat(logits)
-    if not found.isfinite().all():
+    all_logits = torch.cat(logits)
+    if not all_logits.isfinite().all():
         raise DataError(
-            f"budget: {int((~found.isfinite()).sum())} of {len(found)} logits of the routers are not finite, so no "
-            "threshold orders them; train with a smaller trainer.learning_rate, or in trainer.precision=32-true"
+            f"budget: {int((~all_logits.isfinite()).sum())} of {len(all_logits)} logits of the routers are not finite, "
+            "so no threshold orders them; train with a smaller trainer.learning_rate, or in trainer.precision=32-true"
         )
     all_rates = torch.cat(rates)
-    return _Ran(threshold, float(all_rates.mean()), all_rates, found)
+    return _Ran(threshold, float(all_rates.mean()), all_rates, all_logits)
 
 
 def _reasons(model: RoutedModel, rates: Tensor) -> tuple[str, ...]:
-    """Why skipping everything still keeps as much as ``rates`` (n) say."""
-    target, held, layers, found = model.target, model.policy.held, len(model.spec.layers), []
+    """Say why skipping everything still keeps as much as ``rates`` (n) say."""
+    target, held, layers, reasons = model.target, model.policy.held, len(model.spec.layers), []
     if held:
         names = ", ".join(map(str, held))
-        found.append(f"{len(held)} of {layers} layers are held and run whatever their routers say ({names})")
+        reasons.append(f"{len(held)} of {layers} layers are held and run whatever their routers say ({names})")
     if bound := int((rates >= 1 - ROUNDING).sum()):
-        found.append(
+        reasons.append(
             f"on {bound} of {len(rates)} inputs nothing can be left out"
             + (", they hold no vision tokens" if target.group == "vision" and len(held) < layers else "")
         )
     if target.group == "vision" and bound < len(rates):
-        found.append("text tokens run every layer under router.group=vision")
+        reasons.append("text tokens run every layer under router.group=vision")
     if target.unit != "block":
-        found.append(f"only the {target.unit} of a layer can be left out under router.unit={target.unit}")
+        reasons.append(f"only the {target.unit} of a layer can be left out under router.unit={target.unit}")
     if target.kv == "kept":
-        found.append("keys and values of what skips are computed under router.kv=kept")
-    return tuple(found)
+        reasons.append("keys and values of what skips are computed under router.kv=kept")
+    return tuple(reasons)

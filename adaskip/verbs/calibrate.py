@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,16 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.generate.greedy import greedy_options, greedy_processors, process
 from adaskip.plan import KEEP_ALL
 from adaskip.recipe import Recipe
+from adaskip.runfiles import CALIBRATION, ROUTER, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.risk import learn_then_test, smallest_sample
+from adaskip.theory.risk import Certificate, learn_then_test, smallest_sample
 from adaskip.training.data import Collator, Record, append_answers, loader, open_image, pictures_of
-from adaskip.training.tracking import write_text
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.budget import quality
 from adaskip.verbs.lengths import cut, end_tokens, longest_answer, warn_of_cuts
-from adaskip.verbs.run import check_writable, open_run, read_recipe
-from adaskip.verbs.train import records
+from adaskip.verbs.run import Run, check_writable, read_recipe
+from adaskip.verbs.splits import records
 
 STEPS = 40  # thresholds on the path
 
@@ -38,14 +37,53 @@ class Answered(Batch):
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)  # of generation for these prompts
 
 
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A threshold that is certified or not; ``calibration.json`` holds `stored`, and the routers carry it."""
+
+    certificate: Certificate  # its ``threshold`` is None where none is certified: every layer then runs
+    keep: tuple[float, ...]  # mean keep rate at each of its steps
+    max_new_tokens: int
+    answers_cut: int  # dense answers that ran into the limit, of which the certificate covers the beginning only
+    logits_processors: tuple[str, ...]  # that generation applied to both answers
+    data: dict[str, str]  # source, split and digest of the calibration inputs
+    generate_checked: int  # inputs whose routed answer was generated as well
+    generate_differs: int  # those of them where generation found another loss
+
+    @property
+    def ok(self) -> bool:
+        """Return whether a threshold is certified, and generation agrees with the losses it was certified by."""
+        return self.certificate.threshold is not None and not self.generate_differs
+
+    def stored(self) -> dict[str, Any]:
+        """Return what is stored beside the routers."""
+        values = self.certificate.to_dict()
+        values["steps"] = [step | {"keep": keep} for step, keep in zip(values["steps"], self.keep, strict=True)]
+        certified = [step["keep"] for step in values["steps"] if step["threshold"] == self.certificate.threshold]
+        return values | {
+            "loss": "the routed greedy answer is not the dense one (0 or 1)",
+            "max_new_tokens": self.max_new_tokens,
+            "answers_cut": self.answers_cut,
+            "logits_processors": list(self.logits_processors),
+            "keep": certified[0] if certified else 1.0,
+            "data": self.data,
+            "generate_checked": self.generate_checked,
+            "generate_differs": self.generate_differs,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {"ok": self.ok, **self.stored()}
+
+
 @torch.no_grad()
 def calibrate(
-    run: Path,
+    run: str | Path,
     risk: float = 0.02,
     delta: float = 0.1,
     max_new_tokens: int | None = None,
     stages: Stages = SILENT,
-) -> dict[str, Any]:
+) -> CalibrationResult:
     """Certify a finished run's router threshold by Learn-then-Test; store it with its certificate in ``RUN/router``.
 
     Afterwards ``P(share of inputs whose routed greedy answer is not the dense one <= risk) >= 1 - delta``, over the
@@ -61,37 +99,66 @@ def calibrate(
     share a source (the demo composes both from one pool of scans), it holds given that source: for new pictures of
     these scans, not for new scans.
 
-    Returns:
-        The certificate, with the mean ``keep`` at every step of the path, ``generate_checked`` (inputs whose routed
-        answer was generated as well) and ``generate_differs`` (those of them where that told another loss). ``ok`` is
-        whether a threshold was certified and none of them differs; ``answers_cut`` counts dense answers that
-        ``max_new_tokens`` cut, of which the certificate covers the beginning only. Also in ``calibration.json`` of the
-        run folder.
+    Args:
+        run: the run's folder.
+        risk: the share of inputs whose answer may differ.
+        delta: the chance that the share is larger after all.
+        max_new_tokens: longest answer.
+        stages: hears what is under way, and of answers that were cut.
 
     Raises:
         ConfigError: risk or delta outside (0, 1), or a generation config that is not greedy.
         DataError: too few inputs are left for this risk and delta, or the dense model gives no finite logits.
+
+    Example:
+        ``adaskip.calibrate("runs/digits-vlm", risk=0.05).certificate.threshold``
     """
     needed = smallest_sample(risk, delta)
-    recipe = read_recipe(Path(run))
-    check_writable(Path(run), "the certificate")
+    folder = Path(run)
+    recipe = read_recipe(folder)
+    check_writable(folder, "the certificate")
     chosen = fresh_records(recipe, needed, f"a risk of {risk} at delta {delta}")
-    loaded = open_run(run, stages)
-    model, collate = loaded.model, Collator(loaded.processor, answers=False)
-    size, device, validation = recipe.trainer.batch_size, model.spec.device, records(recipe, "validation")
+    loaded = Run.open(folder, stages)
+    validation = records(recipe, "validation")
     limit = max_new_tokens or longest_answer([*records(recipe, "train"), *validation], loaded.processor)
     with stages(f"reading the routers' logits on {len(validation)} validation inputs"):
-        path = threshold_path(model, validation, collate, size)
+        collate = Collator(loaded.processor, answers=False)
+        path = threshold_path(loaded.model, validation, collate, recipe.trainer.batch_size)
+    batches, unfinished = _dense_answers(loaded, chosen, limit, stages)
+    certificate, keep = _test(loaded.model, batches, path, risk, delta, stages)
+    loaded.model.set_threshold(KEEP_ALL if certificate.threshold is None else certificate.threshold)
+    result = CalibrationResult(
+        certificate,
+        tuple(keep),
+        limit,
+        unfinished,
+        tuple(type(processor).__name__ for processor in batches[0].processors),
+        {"source": recipe.data.source, "split": "calibration", "digest": digest(chosen)},
+        *check_generate(loaded.model, batches[0], limit),
+    )
+    _store(loaded, result, validation)
+    return result
+
+
+def _dense_answers(run: Run, chosen: list[Record], limit: int, stages: Stages) -> tuple[list[Answered], int]:
+    """Answer the calibration inputs with the dense model; count the answers that ran into the limit."""
+    model, collate, size = run.model, Collator(run.processor, answers=False), run.recipe.trainer.batch_size
     batches: list[Answered] = []
     with stages(f"dense answers to {len(chosen)} calibration inputs", len(chosen)) as advance:
         for batch in loader(chosen, collate, size):
-            batches.append(answered(model, batch.to(device), limit, collate.tokenizer.pad_token_id))
+            batches.append(answered(model, batch.to(model.spec.device), limit, collate.tokenizer.pad_token_id))
             advance(min(len(chosen), len(batches) * size))
     unfinished = sum(int(cut(model, batch.inputs["input_ids"][:, _width(batch) :], limit).sum()) for batch in batches)
     for text in warn_of_cuts({"dense": unfinished}, len(chosen), limit):
         stages.note(f"{text}; the certificate speaks of that many tokens only")
-    keep: list[float] = []
+    return batches, unfinished
 
+
+def _test(
+    model: RoutedModel, batches: list[Answered], path: list[float], risk: float, delta: float, stages: Stages
+) -> tuple[Certificate, list[float]]:
+    """Walk the thresholds until one fails the test; return the certificate, and the mean keep rate at each step."""
+    keep: list[float] = []
     with stages(f"testing up to {len(path)} thresholds", len(path)) as advance:
 
         def losses_at(threshold: float) -> Tensor:
@@ -101,32 +168,26 @@ def calibrate(
             advance(len(keep))
             return torch.cat(losses).double().cpu()
 
-        certificate = learn_then_test(path, losses_at, risk, delta, binary=True)
-    model.set_threshold(KEEP_ALL if certificate.threshold is None else certificate.threshold)
-    checked, differs = check_generate(model, batches[0], limit)
-    found = certificate.to_dict() | {
-        "loss": "the routed greedy answer is not the dense one (0 or 1)",
-        "max_new_tokens": limit,
-        "answers_cut": unfinished,
-        "logits_processors": [type(processor).__name__ for processor in batches[0].processors],
-        "keep": 1.0 if certificate.threshold is None else keep[path.index(certificate.threshold)],
-        "data": {"source": recipe.data.source, "split": "calibration", "digest": digest(chosen)},
-        "generate_checked": checked,
-        "generate_differs": differs,
+        return learn_then_test(path, losses_at, risk, delta, binary=True), keep
+
+
+def _store(run: Run, result: CalibrationResult, validation: list[Record]) -> None:
+    """Save the routers with their threshold and certificate, and figures of validation inputs at that threshold."""
+    model, size = run.model, run.recipe.trainer.batch_size
+    batches = [batch.to(model.spec.device) for batch in loader(validation, Collator(run.processor), size)]
+    keep, accuracy = quality(model, batches)
+    model.facts = {  # what else stood there spoke of another threshold
+        "target_keep": run.recipe.objective.keep,
+        "validation_keep": round(keep, 4),
+        "validation_accuracy": round(accuracy, 4),
     }
-    for step, rate in zip(found["steps"], keep, strict=True):
-        step["keep"] = rate
-    validated = quality(model, [b.to(device) for b in loader(validation, Collator(loaded.processor), size)])
-    figures = dict(zip(("validation_keep", "validation_accuracy"), (round(x, 4) for x in validated), strict=True))
-    model.facts = {"target_keep": recipe.objective.keep} | figures  # what else stood there spoke of another threshold
-    model.certificate = found
-    model.save_pretrained(loaded.folder / "router")
-    write_text(loaded.folder / "calibration.json", json.dumps(found, indent=2) + "\n")
-    return {"ok": certificate.threshold is not None and not differs, **found}
+    model.certificate = result.stored()
+    model.save_pretrained(run.folder / ROUTER)
+    write_json(run.folder / CALIBRATION, result.stored(), indent=2)
 
 
-def fresh_records(recipe: Recipe, needed: int, wanted: str) -> list[Record]:
-    """The calibration records that training did not fit the bound's constants on.
+def fresh_records(recipe: Recipe, needed: int, purpose: str) -> list[Record]:
+    """Read the calibration records that training did not fit the bound's constants on.
 
     Raises:
         DataError: fewer than ``needed`` are left; says what to do.
@@ -135,7 +196,7 @@ def fresh_records(recipe: Recipe, needed: int, wanted: str) -> list[Record]:
     fresh = records(recipe, "calibration")[used:]
     if len(fresh) < needed:
         raise DataError(
-            f"calibrate: {wanted} needs at least {needed} inputs that nothing was fitted on; training used {used} "
+            f"calibrate: {purpose} needs at least {needed} inputs that nothing was fitted on; training used {used} "
             f"calibration records and left {len(fresh)}. Give data.examples.calibration (or calibration.jsonl) at "
             f"least {used + needed} before training, or allow a larger --risk"
         )
@@ -143,7 +204,7 @@ def fresh_records(recipe: Recipe, needed: int, wanted: str) -> list[Record]:
 
 
 def threshold_path(model: RoutedModel, validation: list[Record], collate: Collator, size: int) -> list[float]:
-    """Thresholds, conservative to aggressive: quantiles of the routers' logits on validation prompts, all layers run.
+    """List thresholds, conservative to aggressive: quantiles of the logits on validation prompts, all layers run.
 
     They depend on the routers and on validation inputs alone, so that calibration inputs find them fixed.
 
@@ -174,10 +235,10 @@ def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) ->
     processors = greedy_processors(model, batch.inputs, max_new_tokens)
     with model.dense():
         out = model.generate(**batch.inputs, **greedy_options(max_new_tokens))
-        told = out[:, width:]
-        ended = torch.isin(told, end_tokens(model, told)).long()
-        real = ended.cumsum(1) - ended == 0  # up to and with the first end token
-        batch = append_answers(batch, [row[keep] for row, keep in zip(told, real, strict=True)], pad)
+        answers = out[:, width:]
+        ends = torch.isin(answers, end_tokens(model, answers)).long()
+        real = ends.cumsum(1) - ends == 0  # up to and with the first end token
+        batch = append_answers(batch, [row[keep] for row, keep in zip(answers, real, strict=True)], pad)
         logits = model(**batch.inputs, use_cache=False).logits
     if not logits[:, :-1][batch.supervised].isfinite().all():
         raise DataError("calibrate: the dense model's logits are not finite; load the backbone in another dtype")
@@ -185,7 +246,7 @@ def answered(model: RoutedModel, batch: Batch, max_new_tokens: int, pad: int) ->
 
 
 def disagreement(model: RoutedModel, batch: Answered) -> tuple[Tensor, Tensor]:
-    """bool (b) whether the routed greedy answer differs from the dense one that the labels hold; and keep rates (b).
+    """Return bool (b): whether the routed greedy answer is not the dense one that the labels hold; and keep rates (b).
 
     Exact by one teacher-forced pass (an identity [D, link 10]): the two answers are the same exactly if the argmax of
     what generation ranks by, the processed logits, is at every position of the dense answer.
@@ -196,23 +257,24 @@ def disagreement(model: RoutedModel, batch: Answered) -> tuple[Tensor, Tensor]:
 
 
 def check_generate(model: RoutedModel, batch: Answered, max_new_tokens: int) -> tuple[int, int]:
-    """How many inputs of a batch were answered by routed generation, and for how many that told another loss."""
+    """Answer a batch by routed generation; count its inputs, and those whose loss is not the teacher-forced one."""
     width = _width(batch)
     length = batch.inputs["input_ids"].shape[1]
     prompts = {
         name: value[:, :width] if isinstance(value, Tensor) and value.shape[:2] == (len(value), length) else value
         for name, value in batch.inputs.items()
     }
-    told = model.generate(**prompts, **greedy_options(max_new_tokens))[:, width:]
+    tokens = model.generate(**prompts, **greedy_options(max_new_tokens))[:, width:]
     expected = batch.labels[:, width:]
-    told = torch.nn.functional.pad(told, (0, max(0, expected.shape[1] - told.shape[1])), value=-1)
-    same = ((told[:, : expected.shape[1]] == expected) | (expected < 0)).all(1)
+    # a routed answer may be shorter than the longest dense one of the batch
+    tokens = torch.nn.functional.pad(tokens, (0, max(0, expected.shape[1] - tokens.shape[1])), value=-1)
+    same = ((tokens[:, : expected.shape[1]] == expected) | (expected < 0)).all(1)
     loss, _ = disagreement(model, batch)
     return len(loss), int((loss == same).sum())
 
 
 def digest(chosen: list[Record]) -> str:
-    """What identifies calibration inputs: a digest of their prompts and pictures, in order."""
+    """Identify calibration inputs: a digest of their prompts and pictures, in order."""
     total = hashlib.sha256()
     for record in chosen:
         total.update(record["prompt"].encode() + b"\0")
@@ -222,5 +284,5 @@ def digest(chosen: list[Record]) -> str:
 
 
 def _width(batch: Batch) -> int:
-    """The column at which the answers begin."""
+    """Return the column at which the answers begin."""
     return int(batch.prompt_mask.any(0).nonzero().max()) + 1

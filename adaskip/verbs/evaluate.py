@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,87 @@ import torch
 from torch import Tensor
 
 from adaskip.batch import Batch
-from adaskip.demo.backbone import EMBEDDED
-from adaskip.recipe import Recipe
+from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.measure import timed
-from adaskip.stages import SILENT, Advance, Stages
+from adaskip.stages import SILENT, Stages
 from adaskip.theory.profile import compare_predicted, per_input, predicted
-from adaskip.training.data import Collator, Record, load_records, loader
-from adaskip.training.tracking import write_text
+from adaskip.training.data import Collator, Record, loader
 from adaskip.verbs.generate import texts
 from adaskip.verbs.lengths import cut, longest_answer, warn_of_cuts
-from adaskip.verbs.run import Run, check_split, check_writable, open_run, read_recipe, split_of
+from adaskip.verbs.run import Run, check_writable, read_recipe
+from adaskip.verbs.splits import check_split, split_of
 
-EVALUATION = "evaluation.json"
+_Figures = dict[str, list[float]]
+"""Numbers by name: one an input, and of seconds and cut answers one a batch."""
+
+
+@dataclass(frozen=True)
+class KindFigures:
+    """Figures of the dense and the routed model on the inputs of one kind."""
+
+    kind: str
+    n: int
+    dense_accuracy: float  # share of generated answers that are the data's own, word for word
+    routed_accuracy: float
+    agreement: float  # share of routed answers that are the dense ones
+    dense_cut: int  # answers that ran into the limit
+    routed_cut: int
+    keep: float  # executed over dense decoder FLOPs, mean over inputs
+    dense_s: float  # seconds of generation, sum over the kind's batches
+    routed_s: float
+    prefill_dense_s: float  # seconds of reading the prompts
+    prefill_routed_s: float
+    kl: float  # nats per predicted token of the data's own answers, which are read by teacher forcing
+    dense_log_likelihood: float
+    routed_log_likelihood: float
+    flops_saved: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A split answered by the dense and the routed model; ``evaluation.json`` holds `to_dict`."""
+
+    split: str
+    kinds: tuple[KindFigures, ...]
+    batch_size: int
+    max_new_tokens: int
+    warnings: tuple[str, ...] = ()  # of answers that were cut
+    example: dict[str, Any] | None = None  # one that `generate --example` has put there before
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Average each figure over the kinds."""
+        names = [field.name for field in fields(KindFigures) if field.name not in ("kind", "n")]
+        return {name: statistics.fmean(getattr(row, name) for row in self.kinds) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        values = {
+            "split": self.split,
+            "kinds": [asdict(row) for row in self.kinds],
+            "mean": self.mean,
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+            "warnings": list(self.warnings),
+        }
+        return values | ({"example": self.example} if self.example else {})
 
 
 @torch.no_grad()
 def evaluate(
-    run: Path,
+    run: str | Path,
     split: str = "test",
     per_kind: int | None = None,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
     stages: Stages = SILENT,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Answer a split with the dense and the routed model, kind by kind, interleaved in one process.
 
     Every batch holds one kind of question, so that seconds can be told apart by kind. Dense and routed runs of the same
-    batch follow one another, in alternating order. Accuracy is the exact match of the whole generated answer, agreement
-    that of the routed with the dense one. Apart from generation, the answers of the data are read by teacher forcing:
-    what the routed model's predictions differ from the dense ones, and how likely each finds them.
+    batch follow one another, in alternating order. The result is written into the run's folder, and its report made
+    anew.
 
     Args:
         run: the run's folder.
@@ -52,12 +102,12 @@ def evaluate(
         max_new_tokens: longest answer; default: the longest of the inputs' own, with its end token.
         stages: hears what is under way, and of answers that were cut.
 
-    Returns:
-        ``kinds``: rows with ``kind, n``; of generation ``dense_accuracy, routed_accuracy, agreement, dense_cut,
-        routed_cut, keep, flops_saved`` and the seconds ``dense_s, routed_s, prefill_dense_s, prefill_routed_s`` (sums
-        over the kind's batches); teacher-forced ``kl`` and ``dense_log_likelihood, routed_log_likelihood`` (nats per
-        predicted token); ``mean``: over kinds; ``warnings``. Also written to ``evaluation.json`` in the run folder, and
-        the report is made anew.
+    Raises:
+        CheckpointError: the folder is no finished run, or cannot be written to.
+        ConfigError, DataError: there is no such split.
+
+    Example:
+        ``adaskip.evaluate("runs/digits-vlm", per_kind=200).mean["routed_accuracy"]``
     """
     from adaskip import report
 
@@ -66,115 +116,19 @@ def evaluate(
     check_split(split)
     check_writable(folder, EVALUATION)
     previous = report.read(folder).evaluation  # a damaged file is said before the work
-    groups = _by_kind(_enough(recipe, split, per_kind), per_kind)
-    loaded = open_run(folder, stages)
+    groups = _by_kind(split_of(recipe, split, per_kind), per_kind)
+    loaded = Run.open(folder, stages)
     chosen = [record for members in groups.values() for record in members]
     limit = max_new_tokens or longest_answer(chosen, loaded.processor)
-    rows, done = [], 0
-    with stages(f"answering {len(chosen)} inputs, dense and routed", len(chosen)) as advance:
-        for kind, members in groups.items():
-            rows.append(_evaluate_kind(loaded, kind, members, batch_size, limit, partial(_ahead, advance, done)))
-            done += len(members)
-    mean = {k: statistics.fmean(r[k] for r in rows) for k in rows[0] if k not in ("kind", "n")}
-    counts = {side: sum(row[f"{side}_cut"] for row in rows) for side in ("dense", "routed")}
+    rows = _measure(loaded, groups, batch_size, limit, stages)
+    counts = {"dense": sum(row.dense_cut for row in rows), "routed": sum(row.routed_cut for row in rows)}
     warnings = warn_of_cuts(counts, len(chosen), limit)
     for text in warnings:
         stages.note(text)
-    found = {"split": split, "kinds": rows, "mean": mean, "batch_size": batch_size}
-    found |= {"max_new_tokens": limit, "warnings": warnings}
-    found |= {"example": previous["example"]} if previous.get("example") else {}
-    write_text(folder / EVALUATION, json.dumps(found, indent=2) + "\n")
+    result = EvaluationResult(split, tuple(rows), batch_size, limit, tuple(warnings), previous.get("example"))
+    write_json(folder / EVALUATION, result.to_dict(), indent=2)
     report.write(folder)
-    return found
-
-
-def _ahead(advance: Advance, before: int, done: int) -> None:
-    advance(before + done)
-
-
-def _evaluate_kind(
-    run: Run, kind: str, members: list[Record], batch_size: int, limit: int, advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """The row of one kind of question."""
-    model, device = run.model, run.model.spec.device
-    each: dict[str, list[float]] = {}  # one number an input, and one a batch for seconds
-    done = 0
-    for place, batch in enumerate(loader(members, Collator(run.processor, answers=False), batch_size)):
-        figures = _generate(run, batch.to(device), limit, place)
-        for name, values in figures.items():
-            each.setdefault(name, []).extend(values)
-        advance(done := done + len(batch))
-    for batch in loader(members, Collator(run.processor), batch_size):
-        for name, column in _teacher_forced(model, batch.to(device)).items():
-            each.setdefault(name, []).extend(column.tolist())
-    row: dict[str, Any] = {"kind": kind, "n": len(members)}
-    for name, values in each.items():
-        row[name] = sum(values) if name.endswith(("_s", "_cut")) else statistics.fmean(values)
-    return row | {"flops_saved": 1 - row["keep"]}
-
-
-def _generate(run: Run, batch: Batch, limit: int, place: int) -> dict[str, list[float]]:
-    """Generated answers of one batch, dense and routed in alternating order, with their seconds."""
-    model, inputs = run.model, batch.inputs
-    options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
-
-    def dense() -> Any:
-        with model.dense():
-            return model.generate(**inputs, **options)
-
-    def routed() -> Any:
-        return model.generate(**inputs, **options)
-
-    def prefill() -> Any:
-        return model(**inputs, use_cache=True)
-
-    def prefill_dense() -> Any:
-        with model.dense():
-            return model(**inputs, use_cache=True)
-
-    if place == 0:  # the first call of a shape pays for allocation; it is not timed
-        dense(), routed()
-    calls = [("dense", dense), ("routed", routed), ("prefill_dense", prefill_dense), ("prefill_routed", prefill)]
-    found: dict[str, list[float]] = {}
-    told: dict[str, Tensor] = {}
-    for name, call in reversed(calls) if place % 2 else calls:
-        out, seconds = timed(call)
-        found[f"{name}_s"] = [seconds]
-        if not name.startswith("prefill"):
-            told[name] = out[:, inputs["input_ids"].shape[1] :]
-        if name == "routed":
-            found["keep"] = model.routing.keep_rate.tolist()
-    answers = {name: texts(run.processor, ids) for name, ids in told.items()}
-    for name, given in answers.items():
-        right = [a == b.strip() for a, b in zip(given, batch.answer, strict=True)]
-        found[f"{name}_accuracy"] = [float(hit) for hit in right]
-        found[f"{name}_cut"] = [int(cut(model, told[name], limit).sum())]
-    found["agreement"] = [float(a == b) for a, b in zip(answers["dense"], answers["routed"], strict=True)]
-    order = ("dense_accuracy", "routed_accuracy", "agreement", "dense_cut", "routed_cut", "keep")
-    return {name: found[name] for name in (*order, *(f"{name}_s" for name, _ in calls))}
-
-
-def _teacher_forced(model: RoutedModel, batch: Batch) -> dict[str, Tensor]:
-    """KL and log-likelihood (b) of the data's own answers, nats per predicted token."""
-    labels, where = batch.labels, batch.supervised
-    wanted = labels[:, 1:][where]
-
-    def read() -> Tensor:
-        logits = model(**batch.arguments()).logits
-        return predicted(logits, labels)
-
-    def likelihood(logits: Tensor) -> Tensor:
-        log_p = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        return per_input(log_p, where, "mean").double()
-
-    with model.dense():
-        before = read()
-    after = read()
-    return {
-        "kl": compare_predicted(before, after, labels)["kl"].double(),
-        "dense_log_likelihood": likelihood(before),
-        "routed_log_likelihood": likelihood(after),
-    }
+    return result
 
 
 def _by_kind(records: list[Record], per_kind: int | None) -> dict[str, list[Record]]:
@@ -184,9 +138,101 @@ def _by_kind(records: list[Record], per_kind: int | None) -> dict[str, list[Reco
     return {kind: members[:per_kind] for kind, members in groups.items()}
 
 
-def _enough(recipe: Recipe, split: str, per_kind: int | None) -> list[Record]:
-    if per_kind is not None and recipe.data.source == EMBEDDED:
-        from adaskip.demo.digits import KINDS
+def _measure(
+    run: Run, groups: dict[str, list[Record]], batch_size: int, limit: int, stages: Stages
+) -> list[KindFigures]:
+    """Answer each kind by generation, then read its own answers by teacher forcing."""
+    total, done = sum(map(len, groups.values())), 0
+    rows = []
+    with stages(f"answering {total} inputs, dense and routed", total) as advance:
+        for kind, members in groups.items():
+            figures: _Figures = {}
+            # prompts alone, for an answer behind a prompt would be read as a part of it
+            for place, batch in enumerate(loader(members, Collator(run.processor, answers=False), batch_size)):
+                _extend(figures, _answer(run, batch.to(run.model.spec.device), limit, place))
+                advance(done := done + len(batch))
+            for batch in loader(members, Collator(run.processor), batch_size):
+                _extend(figures, _teacher_forced(run.model, batch.to(run.model.spec.device)))
+            rows.append(_summed(kind, len(members), figures))
+    return rows
 
-        return load_records(EMBEDDED, split, per_kind * len(KINDS), recipe.seed)
-    return split_of(recipe, split)
+
+def _extend(figures: _Figures, more: _Figures) -> None:
+    for name, values in more.items():
+        figures.setdefault(name, []).extend(values)
+
+
+def _summed(kind: str, n: int, figures: _Figures) -> KindFigures:
+    values: dict[str, Any] = {
+        name: sum(each) if name.endswith(("_s", "_cut")) else statistics.fmean(each) for name, each in figures.items()
+    }
+    return KindFigures(kind=kind, n=n, flops_saved=1 - values["keep"], **values)
+
+
+def _answer(run: Run, batch: Batch, limit: int, place: int) -> _Figures:
+    """Generate the answers of the ``place``-th batch, dense and routed, and take the seconds."""
+    model, width = run.model, batch.inputs["input_ids"].shape[1]
+    calls = _calls(model, batch, limit)
+    if place == 0:  # the first call of a shape pays for allocation; it is not timed
+        calls["dense"]()
+        calls["routed"]()
+    outputs, figures = {}, {}
+    # every other batch goes through the calls backwards, so that a machine that slows down slows both sides alike
+    for name in reversed(calls) if place % 2 else calls:
+        outputs[name], seconds = timed(calls[name])
+        figures[f"{name}_s"] = [seconds]
+        if name == "routed":
+            figures["keep"] = model.routing.keep_rate.tolist()
+    answers = {}
+    for name in ("dense", "routed"):
+        tokens = outputs[name][:, width:]
+        answers[name] = texts(run.processor, tokens)
+        pairs = zip(batch.answer, answers[name], strict=True)
+        figures[f"{name}_accuracy"] = [float(expected.strip() == answer) for expected, answer in pairs]
+        figures[f"{name}_cut"] = [int(cut(model, tokens, limit).sum())]
+    figures["agreement"] = [float(a == b) for a, b in zip(answers["dense"], answers["routed"], strict=True)]
+    return figures
+
+
+def _calls(model: RoutedModel, batch: Batch, limit: int) -> dict[str, Callable[[], Any]]:
+    """Name what is timed: generation and prefill, each dense and routed."""
+
+    def generate() -> Any:
+        return model.generate(**batch.inputs, max_new_tokens=limit, do_sample=False)
+
+    def prefill() -> Any:
+        return model(**batch.inputs, use_cache=True)
+
+    def dense(call: Callable[[], Any]) -> Callable[[], Any]:
+        def inside() -> Any:
+            with model.dense():
+                return call()
+
+        return inside
+
+    return {
+        "dense": dense(generate),
+        "routed": generate,
+        "prefill_dense": dense(prefill),
+        "prefill_routed": prefill,
+    }
+
+
+def _teacher_forced(model: RoutedModel, batch: Batch) -> _Figures:
+    """Read the data's own answers: KL and log-likelihoods of each input, nats per predicted token."""
+    labels, supervised = batch.labels, batch.supervised
+    targets = labels[:, 1:][supervised]
+
+    def likelihood(logits: Tensor) -> Tensor:
+        log_p = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return per_input(log_p, supervised, "mean").double()
+
+    with model.dense():
+        dense = predicted(model(**batch.arguments()).logits, labels)
+    routed = predicted(model(**batch.arguments()).logits, labels)
+    columns = {
+        "kl": compare_predicted(dense, routed, labels)["kl"].double(),
+        "dense_log_likelihood": likelihood(dense),
+        "routed_log_likelihood": likelihood(routed),
+    }
+    return {name: column.tolist() for name, column in columns.items()}

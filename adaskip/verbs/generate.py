@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
-import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaskip.backbone import load
+from adaskip.backbone.load import load_processor
 from adaskip.errors import AdaSkipError, DataError
+from adaskip.runfiles import EVALUATION, RECIPE, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
-from adaskip.training.tracking import write_text
-from adaskip.verbs.export import router_folder
 from adaskip.verbs.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
-from adaskip.verbs.run import Run, held_out, open_run
-from adaskip.verbs.train import RECIPE
+from adaskip.verbs.run import Run, router_folder
+from adaskip.verbs.splits import held_out
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, answered by the routed and the dense model."""
+
+    prompt: str
+    answer: str
+    dense_answer: str
+    expected: str | None  # the data's own, where there is one
+    keep: float  # executed over dense decoder FLOPs
+    route: tuple[bool, ...]  # for each layer whether it ran
+    max_new_tokens: int
+    warnings: tuple[str, ...]  # of answers that were cut
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "dense_answer": self.dense_answer,
+            "expected": self.expected,
+            "keep": self.keep,
+            "route": list(self.route),
+            "layers": len(self.route),
+            "max_new_tokens": self.max_new_tokens,
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class ManyAnswers:
+    """Many prompts, answered by path."""
+
+    rows: tuple[dict[str, Any], ...]  # prompt, answer, keep and route of each
+    figures: dict[str, Any]  # keep, groups, added, changed, prefill_s, decode_s: see `adaskip.generate.paths.Answers`
+    max_new_tokens: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        limit = {"max_new_tokens": self.max_new_tokens, "warnings": list(self.warnings)}
+        return {"answers": list(self.rows), **self.figures, **limit}
 
 
 @torch.no_grad()
 def answer(
-    run: Path,
+    run: str | Path,
     image: Path | None = None,
     prompt: str | None = None,
     example: int | None = None,
     max_new_tokens: int | None = None,
     stages: Stages = SILENT,
-) -> dict[str, Any]:
+) -> Answer:
     """Answer one prompt, dense and routed, with the route it took.
 
     Args:
@@ -54,31 +96,26 @@ def answer(
     with model.dense():
         dense = model.generate(**batch.inputs, **options)[:, width:]
     routed = model.generate(**batch.inputs, **options)[:, width:]
-    routing = model.routing
     counts = {"dense": int(cut(model, dense, limit)), "routed": int(cut(model, routed, limit))}
-    warnings = warn_of_cuts(counts, 1, limit)
-    for text in warnings:
-        stages.note(text)
-    found = {
-        "prompt": record["prompt"],
-        "answer": texts(processor, routed)[0],
-        "dense_answer": texts(processor, dense)[0],
-        "expected": record.get("answer") or None,
-        "keep": float(routing.keep_rate[0]),
-        "route": (routing.share[:, 0] > 0.5).tolist(),
-        "layers": len(routing.keep),
-        "max_new_tokens": limit,
-        "warnings": warnings,
-    }
+    result = Answer(
+        record["prompt"],
+        texts(processor, routed)[0],
+        texts(processor, dense)[0],
+        record.get("answer") or None,
+        float(model.routing.keep_rate[0]),
+        tuple((model.routing.share[:, 0] > 0.5).tolist()),
+        limit,
+        _noted(warn_of_cuts(counts, 1, limit), stages),
+    )
     if example is not None and loaded is not None:
-        _store(loaded, found)
-    return found
+        _store(loaded, result)
+    return result
 
 
 @torch.no_grad()
 def answer_many(
-    run: Path, file: Path, max_new_tokens: int | None = None, paths: int | None = None, stages: Stages = SILENT
-) -> dict[str, Any]:
+    run: str | Path, file: Path, max_new_tokens: int | None = None, paths: int | None = None, stages: Stages = SILENT
+) -> ManyAnswers:
     """Answer every prompt of a file of JSON lines, those that take the same path together.
 
     Args:
@@ -100,27 +137,34 @@ def answer_many(
     items = [collate([record]).to(device).inputs for record in placed]
     with stages(f"answering {len(items)} prompts"):
         many = model.generate_many(items, paths=paths, measure=paths is not None, max_new_tokens=limit, do_sample=False)
-    rows = [
-        {"prompt": question["prompt"], "answer": texts(processor, got.tokens[None])[0], "keep": got.keep_rate}
-        | {"route": list(got.path)}
-        for question, got in zip(questions, many.answers, strict=True)
-    ]
-    count = sum(int(cut(model, got.tokens[None], limit)) for got in many.answers)
-    warnings = warn_of_cuts({"routed": count}, len(rows), limit)
+    rows = tuple(
+        {
+            "prompt": question["prompt"],
+            "answer": texts(processor, one.tokens[None])[0],
+            "keep": one.keep_rate,
+            "route": list(one.path),
+        }
+        for question, one in zip(questions, many.answers, strict=True)
+    )
+    figures = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
+    figures |= {"prefill_s": many.prefill_s, "decode_s": many.decode_s}
+    count = sum(int(cut(model, one.tokens[None], limit)) for one in many.answers)
+    return ManyAnswers(rows, figures, limit, _noted(warn_of_cuts({"routed": count}, len(rows), limit), stages))
+
+
+def _noted(warnings: list[str], stages: Stages) -> tuple[str, ...]:
     for text in warnings:
         stages.note(text)
-    figures = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
-    seconds = {"prefill_s": many.prefill_s, "decode_s": many.decode_s}
-    return {"answers": rows, **figures, **seconds, "max_new_tokens": limit, "warnings": warnings}
+    return tuple(warnings)
 
 
 def texts(processor: Any, ids: Tensor) -> list[str]:
-    """Generated ids as text, one per row."""
+    """Decode generated ids, one text a row."""
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
 def _limit(run: Run | None, processor: Any) -> int:
-    """So many tokens the run's own held-out answers take; where they cannot be read, a round number."""
+    """Count the tokens that the run's own held-out answers take; where they cannot be read, a round number."""
     if run is None:
         return UNKNOWN
     try:
@@ -129,23 +173,23 @@ def _limit(run: Run | None, processor: Any) -> int:
         return UNKNOWN
 
 
-def _store(run: Run, found: dict[str, Any]) -> None:
+def _store(run: Run, result: Answer) -> None:
     """Put an example into the evaluation, where there is one, and make the report anew."""
     from adaskip import report
 
-    path = run.folder / "evaluation.json"
+    path = run.folder / EVALUATION
     if path.is_file() and os.access(run.folder, os.W_OK):
-        write_text(path, json.dumps(report.read_evaluation(path) | {"example": found}, indent=2) + "\n")
+        write_json(path, report.read_evaluation(path) | {"example": result.to_dict()}, indent=2)
         report.write(run.folder)
 
 
 def _open(folder: Path, stages: Stages) -> tuple[RoutedModel, Any, Run | None]:
     if (folder / RECIPE).is_file():
-        loaded = open_run(folder, stages)
+        loaded = Run.open(folder, stages)
         return loaded.model, loaded.processor, loaded
     with stages(f"loading the routers of {folder} and their backbone"):
         model = RoutedModel.from_pretrained(router_folder(folder))
-        return model, load.load_processor(model.backbone.config._name_or_path), None
+        return model, load_processor(model.backbone.config._name_or_path), None
 
 
 def _record(
@@ -172,7 +216,7 @@ def _record(
 
 
 def _placed(question: Record, collate: Collator, model: RoutedModel) -> Record:
-    """The same question with a placeholder for each picture, where its prompt leaves them out."""
+    """Give a question a placeholder for each picture, where its prompt leaves them out."""
     if not pictures_of(question) and model.runtime.group == "vision":
         raise DataError(
             f"{where(question)}: these routers route vision tokens; pass a picture with --image PATH, or in "

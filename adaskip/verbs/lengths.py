@@ -16,7 +16,7 @@ UNKNOWN = 64
 
 
 def longest_answer(records: Sequence[Record], processor: Any) -> int:
-    """Tokens of the longest answer of some records, its end token included; at least 1."""
+    """Count the tokens of the longest answer of some records, its end token included; at least 1."""
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = list({record["answer"] for record in records})
     if not texts:
@@ -25,13 +25,13 @@ def longest_answer(records: Sequence[Record], processor: Any) -> int:
 
 
 def end_tokens(model: RoutedModel, like: Tensor) -> Tensor:
-    """Token ids that end an answer, as ``like``; none for a model that never ends one."""
+    """Return the token ids that end an answer, as ``like``; none for a model that never ends one."""
     ends = model.backbone.generation_config.eos_token_id
     return torch.as_tensor([] if ends is None else ends, device=like.device, dtype=like.dtype).reshape(-1)
 
 
 def cut(model: RoutedModel, generated: Tensor, max_new_tokens: int) -> Tensor:
-    """bool (b): the answer, long (b t), ran into the limit before its end token; False where a model has none."""
+    """Return bool (b): the answer, long (b t), ran into the limit before its end token; False where there is none."""
     ends = end_tokens(model, generated)
     if not len(ends) or generated.shape[1] < max_new_tokens:
         return torch.zeros(len(generated), dtype=torch.bool)
@@ -39,7 +39,7 @@ def cut(model: RoutedModel, generated: Tensor, max_new_tokens: int) -> Tensor:
 
 
 def warn_of_cuts(counts: dict[str, int], total: int, max_new_tokens: int) -> list[str]:
-    """Sentences on answers that were cut, by whose they are; none where nothing was."""
+    """Write sentences on answers that were cut, by whose they are; none where nothing was."""
     return [
         f"{count} of {total} {whose} answers were cut at {max_new_tokens} tokens; give them room: --max-new-tokens "
         f"{4 * max_new_tokens}"

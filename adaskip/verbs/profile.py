@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 
-from adaskip.backbone.load import load_backbone, load_processor
-from adaskip.demo.backbone import EMBEDDED
+from adaskip import sources
+from adaskip.backbone import load
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Group
 from adaskip.report.redundancy import profile_plot
+from adaskip.runfiles import PROFILE, PROFILE_PLOT, write_json
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.redundancy import profile, smallest_profile
+from adaskip.theory.redundancy import Profile, profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
-from adaskip.training.tracking import write_text
-from adaskip.verbs.run import check_split, check_writable
+from adaskip.verbs.run import check_writable
+from adaskip.verbs.splits import check_split
 
 _WHY = "a quarter of them calibrates the constants, the rest judges and tests"
+
+
+@dataclass(frozen=True)
+class ProfileResult:
+    """A profile of a named model, its figures and its picture in a folder."""
+
+    profile: Profile
+    model: str
+    picture: Path
+
+    def stored(self) -> dict[str, Any]:
+        """Return what stands in ``profile.json``."""
+        return self.profile.to_dict() | {"model": self.model}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return self.stored() | {"picture": str(self.picture)}
 
 
 def profile_model(
@@ -35,7 +53,7 @@ def profile_model(
     seed: int = 0,
     output: Path | None = None,
     stages: Stages = SILENT,
-) -> dict[str, Any]:
+) -> ProfileResult:
     """Profile a model on a data source and leave ``profile.json`` and ``profile.png`` in a folder.
 
     Args:
@@ -50,31 +68,14 @@ def profile_model(
         output: the folder; default ``runs/profile-NAME``.
         stages: hears what is under way.
 
-    Returns:
-        `Profile.to_dict`, and ``picture``, the PNG's path.
-
     Raises:
         AdaSkipError: the model, the data or the two together do not fit; says what to type next.
     """
-    if group not in (None, *get_args(Group)):
-        raise ConfigError(f"profile: expected group all or vision, got {group!r}; leave it out for both")
-    if data is None and model != EMBEDDED:
-        raise ConfigError(
-            f"profile: {model} needs prompts with answers; expected --data SOURCE (a folder with {split}.jsonl, or a "
-            f"Hugging Face dataset id): adaskip profile {model} --data my-data"
-        )
-    check_split(split)
-    needed = smallest_profile()
-    if examples < needed:
-        raise DataError(f"profile: expected --examples of at least {needed}, got {examples}; {_WHY}")
     folder = output or Path("runs") / f"profile-{Path(model).resolve().name}"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(
-            f"profile: {folder} is a file; expected a folder for the picture and the figures: --output DIR"
-        )
-    source = data or EMBEDDED
+    _check(model, data, group, split, examples, folder)
+    source = data or model
     records = load_records(source, split, examples, seed)
-    if len(records) < needed:
+    if len(records) < (needed := smallest_profile()):
         raise DataError(
             f"profile: expected at least {needed} inputs, got {len(records)}, which is all that split {split} of "
             f"{source} holds; {_WHY}"
@@ -82,27 +83,45 @@ def profile_model(
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder, "the profile")
     with stages(f"loading {model}"):
-        processor, base = load_processor(model), load_backbone(model)
+        processor, base = load.load_processor(model), load.load_backbone(model)
         if torch.cuda.is_available():
             torch.nn.Module.cuda(base)
         batches = [batch.to(base.device) for batch in loader(records, Collator(processor), batch_size)]
     groups = None if group is None else (cast(Group, group),)
-    found = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages).to_dict()
-    found["model"] = model
-    write_text(folder / "profile.json", json.dumps(found, indent=1) + "\n")
-    profile_plot(found, folder / "profile.png")
-    return found | {"picture": str(folder / "profile.png")}
+    measured = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages)
+    result = ProfileResult(measured, model, folder / PROFILE_PLOT)
+    write_json(folder / PROFILE, result.stored(), indent=1)
+    profile_plot(result.stored(), result.picture)
+    return result
 
 
-def summary(found: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """The tables of a profile, for the terminal: layers, rank correlations and claims, group by group."""
+def _check(model: str, data: str | None, group: str | None, split: str, examples: int, folder: Path) -> None:
+    """Refuse what cannot be profiled, before anything is loaded."""
+    if group not in (None, *get_args(Group)):
+        raise ConfigError(f"profile: expected group all or vision, got {group!r}; leave it out for both")
+    if data is None and not sources.is_shipped(model):
+        raise ConfigError(
+            f"profile: {model} needs prompts with answers; expected --data SOURCE (a folder with {split}.jsonl, or a "
+            f"Hugging Face dataset id): adaskip profile {model} --data my-data"
+        )
+    check_split(split)
+    if examples < (needed := smallest_profile()):
+        raise DataError(f"profile: expected --examples of at least {needed}, got {examples}; {_WHY}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            f"profile: {folder} is a file; expected a folder for the picture and the figures: --output DIR"
+        )
+
+
+def summary(values: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Make the tables of a profile, for the terminal: layers, rank correlations and claims, group by group."""
     shown = ("cosine", "rho", "first_order", "attention_mass", "bound")
-    for name, group in found["groups"].items():
+    for name, group in values["groups"].items():
         yield [
             {"group": name, "layer": row["layer"], "verdict": row["verdict"]}
             | {f"cost {end}": row["functional"][end] for end in ("estimate", "low", "high")}
             | {key: row[key]["estimate"] for key in shown if row.get(key)}
-            for row in found["layers"]
+            for row in values["layers"]
             if row["group"] == name
         ]
         over_inputs = group["rank_correlation_inputs"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,16 +12,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from adaskip import runfiles
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.ranks import is_first_process, launched
-from adaskip.recipe import RESOLVED, Recipe, dump, load
-from adaskip.training.checkpoints import CHECKPOINTS, checkpoints, keep_newest, newest_checkpoint
-from adaskip.training.fit_run import ROUTERS
-from adaskip.training.tracking import CONDITIONS, METRICS, environment, write_text
+from adaskip.recipe import Recipe, dump, load
+from adaskip.runfiles import ENVIRONMENT, FIT_ROUTERS, LOCK, METRICS, RECIPE, ROUTER, STARTED, SUMMARY
+from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
+from adaskip.training.tracking import environment
 
-LOCK = ".lock"
-_STARTED = (RESOLVED, "env.json", METRICS, CONDITIONS, LOCK, CHECKPOINTS, "wandb")
-"""What a start leaves in a folder before its first step."""
 _NO_KEY = 3
 _QUESTION = f"import sys, wandb; sys.exit(0 if wandb.login(prompt=False) else {_NO_KEY})"
 """Asks W&B whether a key is configured, and taken; whatever is raised ends with status 1."""
@@ -48,7 +45,7 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
         _check_same_run(recipe, folder)
     elif has_progress(folder):
         raise ConfigError(
-            f"{folder}: already holds a run; go on with it: adaskip train {folder / RESOLVED} --resume, "
+            f"{folder}: already holds a run; go on with it: adaskip train {folder / RECIPE} --resume, "
             f"or choose another folder: output={folder}-2"
         )
     elif other := _foreign(folder):
@@ -60,7 +57,7 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
 
 @contextmanager
 def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | None, int]]:
-    """Inside, the run's folder is made and this run's alone; gives the checkpoint to go on from, and its step.
+    """Make the run's folder, which inside is this run's alone; give the checkpoint to go on from, and its step.
 
     Only the first process of a run makes the folder and keeps others out; the lock dies with the process, however that
     ends.
@@ -84,9 +81,9 @@ def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | 
         keep_newest(folder, checkpoint)
         if not has_progress(folder):
             _forget_failed_start(folder)
-            write_text(folder / RESOLVED, dump(recipe))
+            runfiles.write_text(folder / RECIPE, dump(recipe))
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            write_text(folder / "env.json", json.dumps(environment(recipe.seed, device), indent=2) + "\n")
+            runfiles.write_json(folder / ENVIRONMENT, environment(recipe.seed, device), indent=2)
         yield checkpoint, step
     finally:
         (folder / LOCK).unlink(missing_ok=True)
@@ -94,21 +91,21 @@ def opened(recipe: Recipe, folder: Path, resume: bool) -> Iterator[tuple[Path | 
 
 
 def has_progress(folder: Path) -> bool:
-    """Whether a run in this folder has got as far as a step, a fitted round or a result."""
+    """Return whether a run in this folder has got as far as a step, a fitted round or a result."""
     metrics = folder / METRICS
     stepped = metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1
-    made = (folder / ROUTERS).is_file() or (folder / "router").is_dir() or (folder / "summary.json").is_file()
+    made = (folder / FIT_ROUTERS).is_file() or (folder / ROUTER).is_dir() or (folder / SUMMARY).is_file()
     return stepped or made or bool(checkpoints(folder))
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Names in a folder that no start of ours leaves there."""
+    """List the names in a folder that no start of ours leaves there."""
     if not folder.exists():
         return []
     if not folder.is_dir():
         return ["a file of that name"]
     names = sorted(path.name for path in folder.iterdir())
-    return [name for name in names if name.removesuffix(".part") not in _STARTED]
+    return [name for name in names if runfiles.whole_name(name) not in STARTED]
 
 
 def _make(folder: Path) -> None:
@@ -124,7 +121,7 @@ def _make(folder: Path) -> None:
 def _forget_failed_start(folder: Path) -> None:
     """Remove what a start left that never came to its first step."""
     for path in folder.iterdir():
-        if path.name == LOCK or path.name.removesuffix(".part") not in _STARTED:
+        if path.name == LOCK or runfiles.whole_name(path.name) not in STARTED:
             continue
         if path.is_dir():
             shutil.rmtree(path)
@@ -133,7 +130,7 @@ def _forget_failed_start(folder: Path) -> None:
 
 
 def _check_same_run(recipe: Recipe, folder: Path) -> None:
-    resolved = folder / RESOLVED
+    resolved = folder / RECIPE
     if not resolved.is_file():
         raise CheckpointError(f"{folder}: no run to resume here; start one without --resume")
     if not has_progress(folder):
@@ -153,7 +150,7 @@ def _is_free(key: str) -> bool:
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested sections as one mapping of dotted keys."""
+    """Flatten nested sections to one mapping of dotted keys."""
     flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -164,11 +161,11 @@ def _check_launch(recipe: Recipe) -> None:
     """Compare what torchrun has started with what the recipe asks for: each process would train for itself."""
     started, _ = launched()
     devices = recipe.trainer.devices
-    asked = len(devices) if isinstance(devices, list) else devices
-    if started > 1 and asked != "auto" and str(asked) != str(started):
+    requested = len(devices) if isinstance(devices, list) else devices
+    if started > 1 and requested != "auto" and str(requested) != str(started):
         raise ConfigError(
             f"trainer.devices: torchrun has started {started} processes on this machine, and the recipe asks for "
-            f"{asked}; leave it out, or type trainer.devices={started}"
+            f"{requested}; leave it out, or type trainer.devices={started}"
         )
 
 
@@ -177,14 +174,14 @@ def _check_tracking(recipe: Recipe) -> None:
     if recipe.tracking.wandb != "online":
         return
     # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
-    asked = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
-    if asked.returncode == _NO_KEY:
+    answer = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
+    if answer.returncode == _NO_KEY:
         raise ConfigError(
             "tracking.wandb: online needs a W&B API key, and none is configured; type `wandb login`, "
             "or keep the run on this machine: tracking.wandb=offline"
         )
-    if asked.returncode:
-        reason = next(reversed(asked.stderr.strip().splitlines()), "no reason given")
+    if answer.returncode:
+        reason = next(reversed(answer.stderr.strip().splitlines()), "no reason given")
         raise ConfigError(
             f"tracking.wandb: online was refused ({reason}); mend the key with `wandb login --relogin`, "
             "or keep the run on this machine: tracking.wandb=offline"

@@ -42,8 +42,7 @@ def half_a_file(content: Any, place: Any, *args: Any, **options: Any) -> None:
         return save(content, place, *args, **options)
     whole = io.BytesIO()
     save(content, whole)
-    place.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-    place.flush()
+    place.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
     return die()
 
 

@@ -196,8 +196,6 @@ def test_training_says_it_before_the_model_is_loaded(tmp_path: Path, monkeypatch
     """Data that do not fit the processor are refused in seconds, not after the layers were measured."""
     for split in ("train", "validation", "test"):
         write(tmp_path, *[{"prompt": "<image> digit ?", "answer": "1"}] * 4, split=split)
-    monkeypatch.setattr(
-        "adaskip.verbs.train.load_backbone", lambda *args, **options: pytest.fail("the model was loaded")
-    )
+    monkeypatch.setattr("adaskip.verbs.train.load_model", lambda *args, **options: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=r"train.jsonl, line 1: 1 <image> in the prompt and no picture"):
         train(load("digits-vlm", [f"data.source={tmp_path}", f"output={tmp_path / 'run'}", "tracking.wandb=disabled"]))

@@ -77,7 +77,7 @@ def test_routers_that_skip_everything_do_not_hold(run: Path, tmp_path: Path, cap
 
 def test_routers_that_skip_nothing_hold(run: Path, tmp_path: Path) -> None:
     """A check that says no to everything is useless too: dense decisions hold."""
-    found = check(copy_of(run, tmp_path / "dense", threshold=-1e6))
+    found = check(copy_of(run, tmp_path / "dense", threshold=-1e6)).to_dict()
     assert (found["ok"], found["reasons"]) == (True, ["the routers skip nothing on these inputs"])
 
 

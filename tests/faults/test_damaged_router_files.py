@@ -129,7 +129,7 @@ def test_damaged_routers_are_not_shipped(tmp_path: Path) -> None:
     folder, out = tmp_path / "router", tmp_path / "out"
     routed().save_pretrained(folder)
     (folder / "README.md").unlink()
-    assert "router.safetensors" in export(folder, out)["files"]
+    assert "router.safetensors" in export(folder, out).files
     weights = folder / "router.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged"):

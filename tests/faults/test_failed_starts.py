@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import adaskip.verbs.train
+import adaskip.verbs.trainer
 from adaskip.errors import CheckpointError, ConfigError, DataError
 from adaskip.recipe import load
 from adaskip.verbs.export import export
@@ -132,7 +133,7 @@ def test_torchrun_and_the_recipe_must_agree(tmp_path: Path, monkeypatch: pytest.
 
 def test_slurm_requeues_nothing_behind_our_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: a checkpoint in mid-round, written at SLURM's signal, that a resume prefers to the run's own."""
-    assert adaskip.verbs.train._cluster() == []
+    assert adaskip.verbs.trainer._cluster() == []
     for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "5"}.items():
         monkeypatch.setenv(name, value)
-    assert [cluster.auto_requeue for cluster in adaskip.verbs.train._cluster()] == [False]
+    assert [cluster.auto_requeue for cluster in adaskip.verbs.trainer._cluster()] == [False]

@@ -16,7 +16,7 @@ from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.generate import answer, answer_many
 from adaskip.verbs.lengths import longest_answer
-from adaskip.verbs.run import open_run
+from adaskip.verbs.run import Run
 from adaskip.verbs.train import train
 from tests import toys
 from tests.faults.finished import copy_of
@@ -66,7 +66,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_dense_model_is_right_about_its_own_answers(own: Path, tmp_path: Path) -> None:
     """Cut at 16 tokens, the dense model scored 0 on longer answers that it had generated itself; now 1."""
-    found = evaluate(copy_of(own, tmp_path / "run", threshold=-1e6), batch_size=8)
+    found = evaluate(copy_of(own, tmp_path / "run", threshold=-1e6), batch_size=8).to_dict()
     (row,) = found["kinds"]
     assert found["max_new_tokens"] > SHORTEST
     assert found["warnings"] == []
@@ -78,7 +78,7 @@ def test_the_dense_model_is_right_about_its_own_answers(own: Path, tmp_path: Pat
 
 def test_what_routing_costs_is_shown_apart(own: Path, tmp_path: Path) -> None:
     """Skipping every layer: agreement falls and KL rises, though accuracy is 0 for another reason, a short limit."""
-    found = evaluate(copy_of(own, tmp_path / "run", threshold=1e6), batch_size=8, max_new_tokens=4)
+    found = evaluate(copy_of(own, tmp_path / "run", threshold=1e6), batch_size=8, max_new_tokens=4).to_dict()
     (row,) = found["kinds"]
     assert row["dense_accuracy"] == row["routed_accuracy"] == 0
     assert row["agreement"] < 1
@@ -93,22 +93,22 @@ def test_what_routing_costs_is_shown_apart(own: Path, tmp_path: Path) -> None:
 def test_generate_and_calibrate_take_the_length_from_the_data(own: Path, tmp_path: Path) -> None:
     """A certificate about the first 16 tokens says nothing of the other nine."""
     copied = copy_of(own, tmp_path / "run", spread=1.0)
-    longest = answer(copied, example=0)["max_new_tokens"]
+    longest = answer(copied, example=0).max_new_tokens
     assert longest > SHORTEST
-    assert answer(copied, prompt="w1 w2 w3")["max_new_tokens"] == longest
-    assert answer(copied / "router", prompt="w1 w2 w3")["max_new_tokens"] == 64
+    assert answer(copied, prompt="w1 w2 w3").max_new_tokens == longest
+    assert answer(copied / "router", prompt="w1 w2 w3").max_new_tokens == 64
     (tmp_path / "many.jsonl").write_text('{"prompt": "w1 w2"}\n\n{"prompt": "w3"}\n')
-    found = answer_many(copied, tmp_path / "many.jsonl")
+    found = answer_many(copied, tmp_path / "many.jsonl").to_dict()
     assert (found["max_new_tokens"], len(found["answers"])) == (longest, 2)
-    certified = calibrate(copied, risk=0.3, delta=0.3)
+    certified = calibrate(copied, risk=0.3, delta=0.3).to_dict()
     assert certified["max_new_tokens"] > SHORTEST
     assert certified["answers_cut"] < certified["n"] == 18
-    assert calibrate(copied, risk=0.3, delta=0.3, max_new_tokens=5)["answers_cut"] == 18
+    assert calibrate(copied, risk=0.3, delta=0.3, max_new_tokens=5).answers_cut == 18
 
 
 def test_no_answer_at_all_has_length_one(own: Path) -> None:
     """Empty answers leave room for the end token."""
-    processor = open_run(own).processor
+    processor = Run.open(own).processor
     assert longest_answer([{"answer": ""}], processor) == 1
     assert longest_answer([], processor) == 1
 
@@ -148,7 +148,7 @@ def test_what_the_report_cannot_read_is_said_before_the_work(
     (copied / file).unlink(missing_ok=True)
     if text is not None:
         (copied / file).write_text(text)
-    monkeypatch.setattr("adaskip.verbs.evaluate.open_run", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("adaskip.verbs.evaluate.Run.open", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=message):
         evaluate(copied)
 

@@ -144,7 +144,7 @@ def test_train_says_that_the_budget_was_missed(tmp_path: Path) -> None:
     """Ten of twelve layers held from the start and keep=.5: the run is saved, and says missed in all places."""
     folder = tmp_path / "run"
     held = "router.held=[0,1,2,3,4,5,6,7,8,9]"
-    done = train(load("digits-vlm", [*SHORT, held, "objective.keep=0.5", f"output={folder}"]))
+    done = train(load("digits-vlm", [*SHORT, held, "objective.keep=0.5", f"output={folder}"])).to_dict()
     assert done["ok"] is False
     stored = json.loads((folder / "summary.json").read_text())
     assert (stored["budget"], stored["ok"]) == ("missed", False)

@@ -77,7 +77,7 @@ def test_two_saves_at_once_do_not_mix(tmp_path) -> None:
 
 def test_an_unfinished_save_of_somebody_else_is_not_touched(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second save begins before the first is done; catches two writers of one temporary file."""
-    first = persist._write
+    first = persist.write
     seen: list[str] = []
 
     def watch(path: Path, content: bytes) -> None:
@@ -86,7 +86,7 @@ def test_an_unfinished_save_of_somebody_else_is_not_touched(tmp_path, monkeypatc
         first(path, content)
         monkeypatch.setattr(Path, "replace", replace)
 
-    monkeypatch.setattr(persist, "_write", watch)
+    monkeypatch.setattr(persist, "write", watch)
     routed().save_pretrained(tmp_path)
     routed().save_pretrained(tmp_path)
     assert len(set(seen)) == len(seen) == 6

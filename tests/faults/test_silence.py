@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.generate import answer
 from adaskip.verbs.profile import profile_model
 from adaskip.verbs.train import train
+from adaskip.verbs.trainer import make_trainer
 from tests.faults.finished import SHORT, copy_of
 
 
@@ -101,6 +104,14 @@ def test_a_library_call_prints_nothing(run: Path, capfd: pytest.CaptureFixture[s
     """Called from Python without stages, nothing is said unasked."""
     answer(run, prompt="3 plus 4 ?")
     assert "adaskip:" not in "".join(capfd.readouterr())
+
+
+def test_a_library_call_changes_nothing_for_the_rest_of_the_process(tmp_path: Path) -> None:
+    """`train` set Lightning's log level and added warning filters for good: a notebook's own training fell silent."""
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level, [*warnings.filters]
+    make_trainer(load("digits-vlm", [*SHORT, f"output={tmp_path}"]), tmp_path, 0, [])
+    assert (log.level, [*warnings.filters]) == before
 
 
 def test_json_keeps_standard_output_pure(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,7 @@ from tests.faults.finished import SHORT, copy_of
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model fails the test: the fault must be found before."""
-    for module in ("train", "opened", "profiling"):
-        monkeypatch.setattr(f"adaskip.{module}.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("adaskip.backbone.load.load_backbone", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 def rows(count: int) -> str:
@@ -64,7 +63,7 @@ def test_the_python_profile_says_so_as_well() -> None:
 
 def test_the_least_profile_is_enough(tmp_path: Path) -> None:
     """What the message asks for must do: 33 inputs run through to the picture."""
-    found = profile_model("digits-vlm", group="all", examples=smallest_profile(), output=tmp_path)
+    found = profile_model("digits-vlm", group="all", examples=smallest_profile(), output=tmp_path).to_dict()
     assert found["n"] == 33
     assert Path(found["picture"]).is_file()
 

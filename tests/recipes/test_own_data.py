@@ -20,10 +20,10 @@ def test_text_only_recipe_end_to_end(language_model: Path, data: Path, tmp_path:
     folder = tmp_path / "run"
     recipe = load("causal-lm", [*SHORT, f"backbone.path={language_model}", f"data.source={data}", f"output={folder}"])
     train(recipe)
-    found = evaluate(folder, per_kind=4, batch_size=4, max_new_tokens=3)
+    found = evaluate(folder, per_kind=4, batch_size=4, max_new_tokens=3).to_dict()
     assert [row["kind"] for row in found["kinds"]] == ["k0", "k1"]
-    assert answer(folder, prompt="w1 w2 w3", max_new_tokens=2)["layers"] == 4
-    found = check(folder, bands=True)
+    assert len(answer(folder, prompt="w1 w2 w3", max_new_tokens=2).route) == 4
+    found = check(folder, bands=True).to_dict()
     assert found["summary"]["split"] == "test"
     assert [row["band"] for row in found["bands"]] == [
         *(f"late entry {k}" for k in (1, 2, 3)),
@@ -40,7 +40,7 @@ def test_a_run_that_stops_at_violated_conditions_says_so(language_model: Path, d
     folder = tmp_path / "run"
     strict = ["conditions.on_violation=stop", "conditions.tolerance=0", "conditions.level=0.5", "router.keep_bias=-2"]
     settings = [*SHORT, *strict, f"backbone.path={language_model}", f"data.source={data}", f"output={folder}"]
-    done = train(load("causal-lm", settings))
+    done = train(load("causal-lm", settings)).to_dict()
     assert (done["ok"], done["steps"]) == (False, 2)
     assert done["stopped"].startswith("conditions violated at step 2: layer ")
     assert not (folder / "router").exists()

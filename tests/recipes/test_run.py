@@ -109,17 +109,17 @@ def test_wandb_has_the_same(run: Path) -> None:
 
 
 def test_evaluate_answer_and_check(run: Path) -> None:
-    found = evaluate(run, per_kind=4, batch_size=4)
+    found = evaluate(run, per_kind=4, batch_size=4).to_dict()
     assert [row["kind"] for row in found["kinds"]] == ["digit", "sum", "count", "max", "arithmetic", "repeat"]
     for row in found["kinds"]:
         assert row["n"] == 4
         assert 0 < row["keep"] <= 1
         assert row["flops_saved"] == pytest.approx(1 - row["keep"])
         assert min(row["dense_s"], row["routed_s"], row["prefill_dense_s"], row["prefill_routed_s"]) > 0
-    told = answer(run, example=5)
+    told = answer(run, example=5).to_dict()
     assert len(told["route"]) == told["layers"] == 12
     assert told["keep"] == pytest.approx(sum(told["route"]) / 12)
-    verdicts = check(run)
+    verdicts = check(run).to_dict()
     assert isinstance(verdicts["ok"], bool)
     assert verdicts["summary"]["n"] == 60
     assert json.loads((run / "evaluation.json").read_text())["example"]["prompt"] == told["prompt"]
@@ -128,7 +128,7 @@ def test_evaluate_answer_and_check(run: Path) -> None:
 
 
 def test_export_and_load(run: Path, tmp_path: Path) -> None:
-    exported = export(run, tmp_path / "out")
+    exported = export(run, tmp_path / "out").to_dict()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(exported["files"])
     assert "library_name: adaskip" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(CheckpointError, match="already holds something"):
@@ -141,7 +141,7 @@ def test_export_and_load(run: Path, tmp_path: Path) -> None:
 
     example = examples("test", 1, seed=3)[0]
     example["image"].save(picture)
-    told = answer(tmp_path / "out", image=picture, prompt=example["prompt"].removeprefix("<image> "))
+    told = answer(tmp_path / "out", image=picture, prompt=example["prompt"].removeprefix("<image> ")).to_dict()
     assert told["prompt"].startswith("<image>")
     assert told["route"] == model_route(model, example)
 
@@ -196,7 +196,7 @@ def test_damaged_routers_are_told(run: Path, tmp_path: Path, fault: str) -> None
 
 def test_vision_recipe(tmp_path: Path) -> None:
     folder = tmp_path / "vision"
-    summary = train(load("digits-vlm-vision", [*SHORT, "tracking.wandb=disabled", f"output={folder}"]))
+    summary = train(load("digits-vlm-vision", [*SHORT, "tracking.wandb=disabled", f"output={folder}"])).to_dict()
     looks = [json.loads(line) for line in (folder / "conditions.jsonl").read_text().splitlines()]
     assert {f["notion"] for f in looks[0]["findings"]} == {"geometric", "proximal", "functional", "cross-modal"}
     assert not (folder / "wandb").exists()

@@ -13,12 +13,13 @@ from transformers import Cache
 
 from adaskip import cli
 from adaskip.backbone.inspect import inspect_backbone, twin
-from adaskip.bench import bench
+from adaskip.bench import table
 from adaskip.bench.forced import check_forced, different, force, spread_out
 from adaskip.bench.graph import Graph
 from adaskip.bench.many import many_cell
 from adaskip.bench.random_model import Size, random_subject
 from adaskip.bench.rounds import LEAST, interleave, ratio, spread
+from adaskip.bench.settings import BenchSettings, read
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject, stored_subject
 from adaskip.errors import AdaSkipError, ConfigError
@@ -29,6 +30,13 @@ from adaskip.runtime.measure import cache_bytes, peak_memory
 from tests import families
 
 CPU = torch.device("cpu")
+
+
+def bench(subject: Subject, skip: list[float] | None, batch: list[int], path: list[str], **options) -> list[dict]:
+    """The rows of these settings; which model they name is nothing to the point."""
+    return table.bench(subject, BenchSettings(target="a", skip=skip, batch=batch, path=path, **options))
+
+
 TINY = ["--layers", "2", "--hidden", "64"]
 SIZE = Size(layers=4, hidden=64, heads=2, vocabulary=96)
 
@@ -130,7 +138,7 @@ def test_every_row_adds_up(backbone: str, image_tokens: int) -> None:
 @pytest.mark.parametrize(("backbone", "image_tokens"), [("llama", 0), ("llava", 9), ("qwen2_vl", 6), ("qwen2_5_vl", 6)])
 def test_many_prompts_beside_their_paths_cut_out(backbone: str, image_tokens: int) -> None:
     subject = random_subject(backbone, SIZE, 9, 3, image_tokens, "all", "sdpa", torch.float32, CPU, seed=0)
-    rows = bench(subject, [0.0, 0.5], [6], ["many"], new=2, budget=0, different=3)
+    rows = bench(subject, [0.0, 0.5], [6], ["many"], new=2, budget=0, paths=3)
     assert [(r["phase"], r["path"], r["paths"], r["skip"]) for r in rows] == [
         ("prefill", "many", 1, 0.0),
         ("decode", "many", 1, 0.0),
@@ -297,10 +305,19 @@ def test_peak_memory_sees_what_a_call_held() -> None:
     ("words", "told"),
     [
         ([], "expected a run folder, digits-vlm, or --backbone TYPE for a random model, one of them"),
-        (["digits-vlm", "--prompt", "3"], "--attention, --dtype and sizes: a stored model has its own"),
-        (["digits-vlm", "--dtype", "bfloat16"], "--attention, --dtype and sizes: a stored model has its own"),
+        (
+            ["digits-vlm", "--prompt", "3"],
+            "a stored model has its own sizes, prompts and dtype, got --prompt for it as well",
+        ),
+        (
+            ["digits-vlm", "--dtype", "bfloat16"],
+            "a stored model has its own sizes, prompts and dtype, got --dtype for it as well",
+        ),
         (["--backbone", "llama", "--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
-        (["--backbone", "llava", "--image-tokens", "-5"], "--image-tokens: expected a whole number >= 0, got -5"),
+        (
+            ["--backbone", "llava", "--image-tokens", "-5"],
+            "--image-tokens: expected greater than or equal to 0, got '-5'",
+        ),
         (["--backbone", "openai-gpt", *TINY, "--attention", "eager"], "--backbone openai-gpt: it keeps no KV cache"),
         (["--backbone", "gpt_neo", *TINY], "--backbone gpt_neo: "),
         (["--backbone", "gemma3", *TINY], "expected a model of 2 layers and width 64, but its configuration made one"),
@@ -312,28 +329,39 @@ def test_peak_memory_sees_what_a_call_held() -> None:
         (["--backbone", "llama", "--hidden", "96", "--heads", "5"], "--hidden 96: expected a multiple of twice the 5"),
         (
             ["--backbone", "llama", "--skip", "a"],
-            "--skip: expected numbers with commas between, such as 0,0.5",
+            "--skip: expected between commas a valid number, got 'a'",
         ),
         (["--backbone", "llama", "--dtype", "floot32"], "got 'floot32'; did you mean 'float32'?"),
         (["--backbone", "llava", "--layers", "2"], "say how long its picture is: --image-tokens 576"),
         (["--backbone", "llava", "--image-tokens", "7"], "--image-tokens 7: expected a square for llava, such as 9"),
         (["--backbone", "mamba", *TINY], "--backbone mamba: MambaForCausalLM does not support"),
         (["--backbone", "t5", *TINY], "--backbone t5: "),
-        (["--backbone", "llama", *TINY, "--skip", "0.9,1"], "expected shares in [0, 1), got 1; --skip 0.9: leaves"),
-        (["--backbone", "llama", *TINY, "--path", "main"], "--path: expected uniform | mixed | many, got 'main'"),
+        (["--backbone", "llama", *TINY, "--skip", "0.9,1"], "--skip: expected between commas less than 1, got '0.9,1'"),
+        (["--backbone", "llama", *TINY, "--skip", "0.9"], "--skip 0.9: leaves no layer of 2"),
+        (
+            ["--backbone", "llama", *TINY, "--path", "main"],
+            "--path: expected between commas uniform | mixed | many, got 'main'",
+        ),
         (
             ["--backbone", "llama", *TINY, "--path", "many", "--skip", "0.5", "--batch", "3"],
             "--paths 4: expected at least so many prompts, got --batch 3; "
             "--paths 4: 1 of 2 layers can be left out in 2 ways only",
         ),
-        (["--backbone", "llama", *TINY, "--path", "many", "--paths", "0"], "--paths: expected a whole number >= 1"),
+        (
+            ["--backbone", "llama", *TINY, "--path", "many", "--paths", "0"],
+            "--paths: expected greater than or equal to 1, got '0'",
+        ),
         (
             ["--backbone", "llava", *TINY, "--image-tokens", "4", "--path", "many"],
             "--path many: without vision no layer is left out of decoding; expected --group all",
         ),
         (
             ["--backbone", "llama", *TINY, "--phase", "decode,prefil"],
-            "--phase: expected prefill, decode or both, got 'decode,prefil'",
+            "--phase: expected between commas prefill | decode, got 'decode,prefil'; did you mean 'decode'?",
+        ),
+        (
+            ["--backbone", "llama", *TINY, "--phase", "decode,decode"],
+            "--phase: expected between commas prefill, decode or both, got 'decode,decode'",
         ),
     ],
 )
@@ -344,6 +372,58 @@ def test_bad_input_is_a_plain_error(words: list[str], told: str, capfd: pytest.C
     assert (stop.value.code, out) == (2, "")
     assert told in err.replace("\n", " ")
     assert "Traceback" not in err
+
+
+def test_all_faults_are_told_at_once() -> None:
+    """A bench takes hours to prepare and a minute to type: the second fault must not show after the first is mended."""
+    with pytest.raises(ConfigError) as error:
+        read({"layers": "x", "batch": "1,0", "dtype": "float16", "device": "tpu", "laiers": 3})
+    head, *told = str(error.value).splitlines()
+    assert head == "bench:"
+    assert sorted(told) == [
+        "  --batch: expected between commas greater than or equal to 1, got '1,0'",
+        "  --device: expected cpu or cuda, got 'tpu'",
+        "  --laiers: no such key, got 3; did you mean 'layers'?",
+        "  --layers: expected a valid integer, got 'x'",
+        "  expected a run folder, digits-vlm, or --backbone TYPE for a random model, one of them",
+    ]
+
+
+def test_settings_are_the_same_typed_and_as_values() -> None:
+    """Figures name the settings that made them, and these words must give the same settings again."""
+    typed = read({"backbone": "llama", "skip": "0,0.5", "batch": "8", "path": "uniform,mixed", "phase": "decode"})
+    values = BenchSettings(backbone="llama", skip=(0, 0.5), batch=(8,), path=("uniform", "mixed"), phase=("decode",))
+    assert typed == values
+    told = typed.to_dict()
+    assert (told["skip"], told["batch"], told["path"], told["phase"]) == ("0,0.5", "8", "uniform,mixed", "decode")
+    assert read({name: value for name, value in told.items() if value is not None}) == typed
+    assert list(told)[:3] == ["target", "backbone", "layers"]
+    stored = BenchSettings(target="digits-vlm").to_dict()
+    assert list(stored) == [
+        "target",
+        "skip",
+        "batch",
+        "path",
+        "paths",
+        "phase",
+        "new",
+        "budget",
+        "width",
+        "device",
+        "seed",
+    ]
+
+
+def test_help_names_every_setting(capfd: pytest.CaptureFixture[str]) -> None:
+    """The options are derived from the section, when they are needed."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--help"])
+    out, _ = capfd.readouterr()
+    assert not stop.value.code
+    for name, info in BenchSettings.model_fields.items():
+        assert name == "target" or f"--{name.replace('_', '-')} " in out
+        assert info.description
+    assert "Its layers (24)." in out
 
 
 def test_the_verb(capfd: pytest.CaptureFixture[str]) -> None:

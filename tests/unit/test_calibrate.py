@@ -15,9 +15,9 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.generate.greedy import greedy_processors
 from adaskip.recipe import dump, load
 from adaskip.training.data import Collator
-from adaskip.verbs import run as opened
 from adaskip.verbs.calibrate import KEEP_ALL, answered, calibrate, digest, disagreement, fresh_records
-from adaskip.verbs.train import records
+from adaskip.verbs.run import Run
+from adaskip.verbs.splits import records
 
 SMALL = [
     "conditions.examples=6",
@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(run: Path) -> dict:
-    return calibrate(run, risk=0.2, delta=0.2)
+    return calibrate(run, risk=0.2, delta=0.2).to_dict()
 
 
 def by_generation(model: adaskip.RoutedModel, batch: adaskip.Batch) -> list[bool]:
@@ -65,7 +65,7 @@ def by_generation(model: adaskip.RoutedModel, batch: adaskip.Batch) -> list[bool
 
 
 def test_the_losses_are_those_of_generation(run: Path, found: dict) -> None:
-    loaded = opened.open_run(run)
+    loaded = Run.open(run)
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, ""))
     assert found["n"] == len(batch.answer) == 48
     losses = []
@@ -86,7 +86,7 @@ def test_the_losses_are_those_of_generation(run: Path, found: dict) -> None:
 )
 def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, options: dict) -> None:
     """A generation config that changes logits changes both answers; the teacher-forced loss follows it exactly."""
-    loaded = opened.open_run(run)
+    loaded = Run.open(run)
     model = loaded.model
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, ""))
     if options.get("suppress_tokens"):
@@ -108,7 +108,7 @@ def test_the_losses_are_those_of_generation_under_logits_processors(run: Path, o
 
 
 def test_a_generation_that_is_not_greedy_is_refused(run: Path) -> None:
-    loaded = opened.open_run(run)
+    loaded = Run.open(run)
     inputs = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:2]).inputs
     assert list(greedy_processors(loaded.model, inputs, 4)) == []
     config = loaded.model.backbone.generation_config
@@ -140,7 +140,7 @@ def test_what_is_stored_is_applied(run: Path, found: dict) -> None:
 
 
 def test_calibrating_again_asks_the_same_question(run: Path, found: dict) -> None:
-    again = calibrate(run, risk=0.2, delta=0.2)
+    again = calibrate(run, risk=0.2, delta=0.2).to_dict()
     assert again == found
 
 
@@ -158,12 +158,12 @@ def test_calibration_inputs_are_fresh(run: Path, found: dict) -> None:
 def test_nothing_certified_means_dense(tmp_path: Path) -> None:
     """Routers that would skip the first layer first, which this model cannot do without."""
     folder = make_run(tmp_path / "bad", spread=0.0, first=20.0)
-    found = calibrate(folder, risk=0.1, delta=0.1)
+    found = calibrate(folder, risk=0.1, delta=0.1).to_dict()
     assert (found["ok"], found["threshold"], found["keep"]) == (False, None, 1.0)
     model = adaskip.RoutedModel.from_pretrained(folder / "router")
     assert model.policy.threshold == KEEP_ALL
     assert "every layer runs" in (folder / "router" / "README.md").read_text()
-    loaded = opened.open_run(folder)
+    loaded = Run.open(folder)
     batch = Collator(loaded.processor, answers=False)(fresh_records(loaded.recipe, 1, "")[:6])
     assert not any(by_generation(model, batch))
     assert model.routing.keep.all()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import adaskip
+from adaskip import runfiles
 from adaskip.batch import Batch
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import load
@@ -221,12 +222,12 @@ def test_a_run_from_bounds_is_complete_and_resumes(
     """Stopped after the first round and again before the tuning: bitwise the routers of the uninterrupted run."""
     arguments = [*SHORT, *FIT, f"trainer.steps={steps}", f"backbone.path={language_model}", f"data.source={data}"]
     run, stopped = tmp_path / "run", tmp_path / "stopped"
-    summary = train(load("causal-lm", [*arguments, f"output={run}"]))
+    summary = train(load("causal-lm", [*arguments, f"output={run}"])).to_dict()
     files = {path.name for path in run.iterdir()}
     assert files >= {"recipe.resolved.yaml", "env.json", "metrics.csv", "conditions.jsonl", "keep_rates.json"}
-    assert files >= {"summary.json", "prices.json", "report.md", "router", fit_run.ROUNDS, fit_run.ROUTERS}
+    assert files >= {"summary.json", "prices.json", "report.md", "router", runfiles.FIT, runfiles.FIT_ROUTERS}
     assert list(summary["parts"]) == ["price", "fit", *(["train"] if steps else []), "threshold", "check"]
-    lines = [json.loads(line) for line in (run / fit_run.ROUNDS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / runfiles.FIT).read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]
     assert f"0,fit/keep,{lines[-1]['keep']!r}" in (run / "metrics.csv").read_text()
     assert "`fit/keep`" in (run / "report.md").read_text()
@@ -240,13 +241,13 @@ def test_a_run_from_bounds_is_complete_and_resumes(
         patch.setattr("adaskip.training.fit_run._save", lambda *args: (save(*args), interrupted()))
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
-    assert len((stopped / fit_run.ROUNDS).read_text().splitlines()) == 1
+    assert len((stopped / runfiles.FIT).read_text().splitlines()) == 1
     train(recipe, resume=True)
     expected, resumed = (load_file(f / "router" / "router.safetensors") for f in (run, stopped))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     if steps:
         return
-    (stopped / fit_run.ROUTERS).write_bytes(b"not safetensors")
+    (stopped / runfiles.FIT_ROUTERS).write_bytes(b"not safetensors")
     with pytest.raises(
         CheckpointError, match=r"fit.safetensors: damaged, or of another model .*; delete it and resume"
     ):

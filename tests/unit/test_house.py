@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from adaskip import runfiles
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adaskip"
 ORDER = [
@@ -18,8 +20,10 @@ ORDER = [
     "ranks",
     "stages",
     "lines",
+    "runfiles",
     "batch",
     "demo",
+    "sources",
     "plan",
     "backbone",
     "policy",
@@ -29,6 +33,7 @@ ORDER = [
     "policies",
     "survey",
     "training",
+    "sections",
     "recipe",
     "report",
     "verbs",
@@ -112,6 +117,38 @@ def test_only_backbone_knows_model_internals() -> None:
             continue
         code = "\n".join(ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute))
         assert not [name for name in inner if f".{name}" in code], path
+
+
+def words(path: Path) -> set[str]:
+    """Every word of a module's texts that could be a file's name; docstrings, which people read, are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    ]
+    found = {word for text in texts for word in re.findall(r"[\w.]+", text) if "." in word}
+    joined = [node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)]
+    return found | {str(node.value) for node in joined if isinstance(node, ast.Constant)}  # folder / "router"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_one_module_spells_the_files_of_a_run(path: Path) -> None:
+    """A name that two modules spell is one that only one of them changes: `check` once read what `train` left out."""
+    if path.name != "runfiles.py":
+        assert not words(path) & runfiles.NAMES
+
+
+def test_only_sources_knows_the_demo() -> None:
+    """The demo is one model and one data source among many; a branch for it elsewhere is one too many."""
+    others = [path for path in MODULES if "demo" not in path.parts and path.name != "sources.py"]
+    assert not [path for path in others if any(name.startswith("adaskip.demo") for name in imports(path))]
+
+
+def test_only_one_module_writes_unfinished_files() -> None:
+    """Two ways to write a file whole are two ways to leave half of one."""
+    assert not [path for path in MODULES if ".part" in words(path) and path.name != "runfiles.py"]
 
 
 def test_no_test_imports_another() -> None:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from adaskip.errors import ConfigError
 from adaskip.policies.learned.config import RouterConfig
-from adaskip.recipe import Recipe, dump, faults, find, load, recipes, sentence
+from adaskip.recipe import Recipe, dump, find, load, recipes, sentence
+from adaskip.sections import faults
 from adaskip.training.objective import Objective
 
 MINIMAL = """\
@@ -137,7 +138,7 @@ def test_missing_keys_are_all_named(write):
         "trainer.validate_every: required key is missing; expected an integer",
         "trainer.checkpoint_every: required key is missing; expected an integer",
     ]
-    assert faults({})[0] == "backbone: required key is missing; expected a section"
+    assert faults(Recipe, {})[0] == "backbone: required key is missing; expected a section"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_any_values_give_a_recipe_or_a_list_of_faults(values):
             section = section.setdefault(key, {}) if isinstance(section, dict) else {}
         if isinstance(section, dict):
             section[last] = value
-    found = faults(raw)
+    found = faults(Recipe, raw)
     if found:
         with pytest.raises(ValidationError):
             Recipe.model_validate(raw)
@@ -265,3 +266,33 @@ def test_any_values_give_a_recipe_or_a_list_of_faults(values):
     else:
         recipe = Recipe.model_validate(raw)
         assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.keep=0.5", "trainer.steps=7"],
+        {"objective.keep": 0.5, "trainer.steps": 7},
+        {"objective": {"keep": 0.5}, "trainer": {"steps": 7}},
+    ],
+)
+def test_from_python_a_recipe_and_its_overrides_may_be_values(overrides):
+    """A notebook has numbers, not texts; what it does not name stays as it was."""
+    before = load("digits-vlm")
+    for recipe in (before, "digits-vlm", recipes()["digits-vlm"]):
+        after = load(recipe, overrides)
+        assert (after.objective.keep, after.trainer.steps, after.seed) == (0.5, 7, before.seed)
+        assert after.objective.bound_weight == before.objective.bound_weight
+    assert load(before) is before
+    assert load("digits-vlm", "objective.keep=0.5").objective.keep == 0.5  # one text is one override, not its letters
+
+
+def test_faults_of_values_are_told_as_those_of_a_file():
+    with pytest.raises(ConfigError) as error:
+        load(load("digits-vlm"), {"objective": {"keeep": 0.5}, "trainer.steps": "many", "seed.x": 1})
+    assert str(error.value).splitlines() == [
+        "recipe digits-vlm: 3 faults",
+        "  override 'seed.x': seed is 0, which has no key 'x'",
+        "  objective.keeep: no such key, got 0.5; did you mean 'keep'?",
+        "  trainer.steps: expected a valid integer, got 'many'",
+    ]

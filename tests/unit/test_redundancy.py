@@ -209,7 +209,7 @@ def test_rank_correlation_of_notions_that_rank_do_not_or_cannot():
 
 
 def test_the_verb_needs_nothing_more_for_the_demo_and_data_for_others(tmp_path):
-    found = profile_model("digits-vlm", group="vision", examples=40, output=tmp_path)
+    found = profile_model("digits-vlm", group="vision", examples=40, output=tmp_path).to_dict()
     assert json.loads((tmp_path / "profile.json").read_text())["rank_correlation"] == found["rank_correlation"]
     assert (tmp_path / "profile.png").is_file()
     assert found["chain_violations"] == 0

@@ -1,0 +1,89 @@
+"""Name the files of a run's folder, and write a file whole or not at all; nobody else spells one of these names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RECIPE = "recipe.resolved.yaml"
+ENVIRONMENT = "env.json"
+LOCK = ".lock"  # while a process trains in the folder
+METRICS = "metrics.csv"
+CONDITIONS = "conditions.jsonl"
+CHECKPOINTS = "checkpoints"
+WANDB = "wandb"
+FIT, FIT_ROUTERS = "fit.jsonl", "fit.safetensors"  # of method from-bounds: its rounds, and the routers after the last
+PRICES = "prices.json"
+KEEP_RATES = "keep_rates.json"
+SUMMARY = "summary.json"
+ROUTER = "router"  # the folder that `export` copies
+REPORT, PLOTS = "report.md", "plots"
+EVALUATION = "evaluation.json"
+CALIBRATION = "calibration.json"
+PROFILE, PROFILE_PLOT = "profile.json", "profile.png"  # of `profile`, whose folder is no run's
+
+STARTED = (RECIPE, ENVIRONMENT, METRICS, CONDITIONS, LOCK, CHECKPOINTS, WANDB)
+"""What a start leaves in a folder before its first step."""
+
+NAMES = frozenset(
+    {*STARTED, FIT, FIT_ROUTERS, PRICES, KEEP_RATES, SUMMARY, ROUTER, REPORT, PLOTS, EVALUATION, CALIBRATION}
+    | {PROFILE, PROFILE_PLOT}
+)
+"""All of them."""
+
+_PART = re.compile(r"(\.[0-9a-f]{8})?\.part$")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: two who write at once never meet in one unfinished file."""
+    write_with(path, lambda part: part.write_bytes(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    write(path, text.encode())
+
+
+def write_json(path: Path, values: Any, indent: int | None = None) -> None:
+    """Write values as one JSON document, whole or not at all."""
+    write_text(path, json.dumps(values, indent=indent) + "\n")
+
+
+def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in values))
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Append one JSON object as a line; a kill in the middle leaves the lines before it whole."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def write_with(path: Path, fill: Callable[[Path], Any]) -> None:
+    """Let ``fill`` write a file beside ``path``, and move it there once it lies on the disk.
+
+    A file that is moved before its content is on the disk may be empty after a power cut, under its right name.
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        fill(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def whole_name(name: str) -> str:
+    """Return the name that an unfinished file was to get; any other name as it is.
+
+    >>> whole_name("metrics.csv.0a1b2c3d.part"), whole_name("metrics.csv")
+    ('metrics.csv', 'metrics.csv')
+    """
+    return _PART.sub("", name)

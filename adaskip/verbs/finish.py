@@ -1,0 +1,127 @@
+"""Finish a training run: hold the budget, check the conditions, write the routers and the files, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch.utils.data import DataLoader
+
+from adaskip import report
+from adaskip.recipe import Recipe
+from adaskip.runfiles import CONDITIONS, KEEP_RATES, ROUTER, SUMMARY, append_line, write_json
+from adaskip.stages import Stages
+from adaskip.training.callbacks import ConditionCheck
+from adaskip.training.looks import Look
+from adaskip.training.module import RouterTuner
+from adaskip.training.tracking import Board, Laps
+from adaskip.verbs.budget import Budget, hold_budget
+from adaskip.verbs.prices import write_prices
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a training run; ``summary.json`` holds `to_dict`.
+
+    Where training ``stopped`` at violated conditions, nothing after ``stopped`` is known.
+    """
+
+    folder: Path
+    steps: int
+    stopped: str | None = None  # why
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # part -> seconds, processor_s
+    budget: Budget | None = None
+    validation: dict[str, float] = field(default_factory=dict)  # accuracy, kl, keep
+    look: Look | None = None  # the last one at the conditions
+
+    @property
+    def ok(self) -> bool:
+        """Return whether the compute budget is held, and training went to its end."""
+        return self.stopped is None and self.budget is not None and self.budget.met
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        values: dict[str, Any] = {"ok": self.ok, "folder": str(self.folder), "steps": self.steps}
+        if self.budget is None or self.look is None:
+            return values | {"stopped": self.stopped}
+        look = self.look.to_dict()
+        return values | {
+            "seconds": round(sum(part["seconds"] for part in self.parts.values()), 1),
+            "parts": self.parts,
+            "threshold": self.budget.threshold,
+            **self.budget.to_dict(),
+            "val": self.validation,
+            "conditions": {
+                "layers": look["layers"],
+                "joint": look["joint"],
+                "violations": sorted(self.look.violations),
+                "held": look["held"],
+            },
+        }
+
+
+def finish(
+    recipe: Recipe,
+    trainer: lightning.Trainer,
+    tuner: RouterTuner,
+    conditions: ConditionCheck,
+    validation: DataLoader[Any],
+    laps: Laps,
+    stages: Stages,
+) -> TrainResult:
+    """Find the threshold, validate, check, and leave a complete run folder."""
+    model = tuner.model.eval()
+    with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
+        batches = [batch.to(model.spec.device) for batch in validation]
+        budget = hold_budget(model, batches, recipe.objective.keep, advance)
+    stages.note(budget.sentence)
+    laps.lap("threshold")
+    with stages("validating, and checking the conditions"):
+        logged = trainer.validate(tuner, validation, verbose=False)[0]
+        assert tuner.prices is not None
+        look = conditions.inspect(model, tuner.prices, trainer.global_step)
+    rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
+    laps.lap("check")
+    figures = {name: logged[f"val/{name}"] for name in ("accuracy", "kl", "keep")}
+    model.facts = _facts(recipe, figures, look)
+    result = TrainResult(Path(recipe.output), trainer.global_step, None, laps.parts, budget, figures, look)
+    if trainer.is_global_zero:
+        _write(result, tuner, rates)
+        _report(result, tuner, rates, Board(trainer.loggers))
+    return result
+
+
+def _facts(recipe: Recipe, figures: dict[str, float], look: Look) -> dict[str, Any]:
+    """Say what the model card says of the run."""
+    joint = look.joint.to_dict()
+    return {
+        "target_keep": recipe.objective.keep,
+        "validation_keep": round(figures["keep"], 4),
+        "validation_accuracy": round(figures["accuracy"], 4),
+        "validation_kl_nats": round(figures["kl"], 5),
+        "bound_kappa": joint["kappa"],
+        "bound_coverage": joint["coverage"],
+    }
+
+
+def _write(result: TrainResult, tuner: RouterTuner, rates: dict[str, list[float]]) -> None:
+    assert result.look is not None
+    assert tuner.prices is not None
+    tuner.model.save_pretrained(result.folder / ROUTER)
+    write_json(result.folder / KEEP_RATES, rates)
+    write_prices(result.folder, tuner.prices)
+    append_line(result.folder / CONDITIONS, result.look.to_dict() | {"final": True})
+    write_json(result.folder / SUMMARY, result.to_dict(), indent=2)
+
+
+def _report(result: TrainResult, tuner: RouterTuner, rates: dict[str, list[float]], board: Board) -> None:
+    """Send what is no number to W&B, if it is used, and write the report from the files."""
+    assert result.look is not None
+    board.conditions(result.look.to_dict())
+    if rates:  # the data may name no kinds
+        board.keep_rates(rates, report.keep_heat_map(rates))
+    board.router(result.folder / ROUTER, tuner.model.facts)
+    board.finish()
+    report.write(result.folder)
