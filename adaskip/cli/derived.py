@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+Work = Callable[[dict[str, str], bool], None]
 POSITIONAL = "target"
 """The one setting that is an argument without a name."""
 
 
-def call(settings: Any, work: Callable[[dict[str, str], bool], None], ctx: typer.Context, about: str) -> None:
+def call(settings: Any, work: Work, ctx: typer.Context, about: str) -> None:
     """Parse the words behind a command by the fields of its settings, and hand on those that were typed.
 
     Values stay texts: the section itself judges them, all at once.
@@ -23,6 +24,13 @@ def call(settings: Any, work: Callable[[dict[str, str], bool], None], ctx: typer
         ctx: of the outer command, which takes any words and has no help of its own.
         about: the help's first lines.
     """
+    status = derive(settings, work, about)(ctx.args, prog_name=ctx.command_path, standalone_mode=False)
+    if status:
+        raise typer.Exit(status)
+
+
+def derive(settings: Any, work: Work, about: str) -> typer.Typer:
+    """Make the application of one command whose options are the fields of a section; arguments as in `call`."""
 
     def command(as_json: bool = False, **values: str | None) -> None:
         work({name: value for name, value in values.items() if value is not None}, as_json)
@@ -35,9 +43,7 @@ def call(settings: Any, work: Callable[[dict[str, str], bool], None], ctx: typer
     command.__doc__ = about
     inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     inner.command()(command)
-    status = inner(ctx.args, prog_name=ctx.command_path, standalone_mode=False)
-    if status:
-        raise typer.Exit(status)
+    return inner
 
 
 def _parameter(name: str, info: Any) -> inspect.Parameter:

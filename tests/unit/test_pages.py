@@ -140,6 +140,8 @@ def test_command_lines_parse(page: str, line: str, tmp_path: Path, monkeypatch: 
     parsed = commands.verbs()[verb].make_context(verb, list(words)).params
     if (name := parsed.get("recipe", parsed.get("name"))) in recipes():
         load(name, parsed.get("overrides") or [])
+    if verb in commands.DERIVED:
+        commands.DERIVED[verb](**{name: value for name, value in parsed.items() if value})
 
 
 def spans() -> Iterator[tuple[str, str, list[str]]]:
