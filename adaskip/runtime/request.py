@@ -136,14 +136,24 @@ def read_answering(tokens: Tokens, offset: int, length: int | None) -> Tensor:
     return tokens.valid & (torch.arange(tokens.valid.shape[1], device=tokens.valid.device) + offset < length)
 
 
-def read_routed(request: Request, target: Target, started: bool) -> None:
-    """Note which tokens of the chunk decisions speak of.
+def find_routed(target: Target, tokens: Tokens, prompt: Tensor) -> Tensor | None:
+    """Return bool (b t): the tokens that decisions speak of; None: every real one.
 
-        group all     phase both      prompt prompt prompt answer answer
-                                      routed routed routed routed routed
-                      phase prefill   routed routed routed   -      -
-                      phase decode      -      -      -    routed routed
-        group vision  phase both        -    vision   -      -      -
+    group all     phase both      prompt prompt prompt answer answer
+                                  routed routed routed routed routed
+                  phase prefill   routed routed routed   -      -
+                  phase decode      -      -      -    routed routed
+    group vision  phase both        -    vision   -      -      -
+    """
+    if target.group == "vision":
+        return tokens.vision
+    if target.phase == "both":
+        return None
+    return prompt if target.phase == "prefill" else tokens.valid & ~prompt
+
+
+def read_routed(request: Request, target: Target, started: bool) -> None:
+    """Note which tokens of the chunk decisions speak of, and what of it is known without a look at the device.
 
     Args:
         request: its ``prompt`` says where the answer begins.
@@ -153,12 +163,9 @@ def read_routed(request: Request, target: Target, started: bool) -> None:
     length, batch_tokens = request.options.prompt_length, request.tokens.valid.shape[1]
     begins = request.offset >= length if length is not None else True
     request.answering = started and begins
-    if target.group == "vision":
-        request.routed = request.tokens.vision
+    request.routed = find_routed(target, request.tokens, request.prompt)
+    if target.phase == "both" or target.group == "vision":
         return
-    if target.phase == "both":
-        return
-    request.routed = request.prompt if target.phase == "prefill" else request.tokens.valid & ~request.prompt
     # generate says how long the prompt is, so a chunk of one kind needs no look at the device
     prompt_only = not started and request.options.prompt_mask is None and length is not None and batch_tokens <= length
     if prompt_only or request.answering:

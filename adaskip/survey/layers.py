@@ -70,7 +70,7 @@ class _Batch:
         self.batch, self.seed, self.chain = batch, seed, chain
         self.supervised = batch.supervised
         self.vision = model.target.group == "vision"
-        self.group = find_group(model, model.read_tokens(batch.inputs))
+        self.group = find_group(model, model.read_tokens(batch.inputs), batch)
         for name, has in (("supervised token", self.supervised.any(1)), ("token of its group", self.group.any(1))):
             if not has.all():
                 row = int((~has).nonzero()[0])

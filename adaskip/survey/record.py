@@ -24,6 +24,7 @@ from adaskip.backbone.inspect import Tokens
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.request import find_routed
 from adaskip.survey.crossmodal import AttentionReading, read_attention
 from adaskip.theory.costs import compare_predicted, predicted
 
@@ -44,7 +45,7 @@ class Recorded:
     @property
     def group(self) -> Tensor:
         """Return bool (b t): the tokens that leave a layer which is skipped."""
-        return find_group(self.model, self.tokens)
+        return find_group(self.model, self.tokens, self.batch)
 
     def skipping(self, layers: Iterable[int]) -> Tensor:
         """Return the decisions bool (l b) of leaving out these layers, for every row, and no other."""
@@ -121,9 +122,10 @@ def record(
     return Recorded(model, batch, tokens, logits, keep, [*entered[:1], *after], entered, text)
 
 
-def find_group(model: RoutedModel, tokens: Tokens) -> Tensor:
+def find_group(model: RoutedModel, tokens: Tokens, batch: Batch) -> Tensor:
     """Return bool (b t): the tokens that the routing of a model speaks of."""
-    return tokens.valid if model.target.group == "all" or tokens.vision is None else tokens.vision
+    routed = find_routed(model.target, tokens, batch.prompt_mask & tokens.valid)
+    return tokens.valid if routed is None else routed
 
 
 def match_predicted(logits: Tensor, batch: Batch) -> Tensor:
