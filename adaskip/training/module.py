@@ -223,6 +223,11 @@ class RouterTuner(lightning.LightningModule):
         assert routing is not None
         assert routing.gates is not None
         gates = routing.gates
+        if not gates.requires_grad:
+            raise ConfigError(
+                f"RouterTuner: {type(self.model.policy).__name__}.decide returned booleans, through which nothing can "
+                "be learned; return float32 logits"
+            )
         run, left = (flops.to(gates) for flops in self.model.flops())
         return routing, ((left + gates * (run - left)).sum(0) / run.sum(0)).mean()
 

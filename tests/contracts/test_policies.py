@@ -182,6 +182,21 @@ def test_what_cannot_be_trained_says_so() -> None:
         adaskip.RouterTuner(model, adaskip.Objective(keep=0.5))
 
 
+def test_one_that_has_parameters_and_gives_no_logits(tmp_path: Path) -> None:
+    """Its parameters would never move; catches autograd's own error, far from the cause."""
+
+    class Hard(Scales):
+        kind: ClassVar[str] = "hard"
+
+        def decide(self, layer: int, states: Tensor, request: Any) -> Tensor:
+            return super().decide(layer, states, request) > 0
+
+    model = adaskip.attach(families.make("llama").model, Hard())
+    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.5, bound_weight=0.0))
+    with pytest.raises(ConfigError, match=r"Hard\.decide returned booleans, .*; return float32 logits"):
+        tuning.trainer(tmp_path).fit(tuner, tuning.loader(tuning.DATA[:4]))
+
+
 def test_the_registry() -> None:
     """Kinds are taken once, and what is unknown says what to do."""
     assert find("coin") is Coin
