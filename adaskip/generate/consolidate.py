@@ -10,7 +10,7 @@ from torch import Tensor
 from adaskip.errors import ConfigError
 
 Prices = tuple[Tensor, Tensor]
-"""Of each layer and prompt, float64 (l n) each: what running costs, and what leaving costs."""
+"""What running a layer costs each prompt, and what leaving it costs: float64 (l n) each."""
 
 
 def price(path: Tensor, requested: Tensor, prompt: Prices, answer: Prices) -> Tensor:

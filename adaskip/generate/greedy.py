@@ -21,8 +21,8 @@ def greedy_options(max_new_tokens: int) -> dict[str, Any]:
 def greedy_processors(model: RoutedModel, inputs: dict[str, Any], max_new_tokens: int) -> LogitsProcessorList:
     """Return the very logits processors that ``generate`` would apply to these prompts.
 
-    They come of the model's generation config: none for most models; a repetition penalty, suppressed or forced tokens
-    and the like add some.
+    They come from the model's generation config. Most models have none; a repetition penalty, or suppressed or forced
+    tokens, need some.
 
     Raises:
         ConfigError: the generation config asks for something else than greedy decoding, or for a processor that runs

@@ -196,7 +196,7 @@ def generate_many(
 
 
 def _check(model: RoutedModel, group_size: int) -> None:
-    """Refuse a model whose prompts have no path of their own, and groups of nobody."""
+    """Refuse a model whose prompts have no path of their own, and groups without prompts."""
     model._check_attached()
     if model.runtime.mode == "dense":
         raise ConfigError("generate_many: inside dense() there is only one path; call generate")

@@ -96,8 +96,8 @@ class SkipLayer(DynamicLayer):
 
             def places() -> Tensor:
                 device = fresh[0][1].device
-                placed = [s.positions(offset, length, batch, device, memo) for s in segments]
-                new = _merge_places(placed, segments, batch, every)
+                blocks = [s.positions(offset, length, batch, device, memo) for s in segments]
+                new = _merge_places(blocks, segments, batch, every)
                 return torch.cat([self._places(), new], -1) if self.filled else new
 
             index = once(memo, "places", (*segments, *self._layout()), places)
@@ -112,7 +112,7 @@ class SkipLayer(DynamicLayer):
         self.rows = None if rows is None or every or len(rows) == batch else rows
 
     def follows_on(self, segment: Segment, offset: int) -> bool:
-        """Return whether slot i stays position i when this segment is stored: no key is missing, no mask need be cut."""
+        """Return whether slot i stays position i with this segment stored: no key is missing, no mask need be cut."""
         count = self.keys.shape[-2] if self.filled else 0
         return segment.tokens is None and self.index is None and count == offset
 

@@ -141,7 +141,7 @@ class Runtime:
             self.facts.check_kernel()
         if self.cost.head != self.facts.head():
             self.cost = replace(self.cost, head=self.facts.head())
-        # Each needs the one before: the cache tells the tokens' offset, they the prompt, and it whose decisions are due.
+        # The order matters: the cache tells the tokens' offset, the tokens the prompt, the prompt who is to be decided.
         cache = None if mode == "dense" else self._cache(mode, inputs)
         started = cache is not None and cache.routing is not None
         tokens = read_tokens(self.spec, inputs, None if started else embedded_ids(options, inputs))
