@@ -1,4 +1,4 @@
-"""Few paths for many prompts: each prompt gets a superset of the layers it asked for."""
+"""Choose few paths for many prompts: each prompt gets a superset of the layers that its routers asked for."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from adaskip.errors import ConfigError
 
 Prices = tuple[Tensor, Tensor]
-"""float64 (l n) each: what running a layer costs each prompt, and what leaving it costs."""
+"""What running a layer costs each prompt, and what leaving it costs: float64 (l n) each."""
 
 
-def price(path: Tensor, asked: Tensor, prompt: Prices, answer: Prices) -> Tensor:
-    """FLOPs that prompts spend beyond what they asked for, when they follow a path that holds it.
+def price(path: Tensor, requested: Tensor, prompt: Prices, answer: Prices) -> Tensor:
+    """Return the FLOPs that prompts spend beyond what they asked for, when they follow a path that holds it.
 
-        [path != asked] * prefill(path) + answer(path) - answer(asked)
+        [path != requested] * prefill(path) + answer(path) - answer(requested)
 
     A prompt whose path grows is prefilled again: the keys of the added layers do not exist yet, and every later layer
     sees other states. An estimate of the answers' length makes it an estimator.
 
     Args:
         path: bool (l n), what each prompt follows.
-        asked: bool (l n), what its routers asked for.
+        requested: bool (l n), what its routers asked for.
         prompt: prices of the prompts' own tokens.
         answer: prices of the tokens to come.
 
@@ -34,18 +34,18 @@ def price(path: Tensor, asked: Tensor, prompt: Prices, answer: Prices) -> Tensor
     def total(keep: Tensor, prices: Prices) -> Tensor:
         return torch.where(keep, *prices).sum(0)
 
-    again = torch.where((path != asked).any(0), total(path, prompt), 0.0)
-    return again + total(path, answer) - total(asked, answer)
+    prefill = torch.where((path != requested).any(0), total(path, prompt), 0.0)
+    return prefill + total(path, answer) - total(requested, answer)
 
 
-def consolidate(asked: Tensor, at_most: int, prompt: Prices, answer: Prices) -> Tensor:
-    """At most so many distinct paths, each a superset of what its members asked for, at little added cost.
+def consolidate(requested: Tensor, at_most: int, prompt: Prices, answer: Prices) -> Tensor:
+    """Choose at most so many distinct paths, each a superset of what its members asked for, at little added cost.
 
-    Agglomerative: from one cluster a distinct path, the two whose union adds the fewest FLOPs by `price` are merged
-    until ``at_most`` are left. Deterministic; greedy, so a heuristic: not always the cheapest clustering.
+    Agglomerative: each distinct path begins as a cluster; the two clusters whose union adds the fewest FLOPs by `price`
+    are merged, until ``at_most`` remain. Deterministic; greedy, so a heuristic: not always the cheapest clustering.
 
     Args:
-        asked: bool (l n), column j is what prompt j asked for.
+        requested: bool (l n), column j is what prompt j asked for.
         at_most: number of paths, at least 1.
         prompt: prices of the prompts' own tokens.
         answer: prices of the tokens to come.
@@ -61,10 +61,10 @@ def consolidate(asked: Tensor, at_most: int, prompt: Prices, answer: Prices) -> 
 
     def added(path: Tensor, rows: list[int]) -> float:
         parts = [tuple(x[:, rows] for x in prices) for prices in (prompt, answer)]
-        return float(price(path[:, None].expand(-1, len(rows)), asked[:, rows], parts[0], parts[1]).sum())  # type: ignore[arg-type]
+        return float(price(path[:, None].expand(-1, len(rows)), requested[:, rows], parts[0], parts[1]).sum())  # type: ignore[arg-type]
 
     rows: dict[tuple[bool, ...], list[int]] = {}
-    for row, path in enumerate(asked.T.tolist()):
+    for row, path in enumerate(requested.T.tolist()):
         rows.setdefault(tuple(path), []).append(row)
     clusters = {number: (torch.tensor(path), members) for number, (path, members) in enumerate(rows.items())}
     alone = {number: added(*cluster) for number, cluster in clusters.items()}
@@ -75,10 +75,10 @@ def consolidate(asked: Tensor, at_most: int, prompt: Prices, answer: Prices) -> 
                 union = clusters[i][0] | clusters[j][0]
                 growth[i, j] = added(union, clusters[i][1] + clusters[j][1]) - alone[i] - alone[j]
         i, j = min(combinations(clusters, 2), key=growth.__getitem__)
-        (left, mine), (right, yours) = clusters.pop(i), clusters.pop(j)
-        clusters[fresh] = left | right, mine + yours
+        (one, ours), (other, theirs) = clusters.pop(i), clusters.pop(j)
+        clusters[fresh] = one | other, ours + theirs
         alone[fresh] = added(*clusters[fresh])
-    snapped = asked.clone()
+    result = requested.clone()
     for path, members in clusters.values():
-        snapped[:, members] = path[:, None]
-    return snapped
+        result[:, members] = path[:, None]
+    return result

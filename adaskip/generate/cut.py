@@ -1,4 +1,4 @@
-"""One path's layers as an ordinary model: what a static choice of layers leaves, on the same weights.
+"""Cut one path's layers out as an ordinary model on the same weights.
 
 Nothing of adaskip is left in it, so whatever speeds up a Hugging Face model works on it: static caches, which no routed
 model can have, `torch.compile`, and with both of them decoding as a CUDA graph.
@@ -23,7 +23,7 @@ _CLOSE = 1e-3
 
 
 def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = None) -> PreTrainedModel:
-    """The layers of one path as a model of their own, of the backbone's class, frozen and in ``eval()``.
+    """Return the layers of one path as a model of their own, of the backbone's class, frozen and in ``eval()``.
 
     It shares the backbone's weights, and takes no memory but its caches'; ``model`` stays as it is. What it answers is
     what the routed model answers along this path. Do not save it: its configuration need not say which layers it has.
@@ -39,26 +39,26 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
     """
     model._check_attached()
     keep = _path(model, path)
-    kept = keep.nonzero().flatten().tolist()
-    if not kept:
+    layers = keep.nonzero().flatten().tolist()
+    if not layers:
         raise ConfigError("cut: expected at least one layer to stay, got a path without any")
-    _check_injected(model, kept)
-    plain: PreTrainedModel = twin(_unrouted(model).spec, kept).requires_grad_(False).eval()
+    _check_injected(model, layers)
+    plain: PreTrainedModel = twin(_unrouted(model).spec, layers).requires_grad_(False).eval()
     fixed = keep[:, None].expand(-1, ROWS)
     state = model.runtime.state
     with state.aside(), state.using(mode="skip", fixed=fixed):
         routed = dense_pass(model.backbone).logits
-    apart = (dense_pass(plain).logits - routed).abs().max()
-    if not apart <= _CLOSE * routed.abs().max():
+    gap = (dense_pass(plain).logits - routed).abs().max()
+    if not gap <= _CLOSE * routed.abs().max():
         raise BackboneError(
-            f"cut: {type(plain).__name__}: on plain tokens its logits differ by {float(apart):.2g} from those of the "
+            f"cut: {type(plain).__name__}: on plain tokens its logits differ by {float(gap):.2g} from those of the "
             "routed model, so its layers depend on the place where they stand; use the routed model"
         )
     return plain
 
 
 def _path(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None) -> Tensor:
-    """bool (l)."""
+    """Return the path, bool (l); refuse one that no layers can be cut out by."""
     runtime, layers = model.runtime, len(model.spec.layers)
     if path is None and runtime.known is not None:
         path = runtime.known
@@ -81,11 +81,11 @@ def _path(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None) -
     return keep
 
 
-def _check_injected(model: RoutedModel, kept: list[int]) -> None:
-    """Pictures that are added to the states after the first layers would be added elsewhere."""
+def _check_injected(model: RoutedModel, layers: list[int]) -> None:
+    """Refuse to cut layers after which the model adds pictures to the states: they would be added elsewhere."""
     vision = getattr(model.backbone.config, "vision_config", None)
     count = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    if missing := [index for index in range(count) if index not in kept]:
+    if missing := [index for index in range(count) if index not in layers]:
         raise BackboneError(
             f"cut: {type(model.backbone).__name__} adds its pictures to the states after each of its first {count} "
             f"layers, so none of these can be cut out; the path leaves out {', '.join(map(str, missing))}"
@@ -93,8 +93,8 @@ def _check_injected(model: RoutedModel, kept: list[int]) -> None:
 
 
 def _unrouted(model: RoutedModel) -> RoutedModel:
-    """A copy on the same weights with its routers taken off."""
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    copied.patches.frozen = []  # the weights are the routed model's, and stay frozen
-    copied.detach()
-    return copied
+    """Return a copy on the same weights with its routers taken off."""
+    double = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    double.patches.frozen = []  # the weights are the routed model's, and stay frozen
+    double.detach()
+    return double

@@ -1,4 +1,4 @@
-"""What the options of ``generate`` mean for many prompts that are decoded in groups of their paths."""
+"""Read the options of ``generate`` for many prompts that are decoded in groups, and refuse those for one batch."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _WHOLE: dict[str, Any] = {
     "watermarking_config": None,
     "prefix_allowed_tokens_fn": None,
 }
-"""Options that read or count a whole row, padding included; with the value that says nothing."""
+"""Options that read or count a whole row, padding included; each with the value that turns it off."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the answers are generated.
+    """Say how the answers are generated.
 
     Attributes:
         options: what ``generate`` is given for each group.
@@ -65,7 +65,7 @@ class Decoding:
     allowed: Callable[..., Any] | None
 
     def limit(self, length: int) -> int:
-        """How many tokens the answer to a prompt of this length may have."""
+        """Return how many tokens the answer to a prompt of this length may have."""
         return self.max_new_tokens if self.max_length is None else self.max_length - length
 
     def check_room(self, number: int, length: int) -> None:
@@ -82,17 +82,17 @@ class Decoding:
 
 
 def read_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> Decoding:
-    """What the options say, and where they say nothing the given generation config or the model's own.
+    """Read what the options say, and where they say nothing the given generation config or the model's own.
 
     Raises:
         ConfigError: an option that does not go with many prompts.
     """
-    refused = [name for name in _REFUSED if options.get(name) is not None]
-    refused += [name for name in _SINGLE if read_option(backbone, options, name)]
+    faults = [name for name in _REFUSED if options.get(name) is not None]
+    faults += [name for name in _SINGLE if read_option(backbone, options, name)]
     if read_option(backbone, options, "guidance_scale", 1) != 1:
-        refused.append("guidance_scale")
-    if refused:
-        raise ConfigError(f"generate_many: {', '.join(refused)} does not go with many prompts; call generate")
+        faults.append("guidance_scale")
+    if faults:
+        raise ConfigError(f"generate_many: {', '.join(faults)} does not go with many prompts; call generate")
     if by_row := [name for name in _BY_ROW if options.get(name)]:
         raise ConfigError(
             f"generate_many: {', '.join(by_row)} would be told rows of a group, which are not the prompts in their "
@@ -128,7 +128,7 @@ def read_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> Decod
 
 
 def _max_length(backbone: PreTrainedModel, options: Mapping[str, Any]) -> int | None:
-    """The limit that somebody has set; a configuration's default is none."""
+    """Return the limit that somebody has set; a configuration's default is none."""
     default = GenerationConfig().max_length
     configs = (options.get("generation_config"), backbone.generation_config)
     values = [value for config in configs if (value := getattr(config, "max_length", None)) != default]

@@ -1,4 +1,4 @@
-"""What greedy generation ranks tokens by: the model's logits after its own logits processors."""
+"""Rank tokens as greedy generation does: by the model's logits after its own logits processors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 
 def greedy_options(max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of ``generate`` for a greedy answer."""
+    """Return the arguments of ``generate`` for a greedy answer."""
     return {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
 
 
 def greedy_processors(model: RoutedModel, inputs: dict[str, Any], max_new_tokens: int) -> LogitsProcessorList:
-    """The very logits processors that ``generate`` would apply to these prompts, from the model's generation config.
+    """Return the very logits processors that ``generate`` would apply to these prompts.
 
-    Empty for most models; a repetition penalty, suppressed or forced tokens and the like make it longer.
+    They come from the model's generation config. Most models have none; a repetition penalty, or suppressed or forced
+    tokens, need some.
 
     Raises:
         ConfigError: the generation config asks for something else than greedy decoding, or for a processor that runs
@@ -42,19 +43,20 @@ def greedy_processors(model: RoutedModel, inputs: dict[str, Any], max_new_tokens
             f"generation config: guidance_scale={config.guidance_scale} runs the model twice a token, which one "
             "teacher-forced pass cannot follow; set model.generation_config.guidance_scale = None"
         )
-    found: list[LogitsProcessorList] = []
+    lists: list[LogitsProcessorList] = []
+    # generate makes them from its config and the prompts: a decoding of our own is handed them, and decodes nothing
 
     def seize(backbone: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **options: Any) -> Tensor:
-        found.append(logits_processor)
+        lists.append(logits_processor)
         return input_ids
 
     with model.dense():
         model.backbone.generate(**inputs, **greedy_options(max_new_tokens), custom_generate=seize)  # type: ignore[operator]
-    return found[0]
+    return lists[0]
 
 
 def process(logits: Tensor, ids: Tensor, start: int, processors: LogitsProcessorList) -> Tensor:
-    """Teacher-forced logits as ``generate`` would have ranked them: processed where they predict ``start`` and later.
+    """Return teacher-forced logits as ``generate`` ranks them: processed where they predict ``start`` and later.
 
     An identity: a processor sees the tokens before the predicted one and that one's logits in float32, as in
     ``generate``. (b t v), (b t) -> (b t v).
@@ -67,7 +69,7 @@ def process(logits: Tensor, ids: Tensor, start: int, processors: LogitsProcessor
     """
     if not processors:
         return logits
-    ranked: list[Tensor] = []
+    columns: list[Tensor] = []
     for t in range(start, ids.shape[1]):
-        ranked.append(processors(ids[:, :t], logits[:, t - 1].float()))  # type: ignore[arg-type]
-    return torch.cat([logits[:, : start - 1].float(), torch.stack(ranked, 1), logits[:, -1:].float()], 1)
+        columns.append(processors(ids[:, :t], logits[:, t - 1].float()))  # type: ignore[arg-type]
+    return torch.cat([logits[:, : start - 1].float(), torch.stack(columns, 1), logits[:, -1:].float()], 1)

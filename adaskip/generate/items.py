@@ -1,4 +1,4 @@
-"""Prompts as a user hands them over, item by item: checked, with padding on the left, or taken apart."""
+"""Check prompts as a user hands them over, item by item, move their padding to the left, and take batches apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REMEDY = "write tokenizer(text, return_tensors='pt') for each item"
 
 
 def read_items(prompts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """All items, each with padding on the left, where generating is defined, and with a mask.
+    """Return all items, each with a mask and with its padding on the left, as generating needs it.
 
     Raises:
         DataError: what is no list of a model's inputs; names the item.
@@ -30,28 +30,33 @@ def read_items(prompts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             f"generate_many: expected a list of items, got a {type(prompts).__name__}; write generate_many([inputs]), "
             "where inputs is what the tokenizer or processor returned with return_tensors='pt'"
         )
-    return [_aligned(number, item) for number, item in enumerate(prompts)]
+    return [_align(number, item) for number, item in enumerate(prompts)]
 
 
 def padding(inputs: Mapping[str, Any]) -> Tensor:
-    """long (b): leading positions that are padding."""
+    """Return the number of leading positions that are padding, long (b)."""
     leading: Tensor = inputs["attention_mask"].long().argmax(1)
     return leading
 
 
-def _aligned(number: int, item: Any) -> dict[str, Any]:
-    inputs = _checked(f"generate_many: item {number}", item)
+def _align(number: int, item: Any) -> dict[str, Any]:
+    """Return an item's inputs with each row's padding moved to the left.
+
+    a b p p  ->  p p a b     a stable sort by the mask keeps the tokens in order
+    a b c p      p a b c
+    """
+    inputs = _check(f"generate_many: item {number}", item)
     order = inputs["attention_mask"].long().argsort(dim=1, stable=True)
 
-    def turned(value: Tensor) -> Tensor:  # (... b t), or of one row for all
-        whole = (*value.shape[:-2], *order.shape)
-        return value.expand(whole).gather(-1, order.expand(whole))
+    def reorder(value: Tensor) -> Tensor:  # (... b t), or of one row for all
+        shape = (*value.shape[:-2], *order.shape)
+        return value.expand(shape).gather(-1, order.expand(shape))
 
-    return {name: turned(value) if name in (*TOKENS, "position_ids") else value for name, value in inputs.items()}
+    return {name: reorder(value) if name in (*TOKENS, "position_ids") else value for name, value in inputs.items()}
 
 
-def _checked(where: str, item: Any) -> dict[str, Any]:
-    """The item with its ids (b t) and a mask of the same shape; ids of a single prompt may come without a row axis."""
+def _check(where: str, item: Any) -> dict[str, Any]:
+    """Return the item with ids (b t) and a mask of that shape; a single prompt's ids may come without a row axis."""
     if not isinstance(item, Mapping):
         remedy = "pass its inputs, batch.inputs" if isinstance(item, Batch) else _REMEDY
         raise DataError(f"{where}: expected the model's inputs by name, got a {type(item).__name__}; {remedy}")
@@ -60,30 +65,30 @@ def _checked(where: str, item: Any) -> dict[str, Any]:
         raise DataError(f"{where}: expected input_ids in each item, got {', '.join(item) or 'nothing'}")
     if item.get("inputs_embeds") is not None:
         raise DataError(f"{where}: inputs_embeds do not go with many prompts; pass input_ids alone, or call generate")
-    given = {name: item[name] for name in (*TOKENS, "position_ids") if item.get(name) is not None}
-    for name, value in given.items():
+    fields = {name: item[name] for name in (*TOKENS, "position_ids") if item.get(name) is not None}
+    for name, value in fields.items():
         if not isinstance(value, Tensor):
             raise DataError(f"{where}: {name}: expected a tensor, got a {type(value).__name__}; {_REMEDY}")
     if ids.dim() == 1:
-        given = {name: value[None] if value.dim() == 1 else value for name, value in given.items()}
-        ids = given["input_ids"]
+        fields = {name: value[None] if value.dim() == 1 else value for name, value in fields.items()}
+        ids = fields["input_ids"]
     if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
         raise DataError(
             f"{where}: input_ids: expected whole numbers of shape (batch, tokens), got {ids.dtype} of shape "
             f"{tuple(ids.shape)}; {_REMEDY}"
         )
-    for name, value in given.items():
+    for name, value in fields.items():
         if value.dim() < 2 or value.shape[-1] != ids.shape[1] or value.shape[-2] not in (1, len(ids)):
             raise DataError(f"{where}: {name}: expected shape {tuple(ids.shape)}, got {tuple(value.shape)}")
     rest = {name: value for name, value in item.items() if value is not None}
-    inputs = {"attention_mask": torch.ones_like(ids), **rest, **given}
+    inputs = {"attention_mask": torch.ones_like(ids), **rest, **fields}
     if not bool((inputs["attention_mask"] != 0).any(-1).all()):
         raise DataError(f"{where}: attention_mask: a row has no token; give every prompt at least one")
     return inputs
 
 
 def split(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One item a prompt, so that one can be prefilled anew without the others.
+    """Yield one item a prompt, so that one can be prefilled anew without the others.
 
     Raises:
         ConfigError: an item of several prompts holds something that cannot be told apart.

@@ -1,4 +1,4 @@
-"""Many prompts at once: each is routed at prefill, then decoded together with those that took the same path."""
+"""Answer many prompts at once: route each at prefill, then decode those that took the same path together."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
 Path = tuple[bool, ...]
-"""Of each layer, whether it runs."""
+"""For each layer, whether it runs."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one prompt got."""
+    """Hold what one prompt got."""
 
     tokens: Tensor  # long (n): the generated ones, up to and with the first end of sequence
     path: Path  # the layers that its group ran
@@ -39,13 +39,13 @@ class Answer:
 
     @property
     def keep_rate(self) -> float:
-        """Executed over dense decoder FLOPs."""
+        """Return executed over dense decoder FLOPs."""
         return self.executed / self.dense
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What `generate_many` gives back; answers in the order of the prompts."""
+    """Hold the answers of `generate_many` in the order of the prompts, and what they took."""
 
     answers: tuple[Answer, ...]
     groups: tuple[tuple[Path, int], ...]  # what was decoded together: the path, and how many prompts
@@ -55,27 +55,28 @@ class Answers:
 
     @property
     def keep_rate(self) -> float:
-        """Executed over dense decoder FLOPs of all prompts together; 1 for no prompts."""
+        """Return executed over dense decoder FLOPs of all prompts together; 1 for no prompts."""
         return self._share("executed", "dense", 1.0)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all prompts' keys and values, as each group's cache held them when it was done."""
+        """Return the bytes of all prompts' keys and values, as each group's cache had them when it was done."""
         return sum(answer.kv_bytes for answer in self.answers)
 
     @property
     def added(self) -> float:
-        """FLOPs that consolidation added, as a share of what the paths asked for cost."""
+        """Return the FLOPs that consolidation added, as a share of what the paths asked for cost."""
         return self._share("executed", "wanted", 1.0) - 1
 
     def _share(self, part: str, whole: str, empty: float) -> float:
+        """Return one sum of FLOPs over another, and ``empty`` without answers."""
         total = sum(getattr(answer, whole) for answer in self.answers)
         return sum(getattr(answer, part) for answer in self.answers) / total if total else empty
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Some prompts that were prefilled together; their cache holds all but the last token of each."""
+    """Hold some prompts that were prefilled together; their cache has all but the last token of each."""
 
     inputs: dict[str, Any]
     positions: Tensor | None  # long (... b t)
@@ -85,26 +86,27 @@ class _Prompts:
 
     @property
     def padding(self) -> Tensor:
-        """long (b): leading positions that are padding."""
+        """Return the number of leading positions that are padding, long (b)."""
         return padding(self.inputs)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One prompt: where it was prefilled, what its routers asked for, and what an earlier prefill of it cost."""
+    """Name one prompt: where it was prefilled, what its routers asked for, and what an earlier prefill of it cost."""
 
     prompts: _Prompts
     row: int
-    asked: Tensor  # bool (l)
+    requested: Tensor  # bool (l)
     discarded: float = 0.0
 
     @property
     def path(self) -> Path:
+        """Return the layers that the prompt ran."""
         return tuple(self.prompts.keep[:, self.row].tolist())
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt that the cache holds: all but the last."""
+        """Return the number of the prompt's tokens that the cache holds: all but the last."""
         return self.prompts.cache.length - int(self.prompts.padding[self.row])
 
 
@@ -158,25 +160,25 @@ def generate_many(
     if paths is not None:
         items = [*split(items)]
 
-    begun = clock()
+    begin = clock()
     rows = [
-        _Row(done, row, done.keep[:, row])
-        for done in (_prefill(model, item) for item in items)
-        for row in range(done.cache.batch)
+        _Row(batch, row, batch.keep[:, row])
+        for batch in (_prefill(model, item) for item in items)
+        for row in range(batch.cache.batch)
     ]
-    first: dict[int, _Row] = {}  # those that were prefilled anew, as they were
+    first: dict[int, _Row] = {}  # rows that are prefilled anew, as they were before
     if paths is not None and rows:
         for number, path in enumerate(_snap(model, rows, paths, decoding).T):
-            if not torch.equal(path, rows[number].asked):
+            if not torch.equal(path, rows[number].requested):
                 row = first[number] = rows[number]
                 fresh = _prefill(model, row.prompts.inputs, path[:, None])
-                rows[number] = _Row(fresh, 0, row.asked, float(row.prompts.spent[0]))
-    prefilled = clock()
+                rows[number] = _Row(fresh, 0, row.requested, float(row.prompts.spent[0]))
+    middle = clock()
     groups = _groups(dict(enumerate(rows)), group_size, decoding.whole)
     answers: dict[int, Answer] = {}
     for group in groups:
         answers |= _decode(model, {number: rows[number] for number in group}, decoding)
-    decoded = clock()
+    end = clock()
 
     changed = None
     if measure and paths is not None:
@@ -187,13 +189,14 @@ def generate_many(
     return Answers(
         answers=tuple(answers[number] for number in range(len(rows))),
         groups=tuple((rows[group[0]].path, len(group)) for group in groups),
-        prefill_s=prefilled - begun,
-        decode_s=decoded - prefilled,
+        prefill_s=middle - begin,
+        decode_s=end - middle,
         changed=changed,
     )
 
 
 def _check(model: RoutedModel, group_size: int) -> None:
+    """Refuse a model whose prompts have no path of their own, and groups without prompts."""
     model._check_attached()
     if model.runtime.mode == "dense":
         raise ConfigError("generate_many: inside dense() there is only one path; call generate")
@@ -216,7 +219,7 @@ def _prefill(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None = N
 
 
 def _snap(model: RoutedModel, rows: list[_Row], at_most: int, decoding: Decoding) -> Tensor:
-    """bool (l n): at most so many paths, by what prompts and answers as long as they may be would cost."""
+    """Choose at most so many paths, bool (l n), by what prompts and the longest answers allowed would cost."""
     prompt, answer = [], []
     for row in rows:
         ledger = row.prompts.cache.ledger
@@ -226,38 +229,46 @@ def _snap(model: RoutedModel, rows: list[_Row], at_most: int, decoding: Decoding
         one, both = before.flops(model.runtime.cost), after.flops(model.runtime.cost)
         prompt.append(one)
         answer.append((both[0] - one[0], both[1] - one[1]))
-    asked = torch.stack([row.asked for row in rows], 1)
+    requested = torch.stack([row.requested for row in rows], 1)
 
     def columns(prices: list[Prices]) -> Prices:
-        return torch.cat([run for run, _ in prices], 1), torch.cat([left for _, left in prices], 1)
+        return torch.cat([run for run, _ in prices], 1), torch.cat([skip for _, skip in prices], 1)
 
-    return consolidate(asked, at_most, columns(prompt), columns(answer))
+    return consolidate(requested, at_most, columns(prompt), columns(answer))
 
 
 def _groups(rows: Mapping[int, _Row], size: int, whole: bool) -> list[list[int]]:
-    """Numbers of prompts that go the same path, at most so many together, of like length; ``whole``: of the same."""
+    """Group the numbers of prompts that go the same path, neighbours in length together.
+
+    Args:
+        rows: the prompts by number.
+        size: at most so many in a group.
+        whole: whether all prompts of a group must have one length.
+    """
     by_path: dict[tuple[Path, int], list[int]] = {}
     for number, row in rows.items():
         by_path.setdefault((row.path, row.length if whole else 0), []).append(number)
-    found = []
+    groups = []
     for members in by_path.values():
         members.sort(key=lambda number: rows[number].length)
-        found += [members[start : start + size] for start in range(0, len(members), size)]
-    return found
+        groups += [members[start : start + size] for start in range(0, len(members), size)]
+    return groups
 
 
 def _decode(model: RoutedModel, rows: Mapping[int, _Row], decoding: Decoding) -> dict[int, Answer]:
-    """The answers to prompts that go the same path, by number, from one batch in which nothing is gathered."""
+    """Answer prompts that go the same path, by number, in one batch in which nothing is gathered."""
+    # Rows of one prefill become one part: their keys are then taken from it in one index.
     order = sorted(rows, key=lambda number: id(rows[number].prompts))
     parts: list[tuple[_Prompts, Part]] = []
     for i in order:
         source, place = rows[i].prompts, torch.tensor([rows[i].row])
         padding = source.cache.length - rows[i].length
         if parts and parts[-1][0] is source:
-            known = parts[-1][1]
-            parts[-1] = source, Part(source.cache, torch.cat([known.rows, place]), min(known.padding, padding))
+            last = parts[-1][1]
+            parts[-1] = source, Part(source.cache, torch.cat([last.rows, place]), min(last.padding, padding))
         else:
             parts.append((source, Part(source.cache, place, padding)))
+    # The cache lacks each prompt's last token, so generate runs that one, and its logits begin the answer.
     cache = join([part for _, part in parts])
     width = cache.length + 1
     inputs: dict[str, Any] = {}
@@ -265,46 +276,48 @@ def _decode(model: RoutedModel, rows: Mapping[int, _Row], decoding: Decoding) ->
         if any(name in source.inputs for source, _ in parts):  # who lacks it has text alone
             filling = model.backbone.generation_config.pad_token_id or 0 if name == "input_ids" else 0
             nothing = [torch.zeros_like(source.inputs["input_ids"]) for source, _ in parts]
-            given = [(source.inputs.get(name, zero), part) for (source, part), zero in zip(parts, nothing, strict=True)]
-            inputs[name] = _stack(given, width, filling)
+            values = [(source.inputs.get(name, z), part) for (source, part), z in zip(parts, nothing, strict=True)]
+            inputs[name] = _stack(values, width, filling)
     if any(source.positions is not None for source, _ in parts):
         places = [(_places(source), part) for source, part in parts]
         inputs["position_ids"] = _stack(places, width, 0)
     options = dict(decoding.options)
     if (allowed := decoding.allowed) is not None:  # it knows the prompts, not the rows of this group
-        options["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(order[row], seen)
+        options["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(order[row], ids)
     ids = model.generate(**inputs, past_key_values=cache, **options)[:, width:]
-    (run, left), held = model.flops(), model.routing.kv_bytes
-    assert held is not None
+    # The joined cache brought the prompts' ledgers, so these count prompt and answer together.
+    (run, skip), kv_bytes = model.flops(), model.routing.kv_bytes
+    assert kv_bytes is not None
     ends = torch.tensor(decoding.ends, device=ids.device)
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     for column, i in enumerate(order):
         row, path = rows[i], torch.tensor(rows[i].path)
+        # the group went on until its last row had ended: behind a row's own end stands filling
         stop = torch.isin(ids[column], ends).nonzero()
         count = int(stop[0]) + 1 if len(stop) else ids.shape[1]
 
         def along(keep: Tensor, column: int = column) -> float:
-            return float(torch.where(keep, run[:, column], left[:, column]).sum())
+            return float(torch.where(keep, run[:, column], skip[:, column]).sum())
 
-        found[i] = Answer(
+        answers[i] = Answer(
             tokens=ids[column, :count],
             path=row.path,
-            asked=tuple(row.asked.tolist()),
+            asked=tuple(row.requested.tolist()),
             executed=along(path) + row.discarded,
-            wanted=along(row.asked),
+            wanted=along(row.requested),
             dense=float(run[:, column].sum()),
-            kv_bytes=int(held[column]),
+            kv_bytes=int(kv_bytes[column]),
         )
-    return found
+    return answers
 
 
 def _places(source: _Prompts) -> Tensor:
-    """long (... b t): those that came with the prompts, or else what the mask says."""
-    counted = (source.inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-    return counted if source.positions is None else source.positions
+    """Return the prompts' positions, long (... b t): those that came with them, else the mask's."""
+    count = (source.inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    return count if source.positions is None else source.positions
 
 
 def _stack(values: list[tuple[Tensor, Part]], width: int, filling: int) -> Tensor:
-    """The parts' rows (... b t) one under the other, padded on the left to a common width."""
-    cut = [value.index_select(-2, part.rows.to(value.device))[..., part.padding :] for value, part in values]
-    return torch.cat([nn.functional.pad(x, (width - x.shape[-1], 0), value=filling) for x in cut], -2)
+    """Put the parts' rows (... b t) one under the other, padded on the left to a common width."""
+    rows = [value.index_select(-2, part.rows.to(value.device))[..., part.padding :] for value, part in values]
+    return torch.cat([nn.functional.pad(x, (width - x.shape[-1], 0), value=filling) for x in rows], -2)

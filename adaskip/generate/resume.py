@@ -1,4 +1,4 @@
-"""Whether a model's own ``generate`` can go on from a filled cache; seen on ten plain tokens, not by name."""
+"""Fill a cache that ``generate`` goes on from, and try on ten plain tokens whether the model's own can."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STEPS = 3
 _PADDING = 2
 
 _GAPS: WeakKeyDictionary[Runtime, dict[tuple[Any, ...], tuple[float, float]]] = WeakKeyDictionary()
-"""What was seen of a model, so that it is tried once in each precision and with each attention."""
+"""Results of a model's trials, so that it is tried once in each precision and with each attention."""
 
 
 def try_resuming(model: RoutedModel) -> bool:
@@ -57,12 +57,12 @@ def try_resuming(model: RoutedModel) -> bool:
 
 @torch.no_grad()
 def _try(model: RoutedModel) -> tuple[float, float]:
-    """How far logits are from those of one go, relatively: resumed, and resumed behind padding."""
+    """Return how far logits are from those of one go, relatively: resumed, and resumed behind padding."""
     ids = plain_tokens(model.backbone)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    takes = inspect.signature(type(model.backbone).forward).parameters
+    parameters = inspect.signature(type(model.backbone).forward).parameters
     for name in ("mm_token_type_ids", *(("token_type_ids",) if model.spec.reads_ahead else ())):
-        if name in takes:
+        if name in parameters:
             inputs[name] = torch.zeros_like(ids)
     runs = torch.ones(len(model.spec.layers), len(ids), dtype=torch.bool)
     whole = _generate(model, inputs, routing=runs)
@@ -91,23 +91,24 @@ def fill_cache(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None) 
     Raises:
         BackboneError: the model keeps no cache.
     """
-    seen: dict[str, Any] = {}
+    call: dict[str, Any] = {}
 
+    # generate returns tokens only. This hook runs after the routing's, which has put a SkipCache among the arguments.
     def look(backbone: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.update(named)
+        call.update(named)
 
     handle = model.backbone.register_forward_pre_hook(in_this_thread(look), with_kwargs=True)
     try:
         model.generate(**inputs, routing=keep, use_cache=True, **greedy_options(1))
     finally:
         handle.remove()
-    cache = seen.get("past_key_values")
+    cache = call.get("past_key_values")
     if not isinstance(cache, SkipCache) or cache.routing is None:
         raise BackboneError(
             f"generate_many: {type(model.backbone).__name__} keeps no cache that could go on with others; call generate"
         )
     cache.crop(-1)
-    places = seen.get("position_ids")
+    places = call.get("position_ids")
     if inputs.get("position_ids") is not None:
         places = inputs["position_ids"]
     elif places is not None and places.dim() < 3:
@@ -118,7 +119,7 @@ def fill_cache(model: RoutedModel, inputs: dict[str, Any], keep: Tensor | None) 
 
 
 def _gap(whole: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> float:
-    """The largest relative difference of logits, as long as both have taken the same tokens."""
+    """Return the largest relative difference of logits, as long as both have taken the same tokens."""
     gap = 0.0
     for step in range(_STEPS):
         if step and not torch.equal(whole[0][:, step - _STEPS - 1], other[0][:, step - _STEPS - 1]):
@@ -128,6 +129,7 @@ def _gap(whole: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]])
 
 
 def _generate(model: RoutedModel, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, list[Tensor]]:
+    """Generate a few tokens greedily; return the sequences and the logits (b v) of each step."""
     # raw logits: a model's own penalties and the like have no part in this; and no answer ends early
     out = model.generate(
         **inputs,

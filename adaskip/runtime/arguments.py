@@ -1,4 +1,4 @@
-"""The arguments of a call of a Hugging Face model: by their names, and those that a routed model cannot follow."""
+"""The arguments of a call of a Hugging Face model: put under their names, and refused where routing cannot follow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adaskip.errors import ConfigError, DataError
 def name_arguments(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: str
 ) -> dict[str, Any]:
-    """All arguments of a call of a model's ``forward`` or ``generate``, by name.
+    """Return all arguments of a call of a model's ``forward`` or ``generate``, by name.
 
     Args:
         function: the method of the model's class.
@@ -35,8 +35,8 @@ def name_arguments(
             raise DataError(f"{call}: expected a tensor first, got {_kind(args[0])}; write {call}(**{inputs})")
         if len(args) > len(names):
             raise DataError(f"{call}: expected at most {len(names)} positional arguments, got {len(args)}")
-        if twice := [name for name in names[: len(args)] if name in kwargs]:
-            raise DataError(f"{call}: {', '.join(twice)} given twice, by position and by name")
+        if repeats := [name for name in names[: len(args)] if name in kwargs]:
+            raise DataError(f"{call}: {', '.join(repeats)} given twice, by position and by name")
         kwargs = dict(zip(names, args, strict=False)) | kwargs
     for name in ("input_ids", "inputs"):
         if (value := kwargs.get(name)) is not None and not isinstance(value, Tensor):
@@ -73,7 +73,7 @@ def check_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> None
 
 
 def read_option(backbone: PreTrainedModel, options: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """Return what ``generate`` goes by: the option, else what the given generation config says, else the model's."""
+    """Return an option of ``generate``: from the call, else from the generation config it passes, else the model's."""
     configs = (options.get("generation_config"), backbone.generation_config)
     values = (options.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), default)
@@ -81,11 +81,12 @@ def read_option(backbone: PreTrainedModel, options: Mapping[str, Any], name: str
 
 @cache
 def _positions(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names that arguments get by position, without ``self``."""
+    """Return the names that arguments get by position, without ``self``."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, one in inspect.signature(function).parameters.items() if one.kind in kinds)[1:]
 
 
 def _kind(value: Any) -> str:
+    """Return the name of a value's type with its article, for errors."""
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"

@@ -1,4 +1,4 @@
-"""Attach a policy to a Hugging Face model, and the handle that owns it."""
+"""Attach a policy to a Hugging Face model, and hand out the `RoutedModel` through which it is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class RoutedModel(Handle):
-    """A frozen Hugging Face model whose decoder layers follow a policy.
+    """Run a frozen Hugging Face model whose decoder layers follow a policy.
 
     ``backbone`` is the Hugging Face object itself, still of its own class: calling it, its ``generate``, hooks and
     everything else that takes a PreTrainedModel work on it and follow the routing. Made by `attach` or
@@ -57,12 +57,12 @@ class RoutedModel(Handle):
 
     @property
     def target(self) -> Target:
-        """What decisions speak of."""
+        """Return what decisions speak of."""
         return self.policy.target
 
     @property
     def routers(self) -> nn.ModuleList | None:
-        """The learned policy's heads, one a layer; None under another policy."""
+        """Return the learned policy's heads, one a layer; None under another policy."""
         heads = getattr(self.policy, "heads", None)
         return heads if isinstance(heads, nn.ModuleList) else None
 
@@ -71,7 +71,7 @@ class RoutedModel(Handle):
     def forward(
         self, *args: Any, prompt_mask: Tensor | None = None, routing: Routing | Tensor | None = None, **inputs: Any
     ) -> Any:
-        """The backbone's forward, routed.
+        """Run the backbone's forward, routed.
 
         Args:
             *args: as the backbone takes them: ``input_ids``, ``attention_mask``, ...
@@ -87,12 +87,12 @@ class RoutedModel(Handle):
         self._check_attached()
         inputs = name_arguments(type(self.backbone).forward, args, inputs, "model")
         around = self.runtime.state.options
-        own = {"mode": self._mode(around.mode), "fixed": self._given(routing), "prompt_mask": prompt_mask}
+        own = {"mode": self._mode(around.mode), "fixed": self._read_fixed(routing), "prompt_mask": prompt_mask}
         with self.runtime.state.calling(around, prompt_length=None, prompt_ids=None, **own):
             return self.backbone(**inputs)
 
     def generate(self, *args: Any, routing: Routing | Tensor | None = None, **inputs: Any) -> Any:
-        """The backbone's ``generate``, routed once at prefill, which every generated token follows; or token by token.
+        """Run the backbone's ``generate``, routed once at prefill for all generated tokens, or token by token.
 
         Args:
             *args: as the backbone takes them: the prompts, a ``generation_config``, ...
@@ -103,7 +103,7 @@ class RoutedModel(Handle):
             ConfigError: an option that would let routers see only a part of the prompt, or another prompt beside it.
         """
         self._check_attached()
-        with self.runtime.state.using(fixed=self._given(routing)):
+        with self.runtime.state.using(fixed=self._read_fixed(routing)):
             return self.backbone.generate(*args, **inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
@@ -114,7 +114,7 @@ class RoutedModel(Handle):
 
     @property
     def routing(self) -> Routing:
-        """The decisions of the calling thread's last request with their cost, read-only.
+        """Return the decisions of the calling thread's last request with their cost, read-only.
 
         Each thread sees its own: read it where `generate` ran, before the next request (or ``await``) there.
 
@@ -126,7 +126,7 @@ class RoutedModel(Handle):
         return replace(routing, executed=executed, dense=dense, kv_bytes=ledger.kv_bytes())
 
     def flops(self) -> tuple[Tensor, Tensor]:
-        """float64 (l b) each: what running every layer costs each row of the last request, and what leaving it costs.
+        """Return what running each layer, and what leaving it, costs each row of the last request: float64 (l b) each.
 
         Raises:
             ConfigError: nothing has run yet.
@@ -134,7 +134,10 @@ class RoutedModel(Handle):
         return self._last()[1].flops(self.runtime.cost)
 
     def flops_by_part(self, dense: bool = False) -> Flops:
-        """What the last request spent on projections, attention, MLP and the head; ``dense``: had every layer run.
+        """Return what the last request spent on projections, attention, MLP and the head.
+
+        Args:
+            dense: as if every layer had run.
 
         Raises:
             ConfigError: nothing has run yet.
@@ -143,6 +146,7 @@ class RoutedModel(Handle):
         return ledger.spent(self.runtime.cost, None if dense else routing)
 
     def _last(self) -> tuple[Routing, Ledger]:
+        """Return the decisions of this thread's last request, and the tokens it holds."""
         if self.runtime.routing is None or self.runtime.ledger is None:
             raise ConfigError(
                 "model.routing: no routed request has run yet in this thread; call the model or generate first, and "
@@ -152,39 +156,39 @@ class RoutedModel(Handle):
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
-        """Inside, for this thread or task: exactly the original model."""
+        """Run exactly the original model inside, for this thread or task."""
         with self.runtime.state.using(mode="dense"):
             yield self.backbone
 
     @contextmanager
     def soft(self) -> Iterator[None]:
-        """Inside: the training execution (every layer computed, mixed by gates), also in ``eval()``."""
+        """Run inside as training does, every layer computed and mixed by gates, also in ``eval()``."""
         with self.runtime.state.using(mode="soft"):
             yield
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
-        """Inside: ``observer(layer, before, after)`` sees the states (b t d) around every layer; nothing is stored.
+        """Show ``observer(layer, before, after)`` the states (b t d) around every layer inside; nothing is stored.
 
-        Around the whole layer also where the unit is one of its sublayers.
+        They are those around the whole layer also where the unit is one of its sublayers.
         """
         with self.runtime.state.using(observer=observer):
             yield
 
     @contextmanager
     def explore(self, noise: torch.Generator, temperature: float = 1.0) -> Iterator[None]:
-        """Inside: as `soft`, with gates drawn at random from their logits; ``temperature`` is the slope's."""
+        """Run inside as `soft` does, with gates drawn at random from their logits; ``temperature`` is the slope's."""
         with self.runtime.state.using(mode="soft", noise=noise, temperature=temperature):
             yield
 
     @contextmanager
     def keep_all(self) -> Iterator[None]:
-        """Inside: the routers look and every layer runs, whatever they say."""
+        """Let the routers decide inside, and run every layer whatever they say."""
         with self.runtime.state.using(threshold=KEEP_ALL):
             yield
 
     def gates(self) -> list[Tensor]:
-        """The gates (b) of each layer in the last `soft` pass, as they stand in its graph.
+        """Return the gates (b) of each layer in the last `soft` pass, as they stand in its graph.
 
         Raises:
             ConfigError: the last pass was not one, or ran without gradients.
@@ -196,7 +200,7 @@ class RoutedModel(Handle):
 
     @contextmanager
     def replay(self, states: list[Tensor]) -> Iterator[None]:
-        """Inside, for one and the same batch: layer i < len(states) - 1 returns ``states[i + 1]`` instead of running.
+        """Let layer i < len(states) - 1 return ``states[i + 1]`` inside instead of running, for one and the same batch.
 
         ``states`` are what `observe` saw before layer 0, then after layers 0, 1, ...; used to rerun only the decoder's
         suffix.
@@ -205,30 +209,30 @@ class RoutedModel(Handle):
             yield
 
     def read_tokens(self, inputs: dict[str, Any]) -> Tokens:
-        """Which positions of a batch are real, and which are vision."""
+        """Return which positions of a batch are real, and which are vision."""
         return read_tokens(self.spec, inputs)
 
     def group_mask(self) -> Tensor:
-        """bool (b t): the tokens of the request under way that the routing speaks of; for observers."""
+        """Return the tokens of the request under way that the routing speaks of, bool (b t); for observers."""
         if self.runtime.request is None:
             raise ConfigError("group_mask: no request is under way; call it from an observer")
         request = self.runtime.request
         return request.tokens.valid if request.routed is None else request.routed
 
     def train(self, mode: bool = True) -> RoutedModel:
-        """Only the policy trains; the frozen backbone stays in ``eval()``."""
+        """Set the training mode of the policy alone; the frozen backbone stays in ``eval()``."""
         self.training = mode
         self.policy.train(mode)
         self.backbone.eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> RoutedModel:
-        """Only the policy's gradients: the backbone stays frozen; ``model.backbone.requires_grad_()`` is its own."""
+        """Ask for gradients of the policy alone; those of the backbone are ``model.backbone.requires_grad_()``'s."""
         self.policy.requires_grad_(requires_grad)
         return self
 
-    def _given(self, routing: Routing | Tensor | None) -> Tensor | None:
-        """Decisions made beforehand, if of a shape that the scope understands."""
+    def _read_fixed(self, routing: Routing | Tensor | None) -> Tensor | None:
+        """Return decisions made beforehand; refuse a shape that the scope does not understand."""
         keep = routing.keep if isinstance(routing, Routing) else routing
         layers, by_token = len(self.spec.layers), self.runtime.scope == "token"
         if keep is not None and keep.dtype != torch.bool:
@@ -239,6 +243,7 @@ class RoutedModel(Handle):
         return keep
 
     def _mode(self, around: Mode) -> Mode:
+        """Return how a call runs: as the context around it says, else soft where it is to be trained."""
         if around != "skip":
             return around
         return "soft" if self.training and torch.is_grad_enabled() else "skip"
@@ -280,6 +285,7 @@ class RoutedModel(Handle):
         return self.backbone
 
     def _check_attached(self) -> None:
+        """Refuse to run once the model was detached: it would answer, unrouted."""
         if getattr(self.backbone, MARK, None) is not self.runtime:
             raise BackboneError(
                 "this RoutedModel was detached and routes nothing any more; call the Hugging Face model itself, or "
@@ -323,12 +329,13 @@ class RoutedModel(Handle):
         return model
 
     def extra_repr(self) -> str:
-        """Layers, and what of them is routed."""
-        said = ", ".join(f"{field.name}={getattr(self.target, field.name)}" for field in fields(Target))
-        return f"layers={len(self.spec.layers)}, {said}"
+        """Name the number of layers, and what of them is routed."""
+        settings = ", ".join(f"{field.name}={getattr(self.target, field.name)}" for field in fields(Target))
+        return f"layers={len(self.spec.layers)}, {settings}"
 
 
 def _check_held(held: tuple[int, ...], layers: int) -> None:
+    """Refuse to hold a layer that the model does not have."""
     if wrong := [layer for layer in held if not 0 <= layer < layers]:
         raise ConfigError(f"held: expected layers 0 to {layers - 1}, got {', '.join(map(str, wrong))}")
 
@@ -355,7 +362,7 @@ def attach(model: PreTrainedModel, policy: Policy | Settings | None = None, *, s
 
 
 def build(model: PreTrainedModel, policy: Policy | Settings | None, seed: int) -> RoutedModel:
-    """Do what `attach` says, silently."""
+    """Attach as `attach` does, without its warning."""
     policy = as_policy(policy)
     if isinstance(model, RoutedModel):
         raise BackboneError("this RoutedModel carries adaskip already; attach anew with adaskip.attach(model.detach())")
@@ -375,6 +382,7 @@ def build(model: PreTrainedModel, policy: Policy | Settings | None, seed: int) -
         )
     policy.build(spec, seed)
     routed = RoutedModel(spec, policy)
+    # these run single tokens of a row, or leave keys behind: whether this model's attention takes that is tried first
     if target.scope == "token" or target.kv == "kept" or target.phase != "both":
         try:
             try_tokens(routed)

@@ -23,7 +23,7 @@ from adaskip.runtime.segment import Segment
 
 @dataclass(frozen=True)
 class Source:
-    """Where a layer's attention weights come from."""
+    """Name the module that returns a layer's attention weights, and where among what it returns."""
 
     module: nn.Module = field(repr=False)  # the innermost one that returns them
     place: int  # where in what it returns
@@ -33,19 +33,20 @@ class Source:
 
 
 def asks(inputs: dict[str, Any], name: str, configs: Sequence[PreTrainedConfig]) -> bool:
-    """Whether a call asks for an output by this name, or leaves that to a configuration which does."""
+    """Return whether a call asks for an output by this name, or leaves that to a configuration which does."""
     choice = inputs.get(name)
     return bool(choice) if choice is not None else any(getattr(config, name, False) for config in configs)
 
 
 def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[Source, ...]:
-    """Where each layer's weights come from, seen in one tiny dense pass; empty if the model's kernel gives none.
+    """Find where each layer's weights come from in one tiny dense pass; empty if the model's kernel gives none.
 
     Raises:
         ConfigError: the model's entries are not one a layer, of shape (batch, heads, queries, keys).
     """
     returned: list[tuple[Tensor, nn.Module, int]] = []  # innermost first, as modules return
 
+    # An entry of the output is the very tensor that some module inside a layer returned: which one, hooks tell.
     def watch(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(out, tuple):
             returned.extend((value, module, place) for place, value in enumerate(out) if isinstance(value, Tensor))
@@ -80,7 +81,7 @@ def find_sources(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[S
 
 
 def _source(entry: Any, returned: list[tuple[Tensor, nn.Module, int]]) -> Source | None:
-    """Which module returned this very tensor."""
+    """Return which module returned this very tensor; None if none did, or if its shape is no attention's."""
     if not isinstance(entry, Tensor) or entry.dim() != 4 or entry.shape[::2] != (ROWS, TOKENS):
         return None
     return next(
@@ -90,7 +91,7 @@ def _source(entry: Any, returned: list[tuple[Tensor, nn.Module, int]]) -> Source
 
 
 class WeightRecord:
-    """The attention weights of one pass, put together from the parts of the batch that ran.
+    """Put the attention weights of one pass together from the parts of the batch that ran.
 
     Args:
         sources: where each layer's weights come from.
@@ -123,7 +124,7 @@ class WeightRecord:
         ]
 
     def listen(self, index: int, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The call of a patched module, whose own hooks see the whole batch and not the parts that ran."""
+        """Wrap the call of a patched module, whose own hooks see the whole batch and not the parts that ran."""
         if self.sources[index].module is not module:
             return call
 
@@ -135,7 +136,16 @@ class WeightRecord:
         return listening
 
     def _note(self, index: int, out: Any) -> None:
-        """Put the weights (r h n m) of one call at the rows r, queries n and keys m that it was about."""
+        """Put the weights (r h n m) of one call at the rows r, queries n and keys m that it was about.
+
+        row 0 ran positions 2 3 of a chunk 0 1 2 3; the entry's row 0 is then, by queries q and keys k,
+
+            k   0 1 2 3
+            q 0 . . . .     . = 0: that query did not run, or that key was not there
+              1 . . . .
+              2 . . w .
+              3 . . w w
+        """
         weights, part = out[self.sources[index].place], self.part
         if part is None:  # the whole batch ran at once
             self._entries[index] = weights
@@ -152,15 +162,16 @@ class WeightRecord:
         )
         if index not in self._entries:
             self._entries[index] = self._nothing(index, weights.dtype, weights.device)
-        into = rearrange(self._entries[index], "b h q k -> b q k h")  # a view
+        into = rearrange(self._entries[index], "b h q k -> b q k h")  # a view: what is written to it is in the entry
         into[row[real], query[real], key[real]] = rearrange(weights, "r h n m -> r n m h")[real]
 
     def _nothing(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a layer's entry (b h q k) as it is where nothing ran."""
         shape = (self.batch, self.sources[index].heads, self.length, self.past + self.length)
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def complete(self, output: Any) -> Any:
-        """The model's output with one entry a layer, (b h q k); None if it failed. Nothing is watched any longer."""
+        """Return the model's output with one entry a layer, (b h q k), or None if it failed; stop watching."""
         for handle in self._handles:
             handle.remove()
         if output is None:

@@ -1,4 +1,15 @@
-"""A KV cache that holds, per layer, exactly what ran there: ragged over rows and tokens."""
+"""A KV cache that holds, per layer, exactly what ran there: ragged over rows and tokens.
+
+What a layer holds after a prompt of 4 tokens, and after each of two more; its keys by row and slot, each slot with the
+position it is of (. is a hole, which nothing attends to):
+
+    row 1 skips           row 0  0 1 2 3    0 1 2 3 4    0 1 2 3 4 5     keys    (2 h k d): row 1 has no slots
+                          row 2  0 1 2 3    0 1 2 3 4    0 1 2 3 4 5     rows 0 2, index None
+
+    row 1 skips           row 0  0 1 2 3    0 1 2 3 4    0 1 2 3 4 5     keys    (3 h k d), filled up on the left
+    positions 1 and 2     row 1  . . 0 3    . . 0 3 4    . . 0 3 4 5     rows    None
+                          row 2  0 1 2 3    0 1 2 3 4    0 1 2 3 4 5     index   as drawn, with -1 for a hole
+"""
 
 from __future__ import annotations
 
@@ -17,7 +28,7 @@ from adaskip.runtime.segment import Memo, Segment, once
 
 
 class SkipLayer(DynamicLayer):
-    """Keys and values of what ran one layer.
+    """Hold keys and values of what ran one layer.
 
     ``rows`` (None: every row) names the batch rows stored; ``index`` (None: slot i is position i) gives the place of
     each slot in the sequence, -1 for a hole. A layer that nothing skipped is a plain `DynamicLayer`.
@@ -33,92 +44,92 @@ class SkipLayer(DynamicLayer):
         self.index: Tensor | None = None
         self._segment: Segment | None = None
         self._fresh: list[tuple[Segment, Tensor, Tensor]] = []
-        self._joined: tuple[Tensor, Tensor] | None = None  # stored and fresh ones, where the segment sees them all
+        self._union: tuple[Tensor, Tensor] | None = None  # stored and fresh ones, where the segment sees them all
 
     @property
     def filled(self) -> bool:
-        """Whether anything has run here."""
+        """Return whether anything has run here."""
         return bool(self.is_initialized) and self.keys.numel() > 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Called by the attention: all keys and values this segment's queries may see."""
+        """Return to the attention all keys and values that this segment's queries may see."""
         if self._segment is None:
             return super().update(key_states, value_states, *args, **kwargs)
         self._fresh.append((self._segment, key_states, value_states))
         if not self.filled:
             return key_states, value_states
-        stored = self._stored_rows(self._segment.rows)
-        if stored is None:
-            self._joined = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
-            return self._joined
-        return torch.cat([self.keys[stored], key_states], -2), torch.cat([self.values[stored], value_states], -2)
+        slots = self._slot_rows(self._segment.rows)
+        if slots is None:
+            self._union = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+            return self._union
+        return torch.cat([self.keys[slots], key_states], -2), torch.cat([self.values[slots], value_states], -2)
 
     def begin(self, segment: Segment) -> None:
         """Announce the segment whose attention comes next."""
         self._segment = segment
 
-    def seen(self, segment: Segment, positions: Tensor, memo: Memo) -> Tensor:
-        """Long (r k): the place of every key that the segment, itself at ``positions``, attends to."""
+    def key_places(self, segment: Segment, positions: Tensor, memo: Memo) -> Tensor:
+        """Return the places of all keys that the segment, itself at ``positions``, attends to: long (r k)."""
         if not self.filled:
             return positions
 
         def join() -> Tensor:
-            stored, past = self._stored_rows(segment.rows), self._places()
-            return torch.cat([past if stored is None else past[stored], positions], -1)
+            slots, past = self._slot_rows(segment.rows), self._places()
+            return torch.cat([past if slots is None else past[slots], positions], -1)
 
-        return once(memo, "seen", (segment, positions, *self._layout()), join)
+        return once(memo, "keys", (segment, positions, *self._layout()), join)
 
     def commit(self, offset: int, length: int, batch: int, memo: Memo) -> None:
         """Store what the segments since the last commit have computed."""
         fresh, self._fresh, self._segment = self._fresh, [], None
-        joined, self._joined = self._joined, None
-        if not fresh:
+        union, self._union = self._union, None
+        if not fresh:  # the whole chunk skips the layer; the places of what comes later will show the gap
             return
         segments = [segment for segment, _, _ in fresh]
-        rows = segments[0].rows if len(segments) == 1 else None
-        every = (
-            rows is None or self.every_row or (self.filled and self.rows is None)
-        )  # what is stored has every row of the batch
+        rows = segments[0].rows if len(segments) == 1 else None  # several segments share out all rows
+        # One tensor has to hold old and new slots: where it has every row, a row that skips gets holes.
+        every = rows is None or self.every_row or (self.filled and self.rows is None)
         index = None
         holes = every and rows is not None
+        # Places have to be written down as soon as slot i is not position i of every row stored.
         if len(fresh) > 1 or holes or not self.follows_on(segments[0], offset):
 
             def places() -> Tensor:
                 device = fresh[0][1].device
-                placed = [s.positions(offset, length, batch, device, memo) for s in segments]
-                new = _merge_places(placed, segments, batch, every)
+                blocks = [s.positions(offset, length, batch, device, memo) for s in segments]
+                new = _merge_places(blocks, segments, batch, every)
                 return torch.cat([self._places(), new], -1) if self.filled else new
 
             index = once(memo, "places", (*segments, *self._layout()), places)
         keys, values = _merge_states(fresh, batch, every)
-        if joined is not None and len(fresh) == 1:
-            keys, values = joined
+        if union is not None and len(fresh) == 1:  # the attention has joined old and new already: no second copy
+            keys, values = union
         elif self.filled:
             keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
-        else:
+        else:  # the first keys tell dtype and device, which `DynamicLayer` asks for
             self.lazy_initialization(keys, values)
         self.keys, self.values, self.index = keys, values, index
         self.rows = None if rows is None or every or len(rows) == batch else rows
 
     def follows_on(self, segment: Segment, offset: int) -> bool:
-        """Whether, with this segment, slot i still is position i: no key was left out, so no mask need be cut."""
-        stored = self.keys.shape[-2] if self.filled else 0
-        return segment.tokens is None and self.index is None and stored == offset
+        """Return whether slot i stays position i with this segment stored: no key is missing, no mask need be cut."""
+        count = self.keys.shape[-2] if self.filled else 0
+        return segment.tokens is None and self.index is None and count == offset
 
     def select(self, rows: Tensor, batch: int, memo: Memo) -> None:
         """Make row i what row ``rows[i]`` was (repeats allowed)."""
         if not self.filled:
             return
-        rows, held = rows.to(self.keys.device), self.rows
-        if self.rows is not None:
+        rows, before = rows.to(self.keys.device), self.rows
+        if self.rows is not None:  # batch row -> row of the keys, -1 where it has none; new rows without stay without
             slot = torch.full((batch,), -1, device=self.keys.device)
             slot[self.rows] = torch.arange(len(self.rows), device=slot.device)
-            picked = slot[rows]
-            self.rows = (picked >= 0).nonzero().squeeze(1)
-            rows = picked[self.rows]
+            sources = slot[rows]
+            self.rows = (sources >= 0).nonzero().squeeze(1)
+            rows = sources[self.rows]
         self.keys, self.values = self.keys[rows], self.values[rows]
         if (index := self.index) is not None:
-            self.index = once(memo, "select", (index, held), lambda: index[rows])
+            self.index = once(memo, "select", (index, before), lambda: index[rows])
 
     def truncate(self, length: int, memo: Memo) -> None:
         """Forget every position from ``length`` on."""
@@ -136,19 +147,19 @@ class SkipLayer(DynamicLayer):
 
     def undo(self, length: int) -> None:
         """Forget what a pass that failed has left behind: parts that were not stored, and positions from ``length``."""
-        self._fresh, self._joined, self._segment = [], None, None
+        self._fresh, self._union, self._segment = [], None, None
         if self.filled and int(self._places().max()) >= length:
             self.truncate(length, {})
 
     def slots(self, batch: int) -> Slots:
-        """What is held, for a batch of so many rows."""
+        """Return what is held, for a batch of so many rows."""
         if not self.filled:
             return Slots(batch, None, None, 0, 0)
         size = sum(int(x.shape[1] * x.shape[-1] * x.element_size()) for x in (self.keys, self.values))
         return Slots(batch, self.rows, self.index, self.keys.shape[-2], size)
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values of real slots, holes left out."""
+        """Return the bytes of the keys and values of real slots, holes left out."""
         if not self.filled:
             return 0
         slots = self.keys.shape[0] * self.keys.shape[-2] if self.index is None else int((self.index >= 0).sum())
@@ -156,22 +167,24 @@ class SkipLayer(DynamicLayer):
         return slots * per_slot
 
     def _layout(self) -> tuple[Tensor | None, Tensor | None, int]:
-        """What tells two layers apart that hold different positions."""
+        """Return what tells two layers apart that hold different positions."""
         return self.index, self.rows, self.keys.shape[-2] if self.filled else 0
 
     def _places(self) -> Tensor:
+        """Return the place of every slot in the sequence, long (r k), -1 for a hole."""
         if self.index is not None:
             return self.index
         return torch.arange(self.keys.shape[-2], device=self.keys.device).expand(self.keys.shape[0], -1)
 
-    def _stored_rows(self, rows: Tensor | None) -> Tensor | None:
+    def _slot_rows(self, rows: Tensor | None) -> Tensor | None:
+        """Return which rows of the keys these batch rows are; None: all of them, in order."""
         if rows is None or (self.rows is not None and len(rows) == len(self.rows)):
             return None
         return rows if self.rows is None else torch.searchsorted(self.rows, rows)
 
 
 def _merge_places(places: list[Tensor], segments: list[Segment], batch: int, every: bool) -> Tensor:
-    """One block out of segments; several share out the whole batch and are made equally long by holes on the left."""
+    """Make one block (b k) of segments; several share out the batch, and holes on the left make them equally long."""
     if len(places) == 1 and (segments[0].rows is None or not every):
         return places[0]
     width = max(index.shape[1] for index in places)
@@ -182,6 +195,7 @@ def _merge_places(places: list[Tensor], segments: list[Segment], batch: int, eve
 
 
 def _merge_states(fresh: list[tuple[Segment, Tensor, Tensor]], batch: int, every: bool) -> tuple[Tensor, Tensor]:
+    """Make the same block of keys and of values (b h k d), with zeros in the holes."""
     if len(fresh) == 1 and (fresh[0][0].rows is None or not every):
         return fresh[0][1:]
     width = max(keys.shape[-2] for _, keys, _ in fresh)
@@ -193,11 +207,11 @@ def _merge_states(fresh: list[tuple[Segment, Tensor, Tensor]], batch: int, every
 
 
 class Projected(Exception):
-    """Raised inside an attention that was only to project keys and values: a `KeptLayer` has them, nothing follows."""
+    """Stop an attention that was only to project keys and values, once a `KeptLayer` has them."""
 
 
 class KeptLayer(SkipLayer):
-    """Keys and values of every position, whether it ran the layer or only had them projected from its bypassed state.
+    """Hold keys and values of every position, whether it ran the layer or only had them projected from its bypass.
 
     Slot i is position i. A chunk is put together part by part before it is stored; whoever attends sees all of it.
     """
@@ -209,23 +223,23 @@ class KeptLayer(SkipLayer):
         self._project = False
 
     def undo(self, length: int) -> None:
-        """As of a `SkipLayer`, with the chunk that was being put together."""
+        """Forget what a `SkipLayer` forgets, and the chunk that was being put together."""
         self._chunk = []
         super().undo(length)
 
     def open(self, batch: int, length: int) -> None:
-        """A chunk of this size comes next, in parts."""
+        """Announce that a chunk of this size comes next, in parts."""
         self._size, self._chunk = (batch, length), []
 
     def begin(self, segment: Segment, project: bool = False) -> None:
-        """Announce the part whose attention comes next; ``project``: only its keys and values are wanted."""
+        """Announce the part whose attention comes next; ``project``: only its keys and values are to be computed."""
         self._segment, self._project = segment, project
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Called by the attention: all keys and values of the part's rows.
+        """Return to the attention all keys and values of the part's rows.
 
         Raises:
-            Projected: nothing more was wanted.
+            Projected: the part was only to be projected.
         """
         if self._segment is None:
             return super().update(key_states, value_states, *args, **kwargs)
@@ -243,15 +257,14 @@ class KeptLayer(SkipLayer):
         past = (x if rows is None else x[rows] for x in (self.keys, self.values))
         return tuple(torch.cat([old, new], -2) for old, new in zip(past, (keys, values), strict=True))  # type: ignore[return-value]
 
-    def seen(self, segment: Segment, positions: Tensor, memo: Memo) -> Tensor:
-        """Long (r k): every position so far."""
+    def key_places(self, segment: Segment, positions: Tensor, memo: Memo) -> Tensor:
+        """Return every position so far, long (r k)."""
         total = (self.keys.shape[-2] if self.filled else 0) + self._size[1]
-        return once(
-            memo,
-            "all",
-            (segment, total),
-            lambda: torch.arange(total, device=positions.device).expand(len(positions), -1),
-        )
+
+        def every() -> Tensor:
+            return torch.arange(total, device=positions.device).expand(len(positions), -1)
+
+        return once(memo, "all", (segment, total), every)
 
     def commit(self, offset: int, length: int, batch: int, memo: Memo) -> None:
         """Store the chunk."""
@@ -275,7 +288,7 @@ def _place(into: Tensor, states: Tensor, segment: Segment) -> None:
 
 
 class SkipCache(Cache):
-    """A request's cache: its layers, its length, and the routing that every later token follows.
+    """Hold a request's layers, its length, and the routing that every later token follows.
 
     The sequence length is counted here, never read from a layer, since any layer may be empty.
     """
@@ -292,7 +305,7 @@ class SkipCache(Cache):
         self.rows: dict[Flags, tuple[Segment, Tensor]] = {}  # that keep a layer, and that skip it
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, None]]:
-        """Keys and values (b h n d) layer by layer, as of a `DynamicCache`.
+        """Yield keys and values (b h n d) layer by layer, as a `DynamicCache` does.
 
         Raises:
             DataError: something was skipped, so that they have no such shape.
@@ -306,25 +319,25 @@ class SkipCache(Cache):
             yield layer.keys, layer.values, None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions seen so far, whichever layers they ran."""
+        """Return the number of positions so far, whichever layers they ran."""
         return self.length
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """The model builds its masks for the whole sequence; each layer takes the part it holds."""
+        """Return the whole sequence's length, which models build their masks for; each layer cuts its own part out."""
         new = query_length if isinstance(query_length, int) else len(query_length)
         return self.length + new, 0
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the request has begun; models ask this to tell the prompt from what follows."""
+        """Return whether the request has begun; models ask this to tell the prompt from what follows."""
         return self.length > 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was, routing included."""
+        """Make row i what row ``beam_idx[i]`` was, routing included."""
         memo: Memo = {}
         for layer in self.layers:
             layer.select(beam_idx, self.batch, memo)
@@ -366,10 +379,10 @@ class SkipCache(Cache):
         self.__init__(len(self.layers), self.kept, self.every_row)  # type: ignore[misc]
 
     def note(self) -> None:
-        """Have the ledger know what is held now, so that it can be told when the cache itself is gone."""
+        """Tell the ledger what is held now, so that it can say so when the cache itself is gone."""
         if self.ledger is not None:
-            self.ledger.held = tuple(layer.slots(self.batch) for layer in self.layers)
+            self.ledger.slots = tuple(layer.slots(self.batch) for layer in self.layers)
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values that are really held."""
+        """Return the bytes of the keys and values that are really held."""
         return sum(layer.nbytes() for layer in self.layers)

@@ -1,4 +1,4 @@
-"""The model card of a saved policy."""
+"""Write the model card of a saved policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adaskip.plan import Target
 
 
 def write_card(meta: dict[str, Any], target: Target, parameters: int) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
         meta: the configuration beside it.
@@ -59,12 +59,14 @@ _WHEN = {"both": "", "prefill": ", while the prompt is read", "decode": ", while
 
 
 def _who(policy: dict[str, Any], parameters: int) -> str:
+    """Say who decides."""
     if policy["kind"] == "learned":
         return f"One small router per decoder layer ({parameters:,} parameters in all)"
     return f"A policy of the kind `{policy['kind']}` ({parameters:,} parameters)"
 
 
 def _decides(target: Target) -> str:
+    """Say from what is decided, and for which tokens."""
     vision = target.group == "vision"
     if target.scope == "token":
         return f"what each {'vision token' if vision else 'token'}"
@@ -74,17 +76,18 @@ def _decides(target: Target) -> str:
 
 
 def _promise(certificate: dict[str, Any] | None) -> str:
+    """Say what `adaskip calibrate` proved; nothing where it did not run."""
     if certificate is None:
         return ""
     risk, delta, n = (certificate[name] for name in ("risk", "delta", "n"))
-    what = "No threshold could be certified, so every layer runs: the answers are the dense model's."
+    claim = "No threshold could be certified, so every layer runs: the answers are the dense model's."
     if certificate["threshold"] is not None:
-        what = (
+        claim = (
             f"Routed and dense greedy answers differ on at most {risk:g} of the inputs, with probability {1 - delta:g} "
             "over the draw of the calibration inputs."
         )
     return f"""
 ## Guarantee
 
-{what} Learn-then-Test on {n} inputs (digest `{certificate["data"]["digest"]}`), for inputs from the same distribution.
+{claim} Learn-then-Test on {n} inputs (digest `{certificate["data"]["digest"]}`), for inputs from the same distribution.
 """

@@ -19,7 +19,7 @@ from adaskip.plan import KV, Routing, Unit
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one request, by what they were spent on.
+    """Hold the FLOPs of one request, by what they were spent on.
 
     A mixture of experts counts the experts that a token meets. The head is no part of ``decoder``, nor of keep rates.
     """
@@ -31,17 +31,17 @@ class Flops:
 
     @property
     def decoder(self) -> Tensor:
-        """float64 (b): the layers' FLOPs, all parts together."""
+        """Return the layers' FLOPs, all parts together: float64 (b)."""
         return (self.projections + self.attention + self.mlp).sum(0)
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """FLOPs of each layer of one backbone, by part p (projections, attention, MLP).
+    """Price tokens in each layer of one backbone, by part p (projections, attention, MLP).
 
     ``token[p, l] * tokens + pair[p, l] * query-key pairs``. A token that skips the unit is spared ``spared[p, l]`` of
-    the former, and its queries: its keys as well, unless they are ``kept``; nothing of the attention where the unit is
-    the MLP.
+    the first term. Of the second it is spared its queries, and its keys unless they are ``kept``; or nothing, where the
+    unit is the MLP.
     """
 
     token: Tensor  # float64 (p l)
@@ -53,7 +53,7 @@ class CostModel:
 
     @classmethod
     def of(cls, spec: BackboneSpec, unit: Unit = "block", kv: KV = "absent") -> CostModel:
-        """From what the backbone's layers were seen to compute."""
+        """Read the prices from what the backbone's layers were seen to compute."""
         rates = []
         for index, work in enumerate(spec.work):
             leaving = list(work.token)
@@ -67,13 +67,14 @@ class CostModel:
         return cls(token, pair, spared_of, spec.head, unit, kv == "kept")
 
     def chunk(self, new: Tensor, past: Tensor) -> Tensor:
-        """float64 (p l b): ``new`` tokens (b) that attend to ``past`` ones (b) and to one another."""
+        """Price ``new`` tokens (b) that attend to ``past`` ones (b) and to one another: float64 (p l b)."""
         new, past = new.double().cpu(), past.double().cpu()
         return self.token[..., None] * new + self.pair[..., None] * new * (past + new)
 
     def skipped(self, ran: Tensor, new: Tensor, past_ran: Tensor, past: Tensor) -> Tensor:
-        """float64 (p l b): as `chunk`, where only ``ran`` of the new tokens and ``past_ran`` of the past ones ran."""
+        """Price as `chunk` does, where only ``ran`` of the new tokens and ``past_ran`` of the past ones ran."""
         ran, new, past_ran, past = (tokens.double().cpu() for tokens in (ran, new, past_ran, past))
+        # a token that leaves the MLP alone still attends and is attended to
         queries, keys = (new, past + new) if self.unit == "mlp" else (ran, past_ran + ran)
         if self.kept:
             keys = past + new
@@ -82,13 +83,14 @@ class CostModel:
 
 
 def _by_part(work: Work, flops: dict[nn.Module, float]) -> list[float]:
+    """Return a token's FLOPs as projections, attention and MLP; the attention's own go by pairs, so 0 here."""
     projections = sum(spent for part, spent in flops.items() if part is work.attention)
     return [projections, 0.0, sum(flops.values()) - projections]
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What one layer of a cache holds, without the keys and values themselves."""
+    """Describe what one layer of a cache holds, without the keys and values themselves."""
 
     batch: int
     rows: Tensor | None  # long (r): the rows that have slots; None: all
@@ -97,17 +99,17 @@ class Slots:
     size: int  # bytes of a slot
 
     def nbytes(self) -> Tensor:
-        """long (b): bytes of each row's keys and values, holes left out; padding that was computed counts."""
-        held = torch.full((self.batch,), self.count) if self.index is None else (self.index >= 0).sum(1).cpu()
+        """Return the bytes of each row's keys and values, long (b): without holes; padding that was computed counts."""
+        counts = torch.full((self.batch,), self.count) if self.index is None else (self.index >= 0).sum(1).cpu()
         if self.rows is not None:
             rows = self.rows.cpu()
-            held = torch.zeros(self.batch, dtype=torch.long).index_copy(0, rows, held[: len(rows)])
-        return held * self.size
+            counts = torch.zeros(self.batch, dtype=torch.long).index_copy(0, rows, counts[: len(rows)])
+        return counts * self.size
 
 
 @dataclass
 class Ledger:
-    """The tokens that one request holds, chunk by chunk as they came; priced only when asked.
+    """Count the tokens that one request holds, chunk by chunk as they came; they are priced only when asked.
 
     What a rollback took back, as assisted generation does with refused candidates, is no part of it.
     """
@@ -116,7 +118,7 @@ class Ledger:
     chunks: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # bool (b t) each: who always runs, who is routed
     decoded: int = 0  # single generated tokens after the last chunk
     heads: int = 0  # positions of each row whose logits were computed
-    held: tuple[Slots, ...] | None = None  # what each layer of the cache holds; None without a cache
+    slots: tuple[Slots, ...] | None = None  # what each layer of the cache holds; None without a cache
 
     def add(self, valid: Tensor, routed: Tensor | None, answering: bool) -> None:
         """Record a chunk: its real tokens (b t), those that decisions speak of (None: all), whether it is generated.
@@ -138,13 +140,14 @@ class Ledger:
         self.decoded, count = self.decoded - singles, count - singles
         while count:
             always, routed = self.chunks.pop()
-            left = always.shape[1] - count
-            if left > 0 or not self.chunks:
-                self.chunks.append((always[:, : max(left, 0)], routed[:, : max(left, 0)]))
+            rest = always.shape[1] - count
+            if rest > 0 or not self.chunks:  # the first chunk stays, if empty: it tells the number of rows
+                self.chunks.append((always[:, : max(rest, 0)], routed[:, : max(rest, 0)]))
                 return
-            count = -left
+            count = -rest
 
     def _singles(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the single generated tokens as the chunks that they would have been."""
         if not self.decoded:
             return []
         first, _ = self.chunks[0]
@@ -156,39 +159,41 @@ class Ledger:
         self.chunks = [(always[rows], routed[rows]) for always, routed in self.chunks]
 
     def kv_bytes(self) -> Tensor | None:
-        """long (b): bytes of the keys and values that each row holds in the cache; None without a cache."""
-        return None if self.held is None else torch.stack([slots.nbytes() for slots in self.held]).sum(0)
+        """Return the bytes of keys and values that each row has in the cache, long (b); None without a cache."""
+        return None if self.slots is None else torch.stack([slots.nbytes() for slots in self.slots]).sum(0)
 
     def spent(self, cost: CostModel, routing: Routing | None = None) -> Flops:
-        """What the request cost under its routing, or (None) had every layer run."""
+        """Return what the request cost under its routing, or (None) what it had cost with every layer run."""
         by_token = routing is not None and routing.tokens is not None
-        run, left = self._priced(cost, routing.keep if routing is not None and by_token else None)
-        parts = left if by_token else run
+        run, skip = self._price(cost, routing.keep if routing is not None and by_token else None)
+        parts = skip if by_token else run
         if routing is not None and not by_token:
-            parts = torch.where(routing.keep.to(run.device), run, left)
+            parts = torch.where(routing.keep.to(run.device), run, skip)
         head = torch.full(run.shape[2:], cost.head * self.heads, dtype=torch.float64)
         return Flops(parts[0], parts[1], parts[2], head)
 
     def flops(self, cost: CostModel) -> tuple[Tensor, Tensor]:
-        """float64 (l b) each: every row's cost of running a layer, and of leaving its group out of it."""
-        run, left = self._priced(cost)
-        return run.sum(0), left.sum(0)
+        """Return each row's cost of running a layer, and of leaving its group out of it: float64 (l b) each."""
+        run, skip = self._price(cost)
+        return run.sum(0), skip.sum(0)
 
-    def _priced(self, cost: CostModel, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """float64 (p l b) each: as `flops`, by part.
+    def _price(self, cost: CostModel, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the costs of `flops` by part, float64 (p l b) each.
 
-        Or of leaving only those tokens of its group out of it that ``keep``, bool (l b t), does not name.
+        Args:
+            cost: the prices.
+            keep: bool (l b t), the tokens of the group that run the layer all the same.
         """
         if not self.chunks:
             raise ValueError("an empty ledger has no price")
         place, past, past_ran = 0, *[torch.zeros(len(self.chunks[0][0]), dtype=torch.long)] * 2
         run = torch.zeros(*cost.token.shape, len(past), dtype=torch.float64)
-        left = torch.zeros_like(run)
+        skip = torch.zeros_like(run)
         for always, routed in [*self.chunks, *self._singles()]:
             both, ran = (always | routed).sum(1).cpu(), always.sum(1).cpu()
             if keep is not None:
                 ran = ran + (keep[..., place : place + routed.shape[1]] & routed).sum(-1).cpu()
             run += cost.chunk(both, past)
-            left += cost.skipped(ran, both, past_ran, past)
+            skip += cost.skipped(ran, both, past_ran, past)
             place, past, past_ran = place + always.shape[1], past + both, past_ran + ran
-        return run, left
+        return run, skip

@@ -1,4 +1,4 @@
-"""From what a policy says to what a layer does: hard decisions at inference, straight-through gates in training."""
+"""Turn what a policy says into what a layer does: hard decisions at inference, straight-through gates in training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor
     if request.fixed is not None:
         gate = request.fixed[index].to(states.device, torch.float32)
     else:
-        said = policy.decide(index, states, request)
-        if said.dtype == torch.bool:
-            gate = _certain(said, request, index).float()
+        choice = policy.decide(index, states, request)  # a learned policy's logits, or another's own booleans
+        if choice.dtype == torch.bool:
+            gate = _certain(choice, request, index).float()
         else:
             noise = request.noise(index)
-            gate = gates.straight_through(said, request.threshold, request.options.temperature, noise)
-            _put(request.logits, index, said)
+            gate = gates.straight_through(choice, request.threshold, request.options.temperature, noise)
+            _put(request.logits, index, choice)
             if index in request.held:
                 gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning
     keep = gate.detach() > 0.5
@@ -31,6 +31,7 @@ def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor
         _put(request.keep, index, keep)
         _put(request.gates, index, gate)
         return gate
+    # scope token: what does not decide, such as padding, runs, and has no part in what is recorded
     _put(request.keep, index, keep & request.deciding)
     _put(request.gates, index, mean_over(request.deciding, gate))
     return torch.where(request.deciding, gate, 1.0)
@@ -43,18 +44,18 @@ def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
         return request.flags[index]
     if request.fixed is not None and request.deciding is not None:
         return request.fixed[index] | ~request.deciding
-    said = policy.decide(index, states, request)
-    if said.dtype == torch.bool:
-        kept = _certain(said, request, index)
+    choice = policy.decide(index, states, request)
+    if choice.dtype == torch.bool:
+        result = _certain(choice, request, index)
     else:
-        kept = gates.hard(said, request.threshold)
-        kept = torch.ones_like(kept) if index in request.held else kept
-        _put(request.logits, index, said)
+        result = gates.hard(choice, request.threshold)
+        result = torch.ones_like(result) if index in request.held else result
+        _put(request.logits, index, choice)
     if request.deciding is not None:
-        _put(request.keep, index, kept & request.deciding)
-        return kept | ~request.deciding
-    _put(request.keep, index, kept)
-    return tuple(kept.tolist())
+        _put(request.keep, index, result & request.deciding)
+        return result | ~request.deciding
+    _put(request.keep, index, result)
+    return tuple(result.tolist())
 
 
 def _certain(kept: Tensor, request: Request, index: int) -> Tensor:

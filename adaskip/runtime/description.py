@@ -1,4 +1,4 @@
-"""`adaskip_config.json`: what stands beside a policy's weights, read with every fault told in words."""
+"""`adaskip_config.json`, the file beside a policy's weights: written, read, and refused with all its faults at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FREE: dict[str, Any] = {"threshold": 0.0, "held": []}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a saved policy.
+    """Read the configuration of a saved policy.
 
     Raises:
         CheckpointError: the folder holds none, or a damaged one.
@@ -89,9 +89,9 @@ def read_policy(meta: dict[str, Any]) -> Policy:
     Raises:
         ConfigError: no such kind, or settings that it does not take.
     """
-    described = _described(meta)
-    policy = find(described["kind"]).from_dict(described["settings"])
-    policy.threshold, policy.held = read_number(described["threshold"]), read_layers(described["held"])
+    description = _described(meta)
+    policy = find(description["kind"]).from_dict(description["settings"])
+    policy.threshold, policy.held = read_number(description["threshold"]), read_layers(description["held"])
     return policy
 
 
@@ -106,18 +106,18 @@ def _described(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def sign(policy: dict[str, Any], number: int = FORMAT) -> str:
-    """Return a hash of those settings without which the weights mean something else, as files of a format have it."""
+    """Return a hash of the settings that the weights were trained for, as files of a format have it."""
     settings = find(policy["kind"]).from_dict(policy["settings"]).to_dict()
     if number < 3:
         settings.pop("phase", None)  # there was one only
-        kept = settings
+        content = settings
     else:
-        kept = {"kind": policy["kind"], "settings": settings}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        content = {"kind": policy["kind"], "settings": settings}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _faults(meta: Any) -> list[str]:
-    """What of a configuration is missing or of the wrong kind."""
+    """Return what of a configuration is missing or of the wrong kind."""
     if not isinstance(meta, dict):
         return [f"expected an object, got {type(meta).__name__}"]
     number = meta.get("format")

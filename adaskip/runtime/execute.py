@@ -1,4 +1,10 @@
-"""One layer, or a sublayer of it, under a decision: soft mixing while training, real skipping otherwise.
+"""Run one layer, or a sublayer of it, under a decision: soft mixing while training, real skipping otherwise.
+
+    rows x tokens; row 1 skips       soft: all is computed           skip: a segment is gathered, run, scattered
+
+    row 0  a a a a     gate 1        row 0  run      1 * run         row 0  a a a a  ->  call  ->  run
+    row 1  b b b b     gate 0        row 1  run      0 * run + b     row 1  . . . .               b b b b
+    row 2  c c c c     gate 1        row 2  run      1 * run         row 2  c c c c  ->  call  ->  run
 
 Both executions are built from the same call of the untouched module on the same part of the batch (a `Segment`), so for
 the same decisions they give the same logits.
@@ -25,11 +31,11 @@ Keep = Flags | Tensor
 
 
 class Executor:
-    """Runs one patched module, a layer or a sublayer of it, for the part of the batch that runs it.
+    """Run one patched module, a layer or a sublayer of it, for the part of the batch that runs it.
 
     Args:
         index: the decoder layer.
-        unit: what the module is. What leaves a block goes on as it was; what leaves a sublayer gets nothing added.
+        unit: what the module is. States that skip a block go on as they are; those that skip a sublayer get 0 added.
         target: what the decisions speak of.
         outputs: what the module returns: a tensor (0), or a tuple of this many.
         cache_name: the argument by which it receives the cache.
@@ -42,108 +48,120 @@ class Executor:
         self.outputs, self.cache_name = outputs, cache_name
 
     def execute(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], decision: Any) -> Any:
-        """What the module returns under a decision: gates (b) or (b t) while training, else who keeps."""
+        """Run the module under a decision: gates (b) or (b t) while training, else which rows or tokens keep."""
         if request.mode == "soft":
             return self.soft(request, call, states, named, decision)
         return self.skip(request, call, states, named, decision)
 
     def soft(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], gate: Tensor) -> Any:
-        """``lerp(left, run, gate)``: both branches are computed, so the gate's gradient is their exact difference."""
+        """Return ``lerp(bypass, run, gate)``: with both branches at hand, the gate's gradient is their difference."""
         by_token = gate.dim() == 2
         if by_token and self.unit != "mlp" and self.kv == "absent":
             masks = [name for name in MASKS if name in named] or [MASKS[0]]
             named = {**named, **{name: hide_keys(named.get(name), gate, states.dtype) for name in masks}}
         out = call(states, **named)
-        left = self._left(states)
+        bypass = self._bypass(states)
         weight = rearrange(gate, "b t -> b t 1") if by_token else rearrange(gate, "b -> b 1 1")
         if not by_token and request.routed is not None:
-            # what these tokens do is no business of the others, unless their keys are gone for those
+            #   row 0   v v t t   v: routed, weighted by the gate;  t: not routed, so it runs with weight 1
             weight = torch.where(rearrange(request.routed, "b t -> b t 1"), weight, 1.0)
             if self.hides:
+                # where v skips, its keys are gone for t, which then gets something else than `run` has: the bypass
+                # branch runs t without v, and the gate mixes whole rows
                 weight = rearrange(gate, "b -> b 1 1")
-                left, _ = self._run_segment(request, call, states, named, _others(request), left)
+                bypass, _ = self._run_segment(request, call, states, named, _others(request), bypass)
         run = states_of(out)  # of another precision than the states where autocast runs a sublayer
-        mixed = torch.lerp(left.to(run.dtype), run, weight.to(run.dtype))
-        return (mixed, *out[1:]) if isinstance(out, tuple | list) else mixed
+        mixture = torch.lerp(bypass.to(run.dtype), run, weight.to(run.dtype))
+        return (mixture, *out[1:]) if isinstance(out, tuple | list) else mixture
 
     def skip(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], keep: Keep) -> Any:
-        """Gather what runs, run it, scatter; the rest is not computed."""
+        """Gather what runs, run it and scatter the result; the rest is not computed."""
         if isinstance(keep, Tensor):
             request.memo.clear()  # the last layer's parts were others
-            run, left = self._tokens(request, keep)
+            run, skipped = self._tokens(request, keep)
         else:
-            run, left = self._segments(request, keep, states.device)
+            run, skipped = self._segments(request, keep, states.device)
         layer = self._layer(request)
+        # nothing is missing here, now or before: the module runs as it came, masks and cache untouched
         if run == (WHOLE,) and (layer is None or layer.follows_on(WHOLE, request.offset)):
             return call(states, **named)
         if isinstance(layer, KeptLayer):
             named = {**named, self.cache_name: _cache(request)}
             layer.open(*states.shape[:2])
-            for segment in left:
+            # first the keys of what skips: what runs attends to them
+            for segment in skipped:
                 self._project(request, layer, call, states, named, segment)
-        after, form = self._left(states), None
+        after, form = self._bypass(states), None
         for segment in run:
             after, form = self._run_segment(request, call, states, named, segment, after)
-        if layer is not None and (run or left):
+        if layer is not None and (run or skipped):
             layer.commit(request.offset, states.shape[1], states.shape[0], request.memo)
-            if request.scratch is not None:
+            if request.scratch is not None:  # nothing comes after this pass: the layer's keys are freed at once
                 request.scratch.layers[self.index] = KeptLayer()
         return self.wrap(after, request, form)
 
     def _layer(self, request: Request) -> SkipLayer | None:
-        """Where this module's keys and values go; what is kept must be brought together even if nothing is cached."""
+        """Return where this module's keys and values go; None in a pass without a cache, and for an MLP."""
         cache = _cache(request)
         return None if cache is None or self.unit == "mlp" else cache.layers[self.index]
 
     def _segments(
         self, request: Request, flags: Flags, device: torch.device
     ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-        """What runs where these rows keep, and what only has its keys kept; the same objects for the same flags."""
+        """Return what runs, and what only has its keys kept, where these rows keep.
+
+        The same objects for the same flags, so that layers which agree share cut masks and positions.
+
+            flags (1, 0, 1), row 1 = v v t t, group vision      kept     rows 0 2, all positions
+                                                                others   row 1, its t: they run, without v
+                                                                skipped  row 1, its v: only under kv kept
+        """
         if all(flags) or not request.has_routed:
             return (WHOLE,), ()
         if flags not in request.memo:
-            kept, skipped = _rows(request, flags, device) if any(flags) else (None, None)
-            others = () if request.routed is None else (_others(request, skipped),)
-            left = (_routed(request, skipped),) if self.kv == "kept" else ()
-            request.memo[flags] = (others if kept is None else (kept, *others)), left
+            kept, rows = _rows(request, flags, device) if any(flags) else (None, None)
+            others = () if request.routed is None else (_others(request, rows),)
+            skipped = (_routed(request, rows),) if self.kv == "kept" else ()
+            request.memo[flags] = (others if kept is None else (kept, *others)), skipped
         parts: tuple[tuple[Segment, ...], tuple[Segment, ...]] = request.memo[flags]
         return parts
 
     def _tokens(self, request: Request, keep: Tensor) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-        """The same where every token (b t) decides for itself."""
+        """Return the same where every token (b t) decides for itself."""
         idle = request.tokens.valid & ~keep
         if not bool(idle.any()):
             return (WHOLE,), ()
         return _gather(request.tokens.valid & keep), _gather(idle) if self.kv == "kept" else ()
 
     def wrap(self, states: Tensor, request: Request, form: int | None = None) -> Any:
-        """States as the module returns them: as it just did (``form``), else as it does when nothing more is asked."""
+        """Return states as the module does: as it just did (``form``), else as it does when nothing more is asked."""
         outputs = self.outputs if form is None else form
         if self.unit == "block" and request.weights is not None:
             outputs = request.weights.sources[self.index].outputs
         return (states, *[None] * (outputs - 1)) if outputs else states
 
-    def _left(self, states: Tensor) -> Tensor:
-        """What the module hands on for a token that leaves it."""
+    def _bypass(self, states: Tensor) -> Tensor:
+        """Return what stands for the module's result where it is skipped."""
         return states if self.unit == "block" else torch.zeros_like(states)
 
     def _run_segment(
         self, request: Request, call: Call, states: Tensor, named: dict[str, Any], segment: Segment, into: Tensor
     ) -> tuple[Tensor, int | None]:
-        """Gather the segment, run the module on it, scatter the result into a copy of ``into``; and what it returned.
+        """Gather the segment, run the module on it, and scatter the result into a copy of ``into``.
 
-        The latter as a number of values, 0 for a bare tensor, None if there was nothing to run. It is the request's
-        and not kept here, for another thread may ask the same module for more.
+        Returns:
+            That copy, and the form of what the module returned: so many values, 0 for a bare tensor, None if there was
+            nothing to run. It is not kept on this object, since another thread may ask the same module for more.
         """
         if segment.tokens is not None and not segment.tokens.shape[1]:
             return into, None
         layer = self._layer(request)
         whole = segment.tokens is None and (layer is None or layer.follows_on(segment, request.offset))
         positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.memo)
-        keys = None if whole else positions
+        keys = None if whole else positions  # None: every key in order, so that no mask need be cut
         if layer is not None:
             layer.begin(segment)
-            keys = None if whole else layer.seen(segment, positions, request.memo)
+            keys = None if whole else layer.key_places(segment, positions, request.memo)
         if request.weights is not None and self.unit != "mlp":
             request.weights.part = segment, positions, keys
         out = call(
@@ -160,7 +178,7 @@ class Executor:
         named: dict[str, Any],
         segment: Segment,
     ) -> None:
-        """Call the module on what leaves it, and stop it where its attention hands keys and values to the cache."""
+        """Call the module on what skips it, and stop it where its attention hands keys and values to the cache."""
         if segment.tokens is not None and not segment.tokens.shape[1]:
             return
         positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.memo)
@@ -173,17 +191,18 @@ class Executor:
 
 
 def states_of(out: Any) -> Tensor:
-    """The states among what a module returned."""
+    """Return the states among what a module returned."""
     states: Tensor = out[0] if isinstance(out, tuple | list) else out
     return states
 
 
 def _cache(request: Request) -> SkipCache | None:
+    """Return the request's cache, or the one that brings kept keys together in a pass without a cache."""
     return request.cache if request.cache is not None else request.scratch
 
 
 def _scatter(result: Tensor, segment: Segment, into: Tensor) -> Tensor:
-    """A copy of ``into`` with the segment's part replaced."""
+    """Return a copy of ``into`` with the segment's part replaced."""
     into = into.to(result.dtype)
     if segment.tokens is None:
         return result if segment.rows is None else into.index_copy(0, segment.rows, result)
@@ -192,33 +211,33 @@ def _scatter(result: Tensor, segment: Segment, into: Tensor) -> Tensor:
     rows = segment.rows if segment.rows is not None else torch.arange(len(into), device=into.device)
     if not segment.ragged:
         return into.index_put((rearrange(rows, "r -> r 1"), segment.tokens), result)
-    real = segment.tokens >= 0
+    real = segment.tokens >= 0  # the result of filling goes nowhere
     where = (rearrange(rows, "r -> r 1").expand_as(real)[real], segment.tokens[real])
     return into.index_put(where, result[real])
 
 
 def _rows(request: Request, flags: Flags, device: torch.device) -> tuple[Segment, Tensor]:
-    """The rows that keep, as a segment, and the rows that skip; a cache remembers them from token to token."""
-    known = request.cache.rows if request.cache is not None else request.memo.setdefault("rows", {})
-    if flags not in known:
+    """Return the rows that keep, as a segment, and the rows that skip; a cache remembers them from token to token."""
+    memory = request.cache.rows if request.cache is not None else request.memo.setdefault("rows", {})
+    if flags not in memory:
         keeps = torch.tensor(flags, device=device)
-        known[flags] = Segment(keeps.nonzero().squeeze(1)), (~keeps).nonzero().squeeze(1)
-    return known[flags]
+        memory[flags] = Segment(keeps.nonzero().squeeze(1)), (~keeps).nonzero().squeeze(1)
+    return memory[flags]
 
 
 def _others(request: Request, rows: Tensor | None = None) -> Segment:
-    """The real positions of the given rows that decisions do not speak of."""
+    """Return the real positions of the given rows that decisions do not speak of."""
     assert request.routed is not None
     return _marked(request, "others", request.tokens.valid & ~request.routed, rows)
 
 
 def _routed(request: Request, rows: Tensor | None) -> Segment:
-    """The positions of the given rows that decisions speak of."""
+    """Return the positions of the given rows that decisions speak of."""
     return _marked(request, "routed", request.tokens.valid if request.routed is None else request.routed, rows)
 
 
 def _gather(marked: Tensor) -> tuple[Segment, ...]:
-    """The marked places (b t) as a segment of the rows that have any; none if no row has."""
+    """Return the marked places (b t) as a segment of the rows that have any; none if no row has."""
     some = marked.any(1)
     if not bool(some.any()):
         return ()
@@ -227,6 +246,7 @@ def _gather(marked: Tensor) -> tuple[Segment, ...]:
 
 
 def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) -> Segment:
+    """Return the marked places as one segment object for all layers of a request that mean the same rows."""
     key = (kind, None if rows is None else id(rows))
     if key not in request.memo:
         request.memo[key] = _places(marked, rows)
@@ -235,6 +255,11 @@ def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) ->
 
 
 def _places(marked: Tensor, rows: Tensor | None) -> Segment:
+    """Return the marked places of some rows, filled on the left where a row has fewer than another.
+
+    . x . x     1 3
+    . . . x ->  -1 3     -1 sorts before every place, so the columns that all rows fill are cut off the left
+    """
     marked = marked if rows is None else marked[rows]
     places = torch.where(marked, torch.arange(marked.shape[1], device=marked.device), -1).sort(1).values
     counts = marked.sum(1)

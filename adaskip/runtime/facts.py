@@ -1,4 +1,4 @@
-"""What was seen of a model when it was attached to, looked at anew where the model has changed since."""
+"""Facts about a model that may change while it is routed, such as its attention kernel: measured anew when they do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adaskip.runtime.options import Mode
 
 
 class Facts:
-    """What depends on a model's attention kernel or vocabulary, which may change while routers are attached.
+    """Measure what depends on a model's attention kernel or vocabulary, which may change while routers are attached.
 
     Args:
         spec: what the model is made of.
@@ -27,7 +27,7 @@ class Facts:
     def __init__(self, spec: BackboneSpec, untouched: Callable[[], AbstractContextManager[None]]) -> None:
         self._backbone, self._untouched = spec, untouched
         self.configs = spec.model.config, spec.config  # to look for the latter takes longer than to ask it
-        self._tried = self._kernel
+        self._tried_kernel = self._kernel
         self._head = self._vocabulary, spec.head
         self._ahead = {self._kernel: spec.reads_ahead}
         self._sources: dict[tuple[str, torch.dtype], tuple[Source, ...]] = {}
@@ -42,21 +42,21 @@ class Facts:
         return tuple(weight.shape) if isinstance(weight, Tensor) else ()  # a packed head's weight is a method
 
     def head(self) -> float:
-        """FLOPs of the language-model head per position."""
+        """Return the FLOPs of the language-model head per position."""
         if self._head[0] != self._vocabulary:
             with self._untouched():
                 self._head = self._vocabulary, count_head(self._backbone)
         return self._head[1]
 
     def reads_ahead(self) -> bool:
-        """Whether the model reads both ways what comes without ``token_type_ids``."""
+        """Return whether the model reads both ways what comes without ``token_type_ids``."""
         if self._kernel not in self._ahead:
             with self._untouched():
                 self._ahead[self._kernel] = reads_ahead(self._backbone.model, self._backbone.layers)
         return self._ahead[self._kernel]
 
     def weight_sources(self) -> tuple[Source, ...]:
-        """Where each layer's attention weights come from; empty if the kernel gives none."""
+        """Find where each layer's attention weights come from; empty if the kernel gives none."""
         key = self._kernel, self._backbone.model.dtype
         if key not in self._sources:
             with self._untouched():
@@ -64,7 +64,11 @@ class Facts:
         return self._sources[key]
 
     def requested_sources(self, mode: Mode, inputs: dict[str, Any]) -> tuple[Source, ...]:
-        """Where the layers' attention weights come from, if the caller asks for them and the kernel gives any."""
+        """Return where attention weights come from; empty unless the caller asks for them and the kernel gives any.
+
+        Raises:
+            ConfigError: an output that a routed pass cannot give.
+        """
         if mode == "dense":
             return ()
         if asks(inputs, "output_router_logits", self.configs):
@@ -87,8 +91,9 @@ class Facts:
         Raises:
             ConfigError: the attention implementation has changed.
         """
-        if self._kernel != self._tried:
+        if self._kernel != self._tried_kernel:
             raise ConfigError(
-                f"attention implementation: what single tokens get was tried with {self._tried!r} when the model was "
-                f"attached to, and it has {self._kernel!r} now; call detach() and attach again"
+                "attention implementation: what single tokens get was tried with "
+                f"{self._tried_kernel!r} when the model was attached to, and it has {self._kernel!r} now; "
+                "call detach() and attach again"
             )

@@ -1,7 +1,7 @@
-"""What identifies a backbone: its shape, and a few values of every weight.
+"""Identify a backbone by its shape and a few values of every weight.
 
-The values themselves are kept and not a hash of them, so that the same checkpoint is known again in another precision,
-and a vocabulary that has grown is told from another model.
+The values themselves are kept and not a hash of them: so the same checkpoint is recognised in another precision, and a
+vocabulary that has grown is not taken for another model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PICKS = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """Evenly spaced values of one weight, in its own precision; None: it cannot be read as numbers."""
+    """Hold evenly spaced values of one weight, in its own precision; None: it cannot be read as numbers."""
 
     shape: tuple[int, ...]
     values: Tensor | None
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What identifies a backbone.
+    """Hold what identifies a backbone.
 
     Attributes:
         identity: class, model_type, layers, width, vocabulary.
@@ -44,7 +44,7 @@ class Fingerprint:
     quantised: bool
 
     def digest(self) -> str:
-        """A short hash of all that could be read; for people, and never compared."""
+        """Return a short hash of all that could be read; for people, and never compared."""
         digest = hashlib.sha256()
         for name, sample in sorted(self.samples.items()):
             digest.update(f"{name}{sample.shape}".encode())
@@ -68,7 +68,7 @@ def fingerprint(spec: BackboneSpec) -> Fingerprint:
 
 
 def identify(spec: BackboneSpec) -> dict[str, Any]:
-    """A backbone's class and shape."""
+    """Return a backbone's class and shape."""
     return {
         "class": type(spec.model).__name__,
         "model_type": spec.model.config.model_type,
@@ -79,7 +79,7 @@ def identify(spec: BackboneSpec) -> dict[str, Any]:
 
 
 def describe_unreadable(spec: BackboneSpec) -> str:
-    """A sentence for whoever is about to train on weights that no fingerprint can be taken of; empty if all can be."""
+    """Return a sentence that warns of training on weights which no fingerprint can be taken of; empty if all can be."""
     unreadable, total = count_unreadable(spec.model)
     name, text = type(spec.model).__name__, ""
     if (packed := find_packed(spec.model)) is not None:
@@ -134,11 +134,12 @@ def check(expected: Fingerprint, spec: BackboneSpec, strict: bool) -> None:
 
 
 def _differences(expected: dict[str, Any], spec: BackboneSpec) -> list[str]:
-    found = identify(spec)
+    """Return a text for each part of a backbone's identity that is not the expected one."""
+    actual = identify(spec)
     return [
-        f"{key}: {value!r} expected, {found.get(key)!r} found"
+        f"{key}: {value!r} expected, {actual.get(key)!r} found"
         for key, value in expected.items()
-        if found.get(key) != value
+        if actual.get(key) != value
     ]
 
 
@@ -152,18 +153,19 @@ def refuse(differing: list[str], strict: bool) -> None:
 
 @dataclass
 class _Comparison:
-    """Names of weights: that differ, that agree, that agree in the tokens common to both, that cannot be compared."""
+    """Collect the names of weights by how they compare."""
 
-    other: list[str] = field(default_factory=list)
-    same: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)  # they differ
+    same: list[str] = field(default_factory=list)  # they agree
+    resized: list[str] = field(default_factory=list)  # they agree in the tokens common to both vocabularies
+    unread: list[str] = field(default_factory=list)  # they cannot be compared
 
 
 def _compare(expected: Fingerprint, spec: BackboneSpec, sizes: tuple[int, int]) -> _Comparison:
-    result, seen, extra = _Comparison(), set(), []
+    """Compare every weight with its sample; ``sizes`` are the vocabularies of then and now."""
+    result, names, extra = _Comparison(), set(), []
     for name, weight in effective_weights(spec.model):
-        seen.add(name)
+        names.add(name)
         sample = expected.samples.get(name)
         if sample is None:
             extra.append(name)
@@ -173,7 +175,7 @@ def _compare(expected: Fingerprint, spec: BackboneSpec, sizes: tuple[int, int]) 
             result.other.append(name)
         else:
             (result.same if tuple(weight.shape) == sample.shape else result.resized).append(name)
-    one_sided = [*extra, *(name for name in expected.samples if name not in seen)]
+    one_sided = [*extra, *(name for name in expected.samples if name not in names)]
     # a quantiser renames weights and adds scales; without one every name counts
     quantised = expected.quantised or result.unread or _is_packed(spec)
     (result.unread if quantised else result.other).extend(one_sided)
@@ -181,7 +183,7 @@ def _compare(expected: Fingerprint, spec: BackboneSpec, sizes: tuple[int, int]) 
 
 
 def _agrees(sample: Sample, weight: Tensor, sizes: tuple[int, int]) -> bool:
-    """Whether a weight has the sampled values, as far as its precision and its rows reach."""
+    """Return whether a weight has the sampled values, as far as its precision and its rows reach."""
     assert sample.values is not None
     places, values = _places(_numel(sample.shape)), sample.values
     if tuple(weight.shape) != sample.shape:
@@ -193,7 +195,7 @@ def _agrees(sample: Sample, weight: Tensor, sizes: tuple[int, int]) -> bool:
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
-    """Equal if of one precision, else within the rounding of both; what overflows is equal to infinity."""
+    """Compare exactly in one precision, else within the rounding of both; what overflows is equal to infinity."""
     a, b = one.double(), two.double()
     if one.dtype == two.dtype:
         return bool(((a == b) | (a.isnan() & b.isnan())).all())
@@ -206,7 +208,7 @@ def _equal(one: Tensor, two: Tensor) -> bool:
 
 
 def _places(count: int) -> Tensor:
-    """long (n): evenly spaced places in a flattened weight."""
+    """Return evenly spaced places in a flattened weight, long (n)."""
     return torch.linspace(0, count - 1, min(PICKS, count), dtype=torch.float64).long()
 
 
@@ -250,11 +252,16 @@ def check_digest(expected: dict[str, Any], spec: BackboneSpec, strict: bool) -> 
 
 
 def _old_digest(spec: BackboneSpec, via: torch.dtype | None) -> str | None:
-    """The hash of format 1; ``via``: as if the weights had been of this precision. None: some cannot be read."""
+    """Return the hash of format 1, or None if a weight cannot be read.
+
+    Args:
+        spec: the model.
+        via: hash the weights as if they had been of this precision.
+    """
     digest = hashlib.sha256()
-    raw = dict(effective_weights(spec.model))
+    weights = dict(effective_weights(spec.model))
     for name, weight in sorted(spec.model.named_parameters()):
-        value = raw.get(name) if weight.is_meta else weight.detach()
+        value = weights.get(name) if weight.is_meta else weight.detach()
         if value is None or value.dtype not in PLAIN or type(value) not in (Tensor, torch.nn.Parameter):
             return None
         values = _pick(value, _places(value.numel()))

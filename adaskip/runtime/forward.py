@@ -1,4 +1,4 @@
-"""What the patched layers of one model share: who decides and how to execute. Requests lie in `State`, by thread."""
+"""Run requests through the patched layers of one model: open one, run or skip each layer, close it with its routing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ from adaskip.runtime.rerun import Reruns
 
 
 class Runtime:
-    """What the patched layers of one model share: who decides, how to execute, and where requests are found.
+    """Hold what the patched layers of one model share: who decides, how to execute, and where requests are found.
+
+    A request itself lies in `State`, by thread.
 
     Args:
         spec: what the model is made of.
@@ -55,60 +57,61 @@ class Runtime:
 
     @property
     def scope(self) -> Scope:
-        """The target's, as for the three below."""
+        """Return how often a router decides."""
         return self.target.scope
 
     @property
     def unit(self) -> Unit:
-        """What is left out of a layer."""
+        """Return what is left out of a layer."""
         return self.target.unit
 
     @property
     def group(self) -> Group:
-        """Whose decisions they are."""
+        """Return which positions of a row decisions speak of."""
         return self.target.group
 
     @property
     def kv(self) -> KV:
-        """What becomes of the keys and values of what skips."""
+        """Return what becomes of the keys and values of what skips."""
         return self.target.kv
 
     @property
     def mode(self) -> Mode:
-        """How the calling thread's next pass will run."""
+        """Return how the calling thread's next pass will run."""
         return self.state.options.mode
 
     @property
     def request(self) -> Request | None:
-        """The calling thread's request under way."""
+        """Return the calling thread's request under way."""
         return self.state.here.request
 
     @property
     def routing(self) -> Routing | None:
-        """The decisions of the calling thread's last request."""
+        """Return the decisions of the calling thread's last request."""
         return self.state.here.routing
 
     @property
     def ledger(self) -> Ledger | None:
-        """What the calling thread's last request ran."""
+        """Return the tokens that the calling thread's last request holds."""
         return self.state.here.ledger
 
     @property
     def hides_vision(self) -> bool:
-        """Whether vision tokens that skip are gone for the text's attention, so that what it had of them counts."""
+        """Return whether the text's attention misses vision tokens that skip, so that what they gave it counts."""
         return self.group == "vision" and self.target.hides
 
     @property
     def cuts_keys(self) -> bool:
-        """Whether single tokens of a row leave an attention that others of it run, so that masks have to be cut."""
+        """Return whether single tokens of a row leave an attention that others of it run, so that masks are cut."""
         return self.target.partial and self.unit != "mlp"
 
     def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
+        """Make what runs one module of a layer."""
         names = self.spec.sublayers[index].cache_names if self.kv == "kept" else ("", "")
         return Executor(index, unit, self.target, outputs, names[0 if unit == "block" else 1])
 
     def sublayers(self, index: int) -> list[tuple[nn.Module, Executor]]:
-        """What of a layer is routed where not the layer itself is, with what runs it."""
+        """Return the modules inside a layer that are routed in its place, each with what runs it; none for blocks."""
         if self.unit == "block":
             return []
         parts = self.spec.sublayers[index]
@@ -118,17 +121,18 @@ class Runtime:
     # -- a request opens and closes around the whole model's forward ------------------------------------------------
 
     def open(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Read the call's inputs; returns them as the model should see them."""
+        """Read the call's inputs, and return them as the model should see them."""
         # Taken once for the whole pass: nothing that is set meanwhile, here or in another thread, changes it midway.
         slot, options, policy = self.state.here, self.state.take(), self.policy
         mode, slot.soft = options.mode, None
         sources = self.facts.requested_sources(mode, inputs)
-        given = inputs.get("past_key_values")
-        if mode == "dense" and isinstance(given, SkipCache) and given.length:
+        past = inputs.get("past_key_values")
+        if mode == "dense" and isinstance(past, SkipCache) and past.length:
             raise DataError(
                 "past_key_values: expected the cache of a dense request, got one that a routed request left gaps in; "
                 "start from the prompt without a cache"
             )
+        # A dense pass that nobody watches asks nothing of its inputs; an empty request tells the layers that it is one.
         if mode == "dense" and options.observer is None:
             nothing = torch.ones(0, 0, dtype=torch.bool)
             slot.request = Request("dense", Tokens(nothing, None), nothing, options)
@@ -137,6 +141,7 @@ class Runtime:
             self.facts.check_kernel()
         if self.cost.head != self.facts.head():
             self.cost = replace(self.cost, head=self.facts.head())
+        # The order matters: the cache tells the tokens' offset, the tokens the prompt, the prompt who is to be decided.
         cache = None if mode == "dense" else self._cache(mode, inputs)
         started = cache is not None and cache.routing is not None
         tokens = read_tokens(self.spec, inputs, None if started else embedded_ids(options, inputs))
@@ -152,7 +157,7 @@ class Runtime:
             )
         if cache is not None and cache.length == 0:
             cache.batch = tokens.valid.shape[0]
-        if started:
+        if started:  # masks and labels came with the first chunk; what still tells the prompt's end is generate
             assert cache is not None
             prompt = read_answering(tokens, cache.length, options.prompt_length)
         else:
@@ -164,7 +169,7 @@ class Runtime:
         elif started:
             assert cache is not None
             assert cache.routing is not None
-            request.fixed = cache.routing.keep
+            request.fixed = cache.routing.keep  # generated tokens follow their prompt
             request.flags = cache.routing.flags or host(request.fixed)
         else:
             request.fixed, request.flags = self._fixed(options, tokens.valid.shape[0])
@@ -174,35 +179,40 @@ class Runtime:
         request.threshold = policy.threshold if options.threshold is None else options.threshold
         if request.fixed is None and mode != "dense":
             policy.start(request)
-        if self.kv == "kept" and cache is None and mode == "skip":
+        if self.kv == "kept" and cache is None and mode == "skip":  # keys of what skips meet those of what runs there
             request.scratch = SkipCache(len(self.spec.layers), kept=True)
         if sources:
             inputs = self._record(request, sources, inputs)
         slot.request = request
-        if mode == "soft":
+        if mode == "soft":  # training reads whole sequences, and a checkpoint's rerun would write a cache twice
             return {**inputs, "use_cache": False}
         return inputs if cache is None else {**inputs, "past_key_values": cache}
 
     def _untouched(self) -> AbstractContextManager[None]:
-        """Inside: the model as it was, and nobody watching."""
+        """Let the model run as it was inside, with nobody watching."""
         return self.state.using(mode="dense", observer=None, replay=())
 
     def _record(self, request: Request, sources: tuple[Source, ...], inputs: dict[str, Any]) -> dict[str, Any]:
-        """Watch the attentions of the request that begins; its output must have names for a while."""
-        named = inputs.get("return_dict")
-        as_tuple = not (self.spec.model.config.return_dict if named is None else named)
+        """Watch the attentions of the request that begins; its output must have names until they are put into it."""
+        choice = inputs.get("return_dict")
+        as_tuple = not (self.spec.model.config.return_dict if choice is None else choice)
         request.weights = WeightRecord(sources, *_sizes(request), as_tuple)
         own = {module for i, layer in enumerate(self.spec.layers) for module in (layer, *dict(self.sublayers(i)))}
         request.weights.watch(own, lambda: self.state.here.request is request)  # not another thread's
         return {**inputs, "return_dict": True}
 
     def complete(self, output: Any) -> Any:
-        """What the caller gets of the model's output."""
+        """Return the model's output as the caller gets it: with attention weights where they were asked for."""
         weights = None if self.request is None else self.request.weights
         return output if weights is None else weights.complete(output)
 
     def close(self, failed: bool = False, heads: int = 0) -> None:
-        """Publish the routing of the request that ends here, ``heads`` positions of which have got logits."""
+        """Publish the routing of the request that ends here; its cache goes back to before if it ``failed``.
+
+        Args:
+            failed: the pass raised.
+            heads: positions whose logits were computed.
+        """
         slot = self.state.here
         request, slot.request = slot.request, None
         if request is None:
@@ -219,16 +229,16 @@ class Runtime:
         ledger.heads += heads
         if cache is None or cache.routing is None or request.deciding is not None:
             keep = torch.stack(request.keep) if request.fixed is None else request.fixed.to(request.tokens.valid.device)
-            known = request.flags
-            if known is None and cache is not None and request.deciding is None:
-                known = host(keep)
+            flags = request.flags
+            if flags is None and cache is not None and request.deciding is None:
+                flags = host(keep)  # every later token will follow them: read from the device once, here
             routing = Routing(
                 keep=keep,
                 group=self.group,
                 logits=torch.stack(request.logits) if request.logits else None,
                 gates=torch.stack(request.gates) if request.gates else None,
                 tokens=request.deciding,
-                flags=known,
+                flags=flags,
             )
             if cache is not None and cache.routing is not None:
                 routing = cache.routing.join(routing)
@@ -241,6 +251,7 @@ class Runtime:
         slot.routing, slot.ledger = routing, ledger
 
     def _cache(self, mode: Mode, inputs: dict[str, Any]) -> SkipCache | None:
+        """Return the cache that this pass fills: the caller's, or a new one; None where it is to leave none."""
         cache, use = inputs.get("past_key_values"), inputs.get("use_cache")
         use = use if use is not None else getattr(self.facts.configs[1], "use_cache", False)
         if not self.caches or not read_cache(cache, mode, use):
@@ -251,11 +262,11 @@ class Runtime:
 
     @property
     def _routes_answers(self) -> bool:
-        """Whether decisions speak of generated tokens."""
+        """Return whether decisions speak of generated tokens."""
         return self.group == "all" and self.target.phase != "prefill"
 
     def _by_token(self, request: Request) -> None:
-        """Let the request's tokens decide for themselves, or as ``fixed`` says; beyond what it says all run."""
+        """Let the request's tokens decide for themselves, or as ``fixed`` says; tokens it does not reach all run."""
         request.deciding = request.tokens.valid if request.routed is None else request.routed
         if request.options.fixed is None and self.known is None:
             return
@@ -270,9 +281,9 @@ class Runtime:
         request.fixed = fixed.to(request.deciding.device) & request.deciding
 
     def _fixed(self, options: Options, batch: int) -> tuple[Tensor | None, tuple[Flags, ...] | None]:
-        """bool (l b): decisions made beforehand, for this request or for all; repeated for beams and samples.
+        """Return decisions made beforehand, bool (l b), and the same on the host; None where there are none.
 
-        And the same on the host: those for all are known there, a routing's are read once.
+        They are the call's, else the policy's for every input; a call's rows are repeated for beams and samples.
         """
         if options.fixed is None:
             if self.known is None:
@@ -287,7 +298,7 @@ class Runtime:
     # -- one layer ---------------------------------------------------------------------------------------------------
 
     def run(self, index: int, layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The forward of a patched layer; ``call`` is the original one."""
+        """Run a patched layer, whose own forward is ``call``."""
         slot = self.state.here
         named = bind_arguments(layer, args, kwargs)
         first = next(iter(named)) if args else "hidden_states"
@@ -324,6 +335,7 @@ class Runtime:
         states: Tensor,
         named: dict[str, Any],
     ) -> Any:
+        """Decide about a layer and run it; or decide, and leave it to its sublayers to follow."""
         replay, observer = request.options.replay, request.options.observer
         executor, call = self.layers[index], self._listen(request, index, layer, call)
         if index + 1 < len(replay):
@@ -346,7 +358,7 @@ class Runtime:
     def run_sublayer(
         self, executor: Executor, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """The forward of a patched sublayer, inside its layer's."""
+        """Run a patched sublayer, whose own forward is ``call``, inside its layer's."""
         slot = self.state.here
         named = bind_arguments(module, args, kwargs)
         request = slot.request
@@ -359,7 +371,7 @@ class Runtime:
         return executor.execute(request, call, states, named, request.decisions[executor.index])
 
     def _listen(self, request: Request, index: int, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The call of a patched module, heard by whoever puts the attention's weights together."""
+        """Wrap the call of a patched module, so that the weights of its attention are noted."""
         if request.weights is None:
             return call
         request.weights.part = None
@@ -367,6 +379,6 @@ class Runtime:
 
 
 def _sizes(request: Request) -> tuple[int, int, int]:
-    """Rows of a request, positions before its chunk, and positions of its chunk."""
+    """Return the rows of a request, the positions before its chunk, and those of its chunk."""
     batch, length = request.tokens.valid.shape
     return batch, request.offset, length

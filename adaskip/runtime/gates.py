@@ -1,4 +1,4 @@
-"""From logits to gates: what executes is always a hard 0 or 1; what the gradient sees is soft."""
+"""Turn logits into gates: what executes is always a hard 0 or 1, what the gradient sees is soft."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def hard(logits: Tensor, threshold: float = 0.0) -> Tensor:
-    """bool, same shape: run the layer where the logit exceeds the threshold."""
+    """Return where the logit exceeds the threshold, so that the layer runs: bool, of the same shape."""
     return logits > threshold
 
 
 def straight_through(
     logits: Tensor, threshold: float = 0.0, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Gates that are exactly 0 or 1 forward and have the slope of a sigmoid backward.
+    """Return gates that are exactly 0 or 1 forward and have the slope of a sigmoid backward.
 
     With a generator the decision is drawn: logistic noise is added to the logit first (a binary Gumbel-softmax), so
     that training explores. Without one it is `hard`.

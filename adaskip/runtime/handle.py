@@ -1,4 +1,4 @@
-"""What tools look for on a Hugging Face model, as far as a routed model can stand in for one."""
+"""The attributes that tools look for on a Hugging Face model, and what to use for those a routed model has not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaskip.errors import ConfigError, MissingAttributeError
 
 
 class _NoConfig:
-    """What tools find as ``model.config``: whatever they look for there, it says where it is."""
+    """Stand where tools look for ``model.config``, and say of whatever they look for there where it is."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name) if name.startswith("_") else MissingAttributeError("RoutedModel.config", name)
@@ -23,7 +23,7 @@ class _NoConfig:
 
 
 class Handle(nn.Module):
-    """A module around a Hugging Face model. Nothing is forwarded unseen; what is missing says what to pass instead.
+    """Wrap a Hugging Face model. Nothing is forwarded silently: what is missing says what to use instead.
 
     Args:
         spec: the model.
@@ -36,23 +36,23 @@ class Handle(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong: the device of the first decoder layer."""
+        """Return where inputs belong: the device of the first decoder layer."""
         return self.spec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The backbone's precision; routers compute in float32."""
+        """Return the backbone's precision; routers compute in float32."""
         return self.backbone.dtype
 
     @property
     def config(self) -> Any:
-        """Nothing: ``model.backbone.config`` is Hugging Face's, ``model.policy`` is what adaskip follows."""
-        # An object, since tools that find no `config` go on without one, and then fail somewhere else or not at all.
+        """Refuse: ``model.backbone.config`` is Hugging Face's, ``model.policy`` is what adaskip follows."""
+        # An object that refuses, since tools that find no `config` go on without one, and fail elsewhere or not at all.
         return _NoConfig()
 
     @property
     def generation_config(self) -> Any:
-        """The backbone's own; setting it sets the backbone's."""
+        """Return the backbone's own; setting it sets the backbone's."""
         return self.backbone.generation_config
 
     @generation_config.setter

@@ -1,4 +1,4 @@
-"""Seconds and memory of a call, and what a cache holds."""
+"""Measure the seconds and the memory of a call, and the bytes of a cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """A call's result and its wall-clock seconds, the device's work included."""
+    """Return a call's result and its wall-clock seconds, the device's work included."""
     start = clock()
     result = call()
     return result, clock() - start
 
 
 def clock() -> float:
-    """Wall-clock seconds, once every GPU in use has done all it was given."""
+    """Return wall-clock seconds, once every GPU in use has done all it was given."""
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
             if torch.cuda.memory_reserved(device):  # one that nothing lies on would only be woken
@@ -31,7 +31,7 @@ def clock() -> float:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str]:
-    """The most memory held while a call ran, bytes, and which memory that is.
+    """Return the most memory in use while a call ran, in bytes, and which memory that is.
 
     On CUDA what torch had allocated on ``device``; on a CPU the resident set of the whole process, weights and whatever
     else it holds included (None where the system does not let a process reset its peak: this needs Linux).
@@ -45,12 +45,12 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int | No
     except OSError:
         return None, "resident set (not told by this system)"
     call()
-    found = _PEAK.search(_STATUS.read_text(encoding="utf-8"))
-    return int(found[1]) * 1024 if found else None, "resident set of the process"
+    match = _PEAK.search(_STATUS.read_text(encoding="utf-8"))
+    return int(match[1]) * 1024 if match else None, "resident set of the process"
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a cache holds."""
+    """Return the bytes of the keys and values that a cache holds."""
     if hasattr(cache, "nbytes"):
         size: int = cache.nbytes()
         return size

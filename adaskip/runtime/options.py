@@ -1,4 +1,4 @@
-"""What a request is asked to do, and where it stands: by thread and context, never on what threads share.
+"""The options of a request and its results, stored by thread and context, so that threads may share a model.
 
 Two threads, or two tasks of one event loop, may use one routed model at once, so nothing of a request lies on it:
 
@@ -36,7 +36,7 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """How passes are to run; fixed for each when it begins."""
+    """Say how passes are to run; fixed for each when it begins."""
 
     mode: Mode = "skip"
     threshold: float | None = None  # instead of the configuration's
@@ -54,7 +54,7 @@ _DEFAULT = Options()
 
 
 class _Slot:
-    """One thread's part of a model's state."""
+    """Hold one thread's part of a model's state."""
 
     def __init__(self) -> None:
         self.ambient = _DEFAULT  # what the context says, where a compiled graph can read it
@@ -66,12 +66,14 @@ class _Slot:
 
 
 class _Slots(threading.local):
+    """Hold one slot for every thread."""
+
     def __init__(self) -> None:  # called anew in every thread that looks
         self.slot = _Slot()
 
 
 class State:
-    """What the calling thread and its context know of the requests to one model."""
+    """Hold what the calling thread and its context know of the requests to one model."""
 
     def __init__(self) -> None:
         self._ambient: ContextVar[Options] = ContextVar("adaskip_options", default=_DEFAULT)
@@ -83,7 +85,7 @@ class State:
 
     @property
     def here(self) -> _Slot:
-        """The calling thread's slot."""
+        """Return the calling thread's slot."""
         return self._threads.slot
 
     @property
@@ -102,6 +104,7 @@ class State:
             self._put(before)  # no token: a fixture or an async generator may be left in another context
 
     def _put(self, options: Options) -> None:
+        """Set the context's options, and the copy that compiled graphs read."""
         self._ambient.set(options)
         self.here.ambient = options
 
@@ -116,7 +119,7 @@ class State:
             slot.call = None
 
     def take(self) -> Options:
-        """Return what the pass that begins is to do: as its call says, else as the context does."""
+        """Return the options of the pass that begins, its call's or else the context's; a call's hold for one pass."""
         slot = self.here
         options, slot.call = slot.call, None
         return self.options if options is None else options

@@ -1,4 +1,4 @@
-"""What attach changes of a Hugging Face model, and how every change is taken back."""
+"""Change a Hugging Face model so that it follows a policy, and take every change back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MIXED = ("adapter_names", "alora_offsets")
 
 
 class RoutedForward:
-    """The forward of a patched module: an object, so that it is copied and pickled together with its module.
+    """Replace the forward of a module. An object, so that it is copied and pickled together with its module.
 
     Args:
         module: a decoder layer, or a sublayer of one.
@@ -62,9 +62,9 @@ class RoutedForward:
 
 
 class RoutedGenerate:
-    """The ``generate`` of a routed model, whoever calls it: the handle, a pipeline, a PEFT model around the backbone.
+    """Replace ``generate`` of a model, whoever calls it: the handle, a pipeline, a PEFT model around the backbone.
 
-    It tells the routers where the prompt ends, which no single pass can know that reads a sequence without a cache.
+    It tells the routers where the prompt ends. A pass that reads the whole sequence without a cache cannot know.
 
     Args:
         model: the Hugging Face object.
@@ -114,10 +114,10 @@ class RoutedGenerate:
 
 
 class Patches:
-    """Everything that attach changed of one model.
+    """Hold everything that attach changed of one model.
 
     Weights are remembered by the module that owns them: offloading and quantising put other tensors in their place,
-    adapters move the module. Nothing is given back that somebody else has decided since.
+    adapters move the module. What somebody else has changed since stays as they left it.
 
     Args:
         model: the Hugging Face object; it is frozen and put in ``eval()``.
@@ -160,6 +160,7 @@ class Patches:
     def _open(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Open a request before the model's own forward, once all of its patches are still in place."""
         runtime: Runtime = getattr(model, MARK)
         for forward in self.forwards:
             self._check(forward)
@@ -177,9 +178,9 @@ class Patches:
         current = module.__dict__.get("forward")
         own = getattr(current, "__func__", None) is type(module).forward  # given back by whoever had wrapped it before
         if moved or own or current is None or current is forward.inner:
-            what = f"was put into a {type(parent._modules.get(key)).__name__}" if moved else "got another forward"
+            change = f"was put into a {type(parent._modules.get(key)).__name__}" if moved else "got another forward"
             raise BackboneError(
-                f"decoder layer {forward.executor.index}: its {type(module).__name__} {what} after adaskip was "
+                f"decoder layer {forward.executor.index}: its {type(module).__name__} {change} after adaskip was "
                 "attached, and would not follow the routing; detach() and attach again"
             )
 
@@ -205,6 +206,7 @@ class Patches:
 
 
 def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Close the request after the model's own forward, also one that raised: there is no output then."""
     output = getattr(model, MARK).complete(output)
     values = output if isinstance(output, tuple) else (getattr(output, "logits", None),)
     logits = next((x for x in values if isinstance(x, Tensor) and x.dim() == 3), None)  # (b t v); a loss has no axes
@@ -213,7 +215,7 @@ def _close(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _continues(kwargs: dict[str, Any]) -> bool:
-    """Whether the request's first call has been looked at already."""
+    """Return whether this call goes on with a request, whose first call has been checked already."""
     return isinstance(kwargs.get("past_key_values"), SkipCache) and kwargs["past_key_values"].length > 0
 
 
@@ -223,18 +225,18 @@ def _check_unmixed(model: nn.Module) -> None:
     Raises:
         DataError: PEFT has been given something for each row.
     """
-    found = ""
+    option = ""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             named = hook.keywords if isinstance(hook, partial) else {}
             if name := next((name for name in _MIXED if named.get(name) is not None), ""):
-                found = name
+                option = name
                 # PEFT takes its hooks back at the end of a call, but not of one that fails, as this one will
                 module._forward_pre_hooks.pop(key)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    if found:
+    if option:
         raise DataError(
-            f"{found}: expected one adapter for all rows, since rows that skip a layer would shift the others to the "
+            f"{option}: expected one adapter for all rows, since rows that skip a layer would shift the others to the "
             "wrong adapters; choose one with set_adapter and call once for each, or ask inside model.dense()"
         )
 
@@ -259,7 +261,7 @@ def detach(model: Any) -> PreTrainedModel:
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The Hugging Face object inside a PEFT model, or the object itself.
+    """Return the Hugging Face object inside a PEFT model, or the object itself.
 
     Raises:
         BackboneError: it is neither; names the Hugging Face object inside it, if there is one.

@@ -1,4 +1,4 @@
-"""A policy on disk: JSON, safetensors and a model card; never a pickle, never the backbone's weights."""
+"""Save a policy and load it: JSON, safetensors and a model card; never a pickle, never the backbone's weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
 SAMPLES = "backbone."
-"""What the values that identify the backbone are called in the weights file; no policy has such a name."""
+"""The prefix of the names of values that identify the backbone in the weights file; no policy's weights have it."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder holds, read and checked as far as it can be without the model."""
+    """Hold the contents of a folder, checked as far as they can be without the model."""
 
     folder: Path
     meta: dict[str, Any]
@@ -52,15 +52,15 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     """
     _check_readable(model.policy)
     policy = describe_policy(model.policy)
-    folder, taken = Path(folder), fingerprint(model.spec)
+    folder, backbone = Path(folder), fingerprint(model.spec)
     meta: dict[str, Any] = {
         "format": FORMAT,
         "adaskip": __version__,
         "backbone": {
             "name": model_name(model.backbone.config._name_or_path),
-            **taken.identity,
-            "weights": taken.digest(),
-            "quantised": taken.quantised,
+            **backbone.identity,
+            "weights": backbone.digest(),
+            "quantised": backbone.quantised,
         },
         "policy": policy,
         "trained": sign(policy),
@@ -69,7 +69,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in model.policy.state_dict().items()}
     count = sum(value.numel() for value in weights.values())
-    content = _pack(weights, taken.samples)
+    content = _pack(weights, backbone.samples)
     meta["content"] = hashlib.sha256(content).hexdigest()
     card = write_card(meta, model.target, count)
     try:
@@ -86,7 +86,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
 
 
 def _plain(name: str, values: Any) -> Any:
-    """What JSON can hold of a model's facts; tensors and numpy's numbers become Python's."""
+    """Return a model's facts as JSON holds them; tensors and numpy's numbers become Python's."""
 
     def convert(value: Any) -> Any:
         if callable(getattr(value, "tolist", None)):
@@ -105,6 +105,7 @@ def _plain(name: str, values: Any) -> Any:
 
 
 def _check_readable(policy: nn.Module) -> None:
+    """Refuse weights that are codes or shards: as numbers they would not be the policy's."""
     for name, value in policy.state_dict().items():
         if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
             raise ConfigError(
@@ -114,6 +115,7 @@ def _check_readable(policy: nn.Module) -> None:
 
 
 def _load_named(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Load the backbone that a folder names."""
     try:
         return load_backbone(name, **options)
     except CheckpointError as error:
@@ -146,7 +148,7 @@ def restore(saved: Saved, model: RoutedModel, strict: bool) -> None:
 
 
 def _sort(folder: Any, backbone: Any, options: dict[str, Any]) -> tuple[Path, Any]:
-    """The folder and the backbone, which PEFT's users give in the other order."""
+    """Return the folder and the backbone, whichever of them was passed first; in PEFT the backbone is."""
     if isinstance(folder, nn.Module):
         folder, backbone = backbone, folder
     if not isinstance(folder, str | Path) or not isinstance(backbone, nn.Module | None):
@@ -164,16 +166,18 @@ def _sort(folder: Any, backbone: Any, options: dict[str, Any]) -> tuple[Path, An
 
 
 def _check(meta: dict[str, Any], samples: dict[str, Sample], model: RoutedModel, strict: bool) -> None:
-    named = {key: value for key, value in meta["backbone"].items() if key not in ("name", "quantised")}
+    """Refuse another backbone than the saved one, as far as the file's format can tell."""
+    identity = {key: value for key, value in meta["backbone"].items() if key not in ("name", "quantised")}
     if meta["format"] == 1:
-        return check_digest(named, model.spec, strict)
-    identity = {key: value for key, value in named.items() if key != "weights"}
+        return check_digest(identity, model.spec, strict)
+    identity.pop("weights", None)  # a hash, since format 2 for people only
     return check(Fingerprint(identity, samples, meta["backbone"]["quantised"]), model.spec, strict)
 
 
-def _check_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (found, expected)]
-    wrong = sorted(name for name in {**found, **expected} if shapes[0].get(name) != shapes[1].get(name))
+def _check_shapes(path: Path, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Refuse weights of other names or shapes than the policy's."""
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (actual, expected)]
+    wrong = sorted(name for name in {**actual, **expected} if shapes[0].get(name) != shapes[1].get(name))
     if wrong:
         got, needed = (values.get(wrong[0], "nothing") for values in shapes)
         raise CheckpointError(
@@ -183,14 +187,14 @@ def _check_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Tens
 
 
 def _pack(weights: dict[str, Tensor], samples: dict[str, Sample]) -> bytes:
-    """One safetensors file of the policy's weights and of the values that identify their backbone."""
+    """Return one safetensors file of the policy's weights and of the values that identify their backbone."""
     values = {f"{SAMPLES}{n}": sample.values.contiguous() for n, sample in samples.items() if sample.values is not None}
     shapes = {name: sample.shape if sample.values is not None else None for name, sample in samples.items()}
     return pack({**weights, **values}, metadata={"format": "pt", "backbone": json.dumps(shapes)})
 
 
 def read_weights(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Sample]]:
-    """The policy's weights, and the values that identify their backbone (none in format 1).
+    """Return the policy's weights, and the values that identify their backbone (none in format 1).
 
     Raises:
         CheckpointError: the file is damaged, or not the one that the configuration speaks of.
@@ -213,7 +217,7 @@ def read_weights(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], d
 
 
 def _is_ours(card: Path) -> bool:
-    """Whether a card may be written: a README of something else that lives in this folder is left alone."""
+    """Return whether a card may be written: a README of something else that lives in this folder is left alone."""
     if not card.is_file() or "library_name: adaskip" in card.read_text(encoding="utf-8", errors="replace"):
         return True
     warnings.warn(f"{card}: left as it is, because it is no model card of adaskip", stacklevel=4)

@@ -1,4 +1,4 @@
-"""What one forward pass knows beside its hidden states, and how a call's inputs tell it."""
+"""One forward pass as routing sees it: its tokens, prompt, cache and decisions, read from the call's inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TAKEN = "_adaskip_taken"
 
 @dataclass(eq=False)
 class Request:
-    """Everything one forward pass knows beside the hidden states."""
+    """Hold everything that one forward pass knows beside the hidden states."""
 
     mode: Mode
     tokens: Tokens
@@ -50,12 +50,12 @@ class Request:
 
     @property
     def offset(self) -> int:
-        """Positions of the sequence before this chunk."""
+        """Return the number of positions of the sequence before this chunk."""
         return self.cache.length if self.cache is not None else 0
 
     @property
     def has_routed(self) -> bool:
-        """Whether decisions speak of any token of this chunk."""
+        """Return whether decisions speak of any token of this chunk."""
         if self.routes is None:
             self.routes = self.routed is None or bool(self.routed.any())
         return self.routes
@@ -68,13 +68,18 @@ class Request:
         if index not in self.drawn:
             self.drawn[index] = source.get_state()
             return source
-        again = torch.Generator(source.device)
-        again.set_state(self.drawn[index])
-        return again
+        repeat = torch.Generator(source.device)
+        repeat.set_state(self.drawn[index])
+        return repeat
 
 
 def read_cache(cache: Any, mode: Mode, use: bool) -> bool:
-    """Whether this call is to leave a cache, ``cache`` or (with ``use``) a new one; ``cache`` must be one that can.
+    """Return whether this call is to leave a cache, and refuse one that cannot hold what it leaves.
+
+    Args:
+        cache: the caller's, if any.
+        mode: how the pass runs.
+        use: whether a new cache is to be made where there is none.
 
     Raises:
         DataError: a cache that cannot hold what a routed request leaves, or already holds something else.
@@ -112,7 +117,7 @@ def embedded_ids(options: Options, inputs: dict[str, Any]) -> Tensor | None:
 
 
 def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, length: int | None) -> Tensor:
-    """bool (b t): what routers may look at, by an explicit mask, a length, or the first label that is not -100."""
+    """Return what routers may look at, bool (b t): by a mask, a length, or the first label that is not -100."""
     if mask is not None:
         if mask.shape != tokens.valid.shape:
             raise DataError(
@@ -130,7 +135,13 @@ def read_prompt(tokens: Tokens, inputs: dict[str, Any], mask: Tensor | None, len
 
 
 def read_answering(tokens: Tokens, offset: int, length: int | None) -> Tensor:
-    """Return bool (b t): what of a chunk behind ``offset`` cached positions is still prompt, ``length`` tokens long."""
+    """Return which tokens of a chunk that goes on from a cache are still prompt, bool (b t).
+
+    Args:
+        tokens: of the chunk.
+        offset: cached positions before it.
+        length: of the prompt, where that is known.
+    """
     if length is None or length <= offset:
         return torch.zeros_like(tokens.valid)
     return tokens.valid & (torch.arange(tokens.valid.shape[1], device=tokens.valid.device) + offset < length)
@@ -153,7 +164,7 @@ def find_routed(target: Target, tokens: Tokens, prompt: Tensor) -> Tensor | None
 
 
 def read_routed(request: Request, target: Target, started: bool) -> None:
-    """Note which tokens of the chunk decisions speak of, and what of it is known without a look at the device.
+    """Note which tokens of the chunk decisions speak of, and whether there are any where no look is needed to tell.
 
     Args:
         request: its ``prompt`` says where the answer begins.
@@ -195,7 +206,7 @@ def check_unpacked(tokens: Tokens, inputs: dict[str, Any]) -> None:
 
 
 def _starts_again(valid: Tensor, inputs: dict[str, Any]) -> bool:
-    """Whether the positions of some row's real tokens go back; those of padding mean nothing."""
+    """Return whether the positions of some row's real tokens go back; those of padding mean nothing."""
     places = inputs.get("position_ids")
     if isinstance(places, Tensor) and places.dim() == 3 and len(places) == 4:  # text's, before three of a rotary kind
         places = places[0]

@@ -1,8 +1,8 @@
 """Find the request of a layer that gradient checkpointing runs again.
 
 The forward pass is over by then, another one may have begun, and for tensors on a GPU autograd computes in a thread of
-its own, where no request is under way. What the layer is called with tells: beside its states it gets the very objects
-that it got in the forward pass (masks, positions), because the checkpoint holds them.
+its own, where no request is under way. The layer's arguments tell: beside its states it gets the very objects that it
+got in the forward pass (masks, positions), because the checkpoint holds them.
 
 What runs again depends on transformers. Before 5.23 its checkpoint holds the whole call of a layer, so that gates are
 decided anew, by the same draws. Since then it holds the forward of the layer's class, inside the routed one, so that
@@ -25,7 +25,7 @@ from adaskip.runtime.request import Request
 
 
 class Reruns:
-    """Requests whose gradients may still be to come, by the tensors that their layers were called with."""
+    """Remember requests whose gradients may still be to come, by the tensors that their layers were called with."""
 
     def __init__(self) -> None:
         self._by_tensor: dict[int, tuple[weakref.ref[Tensor], Request]] = {}
@@ -38,8 +38,9 @@ class Reruns:
     def note(self, request: Request, named: dict[str, Any]) -> None:
         """Remember whose tensors these are, as long as they live, which is as long as a checkpoint needs them.
 
-        Of dense passes too, so that none is taken for another's. A cache would be written twice: what has one is no
-        training. Dynamo can trace no weak reference, and needs none: it recomputes its graphs by itself.
+        Dense passes are remembered too, so that their tensors are not taken for another's. A pass with a cache is not:
+        run again it would write the cache twice, so it is no training. Dynamo can trace no weak reference, and needs
+        none: it recomputes its graphs by itself.
         """
         if request.cache is not None or not request.learns or torch.compiler.is_dynamo_compiling():
             return
@@ -52,8 +53,9 @@ class Reruns:
         own = (request.prompt, request.tokens.valid, request.tokens.vision, request.options.prompt_mask)
         for tensor in _tensors(named):
             key = id(tensor)
-            known = self._by_tensor.get(key)
-            if any(tensor is other for other in own) or (known is not None and known[1] is request.rerun):
+            entry = self._by_tensor.get(key)
+            # the request's own masks live as long as it does, so they would never let go of it
+            if any(tensor is other for other in own) or (entry is not None and entry[1] is request.rerun):
                 continue
             dead = weakref.ref(tensor, lambda _, key=key: self._by_tensor.pop(key, None))  # type: ignore[misc]
             self._by_tensor[key] = dead, request.rerun
@@ -82,7 +84,7 @@ class Reruns:
 
 
 def _tensors(named: dict[str, Any]) -> Iterator[Tensor]:
-    """Tensors among a layer's arguments, also in pairs such as a rotation's cosines and sines."""
+    """Yield the tensors among a layer's arguments, also in pairs such as a rotation's cosines and sines."""
     for value in named.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             if isinstance(part, Tensor):

@@ -1,4 +1,14 @@
-"""A part of a batch that runs a layer together, and how a layer's arguments are cut to it."""
+"""A part of a batch that runs a layer in one call, and how the layer's arguments are cut to it.
+
+Two rows of a chunk at offset 10 whose vision tokens v skip a layer; the segment is their text t, filled on the left:
+
+                 0 1 2 3 4
+    row 0        t v v t t      rows 0  tokens  0 3 4      positions 10 13 14      gathered 0 3 4
+    row 1        t v v v t           1         -1 0 4                -1 10 14               0 0 4
+
+`take` gathers states, `cut` all other arguments: of a mask (b h q k) the lines of the queries 0 3 4 and of them the
+columns of the keys that the layer holds. Filling reads position 0; as a key it is hidden, as a query dropped.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +31,24 @@ MASKS = ("attention_mask", "causal_mask")
 
 
 def once(memo: Memo, name: str, sources: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """What ``make`` makes of these very objects, made once; equal results so stay one object from layer to layer."""
+    """Return what ``make`` makes of these very objects, made once: one object for all layers that ask for the same."""
     key = (name, *(source if isinstance(source, int) else id(source) for source in sources))
     if key not in memo:
-        memo[key] = (make(), sources)  # held, so that no other object takes over their ids
-    made: T = memo[key][0]
-    return made
+        memo[key] = (make(), sources)  # the sources live on with it, so that no other object takes over their ids
+    result: T = memo[key][0]
+    return result
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of a chunk that runs a layer in one call: some rows, and some positions of each."""
+    """Name the part of a chunk that runs a layer in one call: some rows, and some positions of each."""
 
     rows: Tensor | None = None  # long (r), ascending; None: every row
     tokens: Tensor | None = None  # long (r n): places in the chunk, -1 where a row has fewer; None: all
     ragged: bool = False  # whether some row has fewer positions than another, so that there is filling
 
     def positions(self, offset: int, length: int, batch: int, device: torch.device, memo: Memo) -> Tensor:
-        """long (r n): places in the whole sequence of the segment's tokens, -1 for filling."""
+        """Return the places of the segment's tokens in the whole sequence, long (r n), -1 for filling."""
 
         def make() -> Tensor:
             if self.tokens is not None:
@@ -53,7 +63,7 @@ WHOLE = Segment()
 
 
 def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
-    """The segment's rows and positions of a tensor whose axes are (..., b, t, ...), b at ``batch_axis``; b may be 1."""
+    """Return the segment's part of a tensor (..., b, t, ...) whose b stands at ``batch_axis``; b may be 1."""
     if segment.rows is not None and value.shape[batch_axis] > 1:
         value = value.index_select(batch_axis, segment.rows)
     if segment.tokens is None:
@@ -71,9 +81,9 @@ def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
 def cut(
     named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, keys: Tensor | None, memo: Memo
 ) -> dict[str, Any]:
-    """The arguments of a layer, cut to a segment.
+    """Return the arguments of a layer, cut to a segment.
 
-    The batch axis of each is found from its name's meaning, since sizes can coincide.
+    The batch axis of each is known by its name, since sizes can coincide.
 
     Args:
         named: what the model passed for the whole batch.
@@ -117,15 +127,19 @@ def cut(
 
 
 def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None) -> Any:
+    """Return a mask for the segment's queries and the keys they attend to: None, (r k) or (r h q k)."""
     if mask is None:
-        # None means plain causal attention; without holes that stays true of one query, or of queries that are all keys
+        # None means plain causal attention by slots. No key is missing: that is causal by positions too.
         if keys is None:
             return None
+        # Some are missing, but slots still ascend: causal for one query, or for queries that are all the keys.
         last = queries.shape[1] in (1, keys.shape[1]) and bool((keys[:, -queries.shape[1] :] == queries).all())
         if last and bool((keys >= 0).all()):
             return None
-        seen = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
-        return rearrange(seen, "r q k -> r 1 q k")
+        # Else slots say nothing about who came first, so positions are compared.
+        visible = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
+        return rearrange(visible, "r q k -> r 1 q k")
+    # flex attention's block mask is a program over positions, of which no rows and columns can be taken
     if not isinstance(mask, Tensor):
         raise BackboneError(
             f"attention mask of type {type(mask).__name__} cannot be cut to a part of the batch; "
@@ -133,22 +147,22 @@ def _cut_mask(mask: Any, segment: Segment, queries: Tensor, keys: Tensor | None)
         )
     if segment.rows is not None and mask.shape[0] > 1:
         mask = mask.index_select(0, segment.rows)
-    if keys is None:
+    if keys is None:  # whole rows over all keys
         return mask
     places = keys.clamp(min=0)
-    if mask.dim() == 2:
+    if mask.dim() == 2:  # of keys alone: the kernel itself is causal, by slots
         return torch.where(keys < 0, 0, mask.expand(len(keys), -1).gather(1, places))
     mask = mask.expand(len(keys), -1, -1, -1)
     if segment.tokens is not None:
-        asked = rearrange(segment.tokens.clamp(min=0), "r q -> r 1 q 1")
-        mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        lines = rearrange(segment.tokens.clamp(min=0), "r q -> r 1 q 1")  # a mask's queries are those of the chunk
+        mask = mask.gather(2, lines.expand(-1, mask.shape[1], -1, mask.shape[3]))
     mask = mask.gather(3, rearrange(places, "r k -> r 1 1 k").expand(-1, mask.shape[1], mask.shape[2], -1))
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return torch.where(rearrange(keys < 0, "r k -> r 1 1 k"), hidden, mask)
 
 
 def hide_keys(mask: Any, gate: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive mask (b h|1 t t) in which a token sees itself, and of the others those whose gate (b t) is on.
+    """Return an additive mask (b h|1 t t): a token sees itself, and of the others those whose gate (b t) is on.
 
     Where a gate is on, its slope is added to its key's scores: d/dg of a softmax whose weights are multiplied by g.
     """

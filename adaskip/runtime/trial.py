@@ -1,4 +1,4 @@
-"""Whether a model's tokens get, gathered, what they would get in place; seen on ten plain tokens, not by name."""
+"""Try on ten plain tokens whether a model's layers give single tokens alone what they give them in their place."""
 
 from __future__ import annotations
 
