@@ -24,21 +24,21 @@ class KeepByKind(Metric):
 
     full_state_update = False
     kept: Tensor
-    inputs: Tensor
+    seen: Tensor
 
     def __init__(self, n_layers: int, kinds: Sequence[Any]) -> None:
         super().__init__()
         self.kinds = tuple(dict.fromkeys([*map(str, kinds), OTHER]))
         self.add_state("kept", torch.zeros(len(self.kinds), n_layers, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("inputs", torch.zeros(len(self.kinds), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("seen", torch.zeros(len(self.kinds), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, keep: Tensor, kinds: Sequence[Any]) -> None:
         """Count a batch: keeps, or shares of tokens that keep, (l b), and the b labels."""
         for row, kind in zip(keep.T.to(self.kept), kinds, strict=True):
             place = self.kinds.index(str(kind) if str(kind) in self.kinds else OTHER)
             self.kept[place] += row
-            self.inputs[place] += 1
+            self.seen[place] += 1
 
     def compute(self) -> dict[str, Tensor]:
         """Return float64 (l) for each kind that occurred: the share of its inputs that ran each layer."""
-        return {kind: self.kept[i] / self.inputs[i] for i, kind in enumerate(self.kinds) if self.inputs[i]}
+        return {kind: self.kept[i] / self.seen[i] for i, kind in enumerate(self.kinds) if self.seen[i]}
