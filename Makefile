@@ -61,7 +61,7 @@ bench: $(READY) ## seconds beside the dense and the physically cut model (three 
 	for n in 1 2 3; do $(LLAMA) --skip 0.5 --prompt 512 --batch 8 --phase decode --budget 420 > benchmarks/bench-llama-batch8-decode-half-$$n.json || exit; done
 	for n in 1 2; do $(LLAMA) --skip 0.25 --prompt 512 --batch 8 --phase decode --budget 420 > benchmarks/bench-llama-batch8-decode-quarter-$$n.json || exit; done
 	$(LLAMA) --skip 0.25,0.5 --prompt 64 --batch 32 --path many --paths 4 --phase decode --budget 1900 > benchmarks/bench-many-decode.json
-	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0.5 --image-tokens 576 --prompt 64 --batch 1 --budget 350 > benchmarks/bench-llava.json
+	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0.5 --image-tokens 576 --group vision --prompt 64 --batch 1 --budget 350 > benchmarks/bench-llava.json
 	$(BIN)/python scripts/bench_tables.py
 
 gpu: $(READY) ## tests and figures on one GPU, an H100 or H200 (eight minutes); what is in benchmarks/gpu is kept

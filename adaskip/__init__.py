@@ -27,6 +27,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from adaskip.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from adaskip import policies as policies
     from adaskip.batch import Batch as Batch
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from adaskip.verbs.export import export as export
     from adaskip.verbs.train import train as train
 
-__version__ = "0.2.0"
 
 _HOMES = {
     "AdaSkipError": "errors",

@@ -47,7 +47,7 @@ class BenchSettings(Section):
     vocabulary: Positive = Field(32_000, description="Tokens it knows.")
     prompt: Positive | None = Field(None, description="Text tokens a row; 512 unless said.")
     image_tokens: int = Field(0, ge=0, description="A picture before them (llava, qwen2_vl).")
-    group: Group | None = Field(None, description="Tokens that leave a layer; vision with pictures unless said.")
+    group: Group = Field("all", description="Tokens that leave a layer: all, or vision.")
     skip: Annotated[tuple[Share, ...], Commas] | None = Field(
         None, description="Shares of layers left out; 0,0.25,0.5 unless said, or what trained routers decide."
     )
@@ -80,11 +80,6 @@ class BenchSettings(Section):
         if wrong:
             raise ConfigError(f"BenchSettings: {'; '.join(wrong)}")
         return self
-
-    @property
-    def tokens_group(self) -> Group:
-        """Return the group of tokens that leave a layer of a random model."""
-        return self.group or ("vision" if self.image_tokens else "all")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as they are typed; those of a random model only where there is one."""

@@ -169,7 +169,7 @@ def _subject(settings: BenchSettings, device: torch.device) -> Subject:
     size = Size(**{name: getattr(settings, name) for name in vars(Size())})
     words, dtype = settings.prompt or 512, getattr(torch, settings.dtype)
     return random_subject(
-        settings.backbone, size, words, settings.new, settings.image_tokens, settings.tokens_group, settings.attention,
+        settings.backbone, size, words, settings.new, settings.image_tokens, settings.group, settings.attention,
         dtype, device, settings.seed,
     )  # fmt: skip
 

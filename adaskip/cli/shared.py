@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adaskip import __version__
+from adaskip.version import __version__
 
 app = typer.Typer(
     help="Teach a frozen transformer which of its layers an input does not need, and really leave that work out.",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 from adaskip.errors import ConfigError
-from adaskip.runtime.attach import RoutedModel
+
+if TYPE_CHECKING:
+    from adaskip.runtime.attach import RoutedModel
 
 
 def greedy_options(max_new_tokens: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from safetensors.torch import save as pack
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip import __version__
 from adaskip.backbone.load import load_backbone
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.policy import Policy
@@ -23,6 +22,7 @@ from adaskip.runtime.card import write_card
 from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_policy, read_config, read_policy, sign
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check, check_digest, fingerprint
 from adaskip.sources import model_name
+from adaskip.version import __version__
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel

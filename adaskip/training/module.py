@@ -224,6 +224,11 @@ class RouterTuner(lightning.LightningModule):
         assert routing is not None
         assert routing.gates is not None
         gates = routing.gates
+        if not gates.requires_grad:
+            raise ConfigError(
+                f"RouterTuner: {type(self.model.policy).__name__}.decide returned booleans, through which nothing can "
+                "be learned; return float32 logits"
+            )
         # a skip saves the difference only: kept keys and values, and tokens outside the group, still cost something
         run_flops, skip_flops = (flops.to(gates) for flops in self.model.flops())
         return routing, ((skip_flops + gates * (run_flops - skip_flops)).sum(0) / run_flops.sum(0)).mean()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from adaskip import runfiles
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adaskip"
 ORDER = [
+    "version",
     "errors",
     "ranks",
     "stages",
@@ -63,7 +65,7 @@ def imports(path: Path) -> list[str]:
             found += [node.module] if node.module != "adaskip" else [f"adaskip.{name.name}" for name in node.names]
         elif isinstance(node, ast.Import):
             found += [name.name for name in node.names if name.name.startswith("adaskip.")]
-    return [name for name in found if name != "adaskip.__version__"]
+    return found
 
 
 DOORS = {"adaskip.runtime.attach": {"adaskip.generate.paths"}}
@@ -111,6 +113,25 @@ def test_every_name_of_the_theory_is_used_or_explained() -> None:
         here = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         idle = public_names(tree) - elsewhere - here if "theory" in path.parts else set()
         assert not idle, f"{path.relative_to(PACKAGE)}: {idle} are used by nothing; use, document or drop them"
+
+
+def test_no_import_circle() -> None:
+    """Neither between rooms nor inside one; imports inside functions count, those for annotations alone do not."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+    graph = {name: {other for other in imported(path) if other in names} - {name} for name, path in names.items()}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+    assert len(order) == len(names)
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, where `from adaskip.runtime import gates` names one too."""
+    inner = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    parts = {f"{n.module}.{a.name}" for n in inner if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
+    whole = set(imports(path))
+    return whole | {part for part in parts if part.rpartition(".")[0] in whole}
 
 
 def test_the_guide_tells_the_order() -> None:
