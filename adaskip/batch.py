@@ -54,9 +54,9 @@ class Batch:
         if not faults and isinstance(ids := self.inputs.get("input_ids"), Tensor):
             masks["input_ids"] = ids
         for name, value in masks.items():
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            if found != tuple(shape):
-                faults.append(f"{name}: expected shape {tuple(shape)} like labels, got {found}")
+            actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if actual != tuple(shape):
+                faults.append(f"{name}: expected shape {tuple(shape)} like labels, got {actual}")
         for name, texts in (("kind", self.kind), ("answer", self.answer)):
             if len(texts) not in (0, shape[0]):
                 faults.append(f"{name}: expected one for each of {shape[0]} rows, got {len(texts)}")
@@ -111,11 +111,11 @@ def check_batch(batch: Any, where: str, answers: bool = True) -> None:
         DataError: says what arrived, and what a collator has to return.
     """
     if not isinstance(batch, Batch):
-        found = type(batch).__name__
+        arrival = type(batch).__name__
         if isinstance(batch, Mapping):
-            found += f" of {', '.join(map(str, batch)) or 'nothing'}"
+            arrival += f" of {', '.join(map(str, batch)) or 'nothing'}"
         raise DataError(
-            f"{where}: expected batches as adaskip.Collator(processor) makes them, got a {found}; pass "
+            f"{where}: expected batches as adaskip.Collator(processor) makes them, got a {arrival}; pass "
             "collate_fn=adaskip.Collator(processor) to the loader, or let your own collator return "
             "adaskip.Batch(inputs, labels, prompt_mask)"
         )
@@ -127,7 +127,7 @@ def check_batch(batch: Any, where: str, answers: bool = True) -> None:
 
 
 def take(batches: Iterable[Batch], limit: int | None, where: str) -> list[Batch]:
-    """The first batches that hold ``limit`` inputs together, or all of them.
+    """Take the first batches that hold ``limit`` inputs together, or all of them.
 
     Raises:
         DataError: an item is no batch.
@@ -135,22 +135,22 @@ def take(batches: Iterable[Batch], limit: int | None, where: str) -> list[Batch]
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str | Tensor):
         hint = "; put it into a list" if isinstance(batches, Mapping | Batch) else ""
         raise DataError(f"{where}: expected a loader or a list of batches, got a {type(batches).__name__}{hint}")
-    found: list[Batch] = []
+    result: list[Batch] = []
     for batch in batches:
         check_batch(batch, where)
-        found.append(batch)
-        if limit is not None and count(found) >= limit:
+        result.append(batch)
+        if limit is not None and count(result) >= limit:
             break
-    return found
+    return result
 
 
 def count(batches: Iterable[Batch]) -> int:
-    """How many inputs the batches hold."""
+    """Count the inputs that the batches hold."""
     return sum(map(len, batches))
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Some processors return lists of tensors, one a picture."""
+    """Apply a function to every tensor of a value; some processors return lists of tensors, one a picture."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):

@@ -7,31 +7,31 @@ from collections.abc import Iterable
 
 
 class AdaSkipError(Exception):
-    """Base of every error adaskip raises on purpose; the CLI prints its text without a traceback and exits 2."""
+    """Unite all errors that adaskip raises on purpose; the CLI prints their text without a traceback and exits 2."""
 
 
 class ConfigError(AdaSkipError, ValueError):
-    """A recipe, override or argument is wrong. All faults found are listed at once."""
+    """Say that a recipe, override or argument is wrong; the text lists all faults at once."""
 
 
 class BackboneError(AdaSkipError):
-    """The model cannot be routed, or is not the one a router was trained on."""
+    """Say that the model cannot be routed, or is not the one a router was trained on."""
 
 
 class DataError(AdaSkipError):
-    """A batch or a data file does not hold what the configuration needs."""
+    """Say that a batch or a data file does not hold what the configuration needs."""
 
 
 class CheckpointError(AdaSkipError):
-    """Files on disk are missing, damaged, or belong to something else."""
+    """Say that files on disk are missing, damaged, or belong to something else."""
 
 
 class MissingAttributeError(AdaSkipError, AttributeError):
-    """A tool looked for an attribute of a Hugging Face object on one of adaskip's own.
+    """Say that a tool looked for an attribute of a Hugging Face object on one of adaskip's own.
 
     Args:
-        owner: what it was looked for on.
-        name: the attribute.
+        owner: the class of the object that lacks the attribute.
+        name: of the attribute.
     """
 
     def __init__(self, owner: str, name: str) -> None:
@@ -43,7 +43,7 @@ class MissingAttributeError(AdaSkipError, AttributeError):
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """A short suffix naming the closest valid word, or the valid words when none is close.
+    """Return a short hint that names the closest valid word, or all valid words when none is close.
 
     >>> did_you_mean("kep", ["keep", "group"])
     "did you mean 'keep'?"

@@ -1,4 +1,4 @@
-"""lm-eval over a routed model: what is scored is routed on what stands before it, and on nothing else.
+"""lm-eval over a routed model: its routers look at the context of a question, never at the answer that is scored.
 
     import lm_eval
     from adaskip.harness import RoutedLM
@@ -33,7 +33,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class RoutedLM(HFLM):
-    """A routed model as lm-eval takes it: log-likelihoods, rolling ones, and generation.
+    """Present a routed model to lm-eval: log-likelihoods, rolling ones, and generation.
 
     Args:
         model: what `adaskip.attach` returned, or the folder of saved routers.
@@ -71,17 +71,18 @@ class RoutedLM(HFLM):
         return results
 
     def _cut(self, context: list[int], scored: list[int]) -> tuple[tuple[int, ...], int]:
-        """What the model reads, and how many tokens of it are context; too long a context is cut on the left."""
+        """Return what the model reads and how many of its tokens are context; too long a context is cut on the left."""
         if not context or not scored or len(scored) > self.max_length:
             raise DataError(
                 f"log-likelihood: expected a context and 1 to {self.max_length} scored tokens, got {len(context)} and "
                 f"{len(scored)}; pass a larger max_length to RoutedLM, or shorten the answers"
             )
+        # the last token is only predicted, so the model need not read it
         read = (context + scored)[-(self.max_length + 1) : -1]
         return tuple(read), len(read) - len(scored) + 1
 
     def _size(self, rows: list[tuple[tuple[int, ...], int]], override: int | None) -> int:
-        """Rows in a batch."""
+        """Return the number of rows in a batch."""
         if override is not None or self.batch_size != "auto":
             return override or int(self.batch_size)
         longest = list(rows[0][0]) if rows else [0]
@@ -89,11 +90,11 @@ class RoutedLM(HFLM):
         return size
 
     def _logits(self, rows: list[tuple[tuple[int, ...], int]]) -> Tensor:
-        """(b t v) of a batch whose routers look at each row's context alone."""
+        """Return the logits (b t v) of a batch whose routers look at each row's context alone."""
         width = max(len(read) for read, _ in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         real, prompt = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for row, (read, context) in enumerate(rows):
+        for row, (read, context) in enumerate(rows):  # padding on the right: nothing that is scored sees it
             ids[row, : len(read)] = torch.tensor(read)
             real[row, : len(read)] = 1
             prompt[row, :context] = True
@@ -107,7 +108,7 @@ class RoutedLM(HFLM):
             return logits
 
     def _score(self, logits: Tensor, scored: list[int]) -> tuple[float, bool]:
-        """The sum of the scored tokens' log-probabilities, and whether greedy decoding would have said them."""
+        """Sum the scored tokens' log-probabilities, and return whether greedy decoding would have chosen them."""
         tokens = torch.tensor(scored, device=logits.device)
         chosen = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)[torch.arange(len(scored)), tokens]
         return float(chosen.sum()), bool((logits.argmax(-1) == tokens).all())

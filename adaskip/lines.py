@@ -21,7 +21,7 @@ _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX
 
 
 class Repeating(dict[str, Any]):
-    """A JSON object in which keys appear twice; ``repeated`` names them."""
+    """Hold a JSON object in which keys appear twice; ``repeated`` names them."""
 
     repeated: tuple[str, ...] = ()
 
@@ -104,10 +104,10 @@ def _decoded(line: bytes, where: str) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    mapping = dict(pairs)
+    if len(mapping) == len(pairs):
+        return mapping
     names = [name for name, _ in pairs]
-    repeating = Repeating(found)
-    repeating.repeated = tuple(name for name in found if names.count(name) > 1)
+    repeating = Repeating(mapping)
+    repeating.repeated = tuple(name for name in mapping if names.count(name) > 1)
     return repeating

@@ -1,4 +1,4 @@
-"""Who runs where: the data contract between whoever decides and whoever executes."""
+"""Decisions as data: what a policy decides about, a fixed plan of layers, and the routing of one request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEEP_ALL = -1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What decisions speak of: whose, about what of a layer, for which tokens, and when.
+    """Say what decisions are about: how often they fall, what of a layer they leave out, for which tokens, and when.
 
     Args:
         scope: ``prompt``: each layer is decided once from the prompt, at prefill; generated tokens follow. ``token``:
@@ -63,14 +63,14 @@ class Target:
 
     @property
     def partial(self) -> bool:
-        """Whether some tokens of a row may run a layer that others of it leave."""
+        """Return whether some tokens of a row may run a layer that others of it leave."""
         return self.scope == "token" or self.group == "vision" or self.phase != "both"
 
     @property
     def hides(self) -> bool:
-        """Whether tokens that run a layer miss the keys of others of their row that leave it."""
-        gone = self.group == "vision" or self.phase == "prefill"
-        return gone and self.kv == "absent" and self.unit != "mlp"
+        """Return whether tokens that run a layer miss the keys of others of their row that leave it."""
+        some_leave = self.group == "vision" or self.phase == "prefill"
+        return some_leave and self.kv == "absent" and self.unit != "mlp"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -126,7 +126,7 @@ class Target:
 
 
 def read_number(value: Any) -> float:
-    """A finite float out of Python's, numpy's or a tensor's single number.
+    """Read a finite float out of Python's, numpy's or a tensor's single number.
 
     Raises:
         ValueError: it is none.
@@ -139,7 +139,7 @@ def read_number(value: Any) -> float:
 
 
 def read_count(value: Any) -> int:
-    """An int out of Python's, numpy's or a tensor's single whole number.
+    """Read an int out of Python's, numpy's or a tensor's single whole number.
 
     Raises:
         ValueError: it is none.
@@ -158,7 +158,7 @@ def read_count_or_none(value: Any) -> int | None:
 
 
 def read_layers(values: Any) -> tuple[int, ...]:
-    """Numbers of layers, each once, in order.
+    """Read numbers of layers, each once, in order.
 
     Raises:
         ValueError: no list of whole numbers.
@@ -174,7 +174,7 @@ def read_layers(values: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SkipPlan(Target):
-    """A choice of layers that is the same for every input.
+    """Choose layers that are left out, the same for every input.
 
     Args:
         skip: layers the group leaves out, counted from 0.
@@ -208,16 +208,16 @@ class SkipPlan(Target):
 
     @classmethod
     def late_entry(cls, layers: int, group: Group = "all", **target: Any) -> SkipPlan:
-        """Be absent from the first ``layers`` layers."""
+        """Leave out the first ``layers`` layers."""
         return cls(enter=layers, group=group, **target)
 
     @classmethod
     def early_exit(cls, layers: int, group: Group = "all", **target: Any) -> SkipPlan:
-        """Be absent after the first ``layers`` layers."""
+        """Leave out all but the first ``layers`` layers."""
         return cls(leave=layers, group=group, **target)
 
     def keep(self, n_layers: int) -> Tensor:
-        """bool (l): whether the group runs each layer.
+        """Return bool (l): whether the group runs each layer.
 
         Raises:
             ConfigError: the plan names a layer the model does not have.
@@ -235,12 +235,12 @@ class SkipPlan(Target):
 
 
 def host(keep: Tensor) -> tuple[Flags, ...]:
-    """Decisions, bool (l b), as Python's: of each layer, of each row."""
+    """Return decisions, bool (l b), as Python's own: a tuple a layer, with one value a row."""
     return tuple(map(tuple, keep.tolist()))
 
 
 def mean_over(tokens: Tensor, values: Tensor) -> Tensor:
-    """float32 (... b): each row's mean of values (... b t) over its ``tokens`` (b t); 1 for a row without one."""
+    """Return float32 (... b): each row's mean of values (... b t) over its ``tokens`` (b t); 1 for a row without."""
     count = tokens.sum(1)
     total = torch.where(tokens, values.float(), 0.0).sum(-1)
     return torch.where(count > 0, total / count.clamp(min=1), 1.0)
@@ -248,9 +248,9 @@ def mean_over(tokens: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """The decisions of one request, and what they cost.
+    """Hold the decisions of one request, and what they cost.
 
-    ``keep`` is a fact of the row alone: it depends neither on padding nor on the other rows of the batch.
+    A row's ``keep`` depends on that row alone, neither on padding nor on the other rows of the batch.
     """
 
     keep: Tensor  # bool (l b): row b's group runs layer l; scope token: bool (l b t), whether token t of it does
@@ -265,15 +265,15 @@ class Routing:
 
     @property
     def keep_rate(self) -> Tensor:
-        """float64 (b): executed over dense decoder FLOPs of each row; 1 for a row without a token."""
+        """Return float64 (b): executed over dense decoder FLOPs of each row; 1 for a row without a token."""
         if self.executed is None or self.dense is None:
             raise ConfigError("Routing.keep_rate: no request has run under this routing yet; call the model first")
         return torch.where(self.dense > 0, self.executed / self.dense, 1.0)
 
     def per_row(self, decided: Tensor) -> Tensor:
-        """float32 (l b) of something shaped like ``keep``: scope token, each row's mean over the tokens that decide.
+        """Return float32 (l b): one number for each row out of something shaped like ``keep``.
 
-        1 for a row none of whose tokens decides.
+        Under scope token it is the mean over the row's tokens that decide; 1 for a row none of whose tokens decides.
         """
         if self.tokens is None or decided.dim() < 3:
             return decided.float()
@@ -281,28 +281,28 @@ class Routing:
 
     @property
     def decided(self) -> Tensor:
-        """float32 (n): the logits of all decisions of the request, in no order that matters."""
+        """Return float32 (n): the logits of all decisions of the request, in no order that matters."""
         if self.logits is None:
             raise ConfigError("Routing.decided: this policy decides without logits; attach with a RouterConfig")
         return self.logits.flatten() if self.tokens is None else self.logits[:, self.tokens].flatten()
 
     @property
     def share(self) -> Tensor:
-        """float32 (l b): the share of each row's deciding tokens that ran each layer; 0 or 1 under scope prompt."""
+        """Return float32 (l b): the share of a row's deciding tokens that ran a layer; 0 or 1 under scope prompt."""
         return self.per_row(self.keep)
 
     def select(self, rows: Tensor) -> Routing:
-        """The routing of the given rows (long, repeats allowed), in that order."""
+        """Return the routing of these rows (long, repeats allowed), in that order."""
         return self._map(lambda name, value: value.index_select(_ROWS.get(name, 0), rows))
 
     def crop(self, length: int) -> Routing:
-        """The routing of the first ``length`` positions; under scope prompt positions do not matter."""
+        """Return the routing of the first ``length`` positions; under scope prompt positions do not matter."""
         if self.tokens is None:
             return self
         return self._map(lambda name, value: value[..., :length] if name in _BY_TOKEN else value)
 
     def join(self, later: Routing) -> Routing:
-        """Scope token: the routing of this request so far and of a chunk behind it."""
+        """Return, for scope token, the routing of this request so far and of a chunk behind it."""
         return later._map(
             lambda name, value: torch.cat([getattr(self, name), value], -1) if name in _BY_TOKEN else value
         )
@@ -315,7 +315,7 @@ class Routing:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def __str__(self) -> str:
-        """One line a row: ``#`` is a layer that ran, ``.`` one that was skipped, a digit the tenths of its tokens."""
+        """Draw one line a row: ``#`` is a layer that ran, ``.`` a skipped one, a digit the tenths that ran."""
         signs = "." + "123456789" + "#"
         return "\n".join("".join(signs[_tenths(share)] for share in row) for row in self.share.T.tolist())
 
@@ -325,5 +325,5 @@ _BY_TOKEN = ("keep", "logits", "tokens")
 
 
 def _tenths(share: float) -> int:
-    """Tenths, but 0 and 10 only for none and all."""
+    """Return a share in tenths, but 0 and 10 only for none and all."""
     return int(share * 10) if share in (0.0, 1.0) else min(9, max(1, round(share * 10)))

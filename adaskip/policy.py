@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Policy(nn.Module):
-    """Decides, layer by layer, which rows or tokens of a request run; the runtime executes whatever it says.
+    """Decide, layer by layer, which rows or tokens of a request run; the runtime executes whatever it says.
 
     A method is one subclass: give it a ``kind``, write `decide` (or `known`), and `register` it. It then trains (if it
     has parameters and returns logits), generates, is cached, saved and loaded like every other.
@@ -54,9 +54,10 @@ class Policy(nn.Module):
         """
 
     def start(self, request: Request) -> None:
-        """Look at a request once, before its first layer; ``request.memo`` may keep what was seen.
+        """Look at a request once, before its first layer; notes for later layers go into ``request.memo``.
 
-        ``request.tokens.valid`` and ``.vision`` are bool (b t), and so is ``request.prompt``: what may be looked at.
+        ``request.tokens.valid`` and ``.vision`` are bool (b t). So is ``request.prompt``, which marks the tokens that a
+        decision may look at.
         """
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
@@ -95,7 +96,7 @@ class Policy(nn.Module):
 
 @runtime_checkable
 class Settings(Protocol):
-    """What stands for a policy: `RouterConfig`, `SkipPlan`."""
+    """Stand for a policy, as `RouterConfig` and `SkipPlan` do."""
 
     kind: ClassVar[str]
 
@@ -105,7 +106,7 @@ HOMES = {
     "learned": "adaskip.policies.learned.routers:Learned",
     "static": "adaskip.policies.static:Static",
 }
-_FOUND: dict[str, type[Policy]] = {}
+_REGISTERED: dict[str, type[Policy]] = {}
 
 
 def register(policy: type[Policy]) -> type[Policy]:
@@ -117,16 +118,16 @@ def register(policy: type[Policy]) -> type[Policy]:
     kind, where = policy.kind, f"{policy.__module__}:{policy.__name__}"
     if not kind:
         raise ConfigError(f'{policy.__name__}: expected a kind to register it under, got none; write kind = "..."')
-    known = _FOUND.get(kind)
+    known = _REGISTERED.get(kind)
     if kind in HOMES or (known is not None and f"{known.__module__}:{known.__name__}" != where):
         raise ConfigError(f"{policy.__name__}: the kind {kind!r} is another policy's; choose another")
-    _FOUND[kind] = policy
+    _REGISTERED[kind] = policy
     return policy
 
 
 def kinds() -> list[str]:
     """Return the kinds that are known, in order."""
-    return sorted({*HOMES, *_FOUND})
+    return sorted({*HOMES, *_REGISTERED})
 
 
 def find(kind: str) -> type[Policy]:
@@ -137,14 +138,14 @@ def find(kind: str) -> type[Policy]:
     """
     if kind in HOMES:
         module, name = HOMES[kind].split(":")
-        found: type[Policy] = getattr(import_module(module), name)
-        return found
-    if kind not in _FOUND:
+        policy: type[Policy] = getattr(import_module(module), name)
+        return policy
+    if kind not in _REGISTERED:
         raise ConfigError(
             f"policy {kind!r}: no such kind, {did_you_mean(str(kind), kinds())}; of your own: import the module that "
             "registers it first"
         )
-    return _FOUND[kind]
+    return _REGISTERED[kind]
 
 
 def as_policy(value: Policy | Settings | None) -> Policy:

@@ -1,4 +1,4 @@
-"""Which of a run's processes this is; read from the environment, as launchers set it before anything is imported."""
+"""The rank of this process in a run of several; read from the environment, which launchers set before any import."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning's own lau
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that makes folders, writes files and prints results."""
+    """Return whether this process is the one that makes folders, writes files and prints results."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def launched() -> tuple[int, int]:
-    """How many processes torchrun has started on this machine, and on how many machines; (1, 1) without torchrun."""
+    """Count the processes that torchrun has started on this machine, and the machines; (1, 1) without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 1, 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -25,13 +25,13 @@ def launched() -> tuple[int, int]:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone."""
+    """Return whether an error says that another process of the run is gone."""
     text = str(error).lower()
     return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer"))
 
 
-class _Said(logging.Handler):
-    """Say a sentence on standard error when Lightning reports a child process that has ended."""
+class _LossHandler(logging.Handler):
+    """Print a sentence on standard error when Lightning reports a child process that has ended."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(logging.INFO)
@@ -44,15 +44,15 @@ class _Said(logging.Handler):
 
 @contextmanager
 def says_when_lost(sentence: str) -> Iterator[None]:
-    """Inside, the death of a process that Lightning has started is said in these words.
+    """Print this sentence, inside the context, when a process that Lightning has started dies.
 
-    Lightning watches its children every few seconds and, when one is dead, kills this process with SIGKILL: if it looks
-    before the next collective fails here, no exception is left to say anything.
+    Lightning watches its children every few seconds and, when one is dead, kills this process with SIGKILL. If that
+    happens before the next collective operation fails here, no exception is raised that could tell the user.
     """
     log = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
-    said = _Said(sentence)
-    log.addHandler(said)
+    handler = _LossHandler(sentence)
+    log.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(said)
+        log.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""A run, described: closed, frozen sections read from YAML, with every fault reported at once."""
+"""The recipe of a run: its settings in closed, frozen sections, read from YAML, with every fault reported at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class BackboneSection(Section):
-    """Which frozen model is routed."""
+    """Name the frozen model that is routed, and say how it is loaded."""
 
     path: Text  # digits-vlm (the embedded demo), a Hugging Face id, or a model folder
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as stored
@@ -33,7 +33,7 @@ class BackboneSection(Section):
 
 
 class Columns(Section):
-    """The source's own name of each field of an example."""
+    """Map each field of an example to the source's own name of it."""
 
     image: Text = "image"
     prompt: Text = "prompt"
@@ -42,7 +42,7 @@ class Columns(Section):
 
 
 class Examples(Section):
-    """At most so many examples of each split; None: all there are."""
+    """Limit the number of examples of each split; None: all there are."""
 
     train: Positive | None = None
     validation: Positive | None = None
@@ -51,7 +51,7 @@ class Examples(Section):
 
 
 class DataSection(Section):
-    """What the routers learn from."""
+    """Name the data that the routers learn from."""
 
     source: Text  # digits-vlm, a Hugging Face dataset id, or a folder: {train, validation[, calibration, test]}.jsonl
     columns: Columns = Columns()
@@ -59,7 +59,7 @@ class DataSection(Section):
 
 
 class TrainerSection(Section):
-    """How long, how fast and on what the routers train."""
+    """Set how long, how fast and on which hardware the routers train."""
 
     steps: Count  # optimiser steps; with method from-bounds those of the tuning after the fit, 0: no tuning
     batch_size: Positive  # examples a step and device
@@ -77,7 +77,7 @@ class TrainerSection(Section):
 
 
 class ConditionsSection(Section):
-    """When the theory's conditions are checked, and how strictly."""
+    """Set when the theory's conditions are checked, and how strictly."""
 
     every: Count = 200  # steps; 0: only at the end
     examples: Positive = 128  # held-out examples a check looks at
@@ -93,7 +93,7 @@ class ConditionsSection(Section):
 
 
 class TrackingSection(Section):
-    """Where Weights & Biases keeps its copy of the run; the run folder is complete without it."""
+    """Set where Weights & Biases keeps its copy of the run; the run folder is complete without it."""
 
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: Text = "adaskip"
@@ -102,7 +102,7 @@ class TrackingSection(Section):
 
 
 class Recipe(Section):
-    """One run. `load` reads it from YAML; `router` and `objective` are the very dataclasses the components take."""
+    """Describe one run. `load` reads it from YAML; `router` and `objective` go to the components as they are."""
 
     name: Text = "recipe"
     seed: Count = 0
@@ -196,14 +196,17 @@ def load(recipe: Recipe | str | Path, overrides: Overrides = ()) -> Recipe:
 def _resolved(
     raw: dict[str, Any], overrides: Overrides, title: str, folder: Path, name: str = "", problems: Sequence[str] = ()
 ) -> Recipe:
-    """Validate plain values with their overrides; ``problems`` are the faults so far, ``folder`` that of the file."""
+    """Validate plain values with their overrides.
+
+    ``problems`` are the faults that reading has found; relative paths are looked for in ``folder``.
+    """
     problems = [*problems, *override(raw, overrides)]
     raw.setdefault("name", name)
     raw.setdefault("output", f"runs/{raw['name']}")
     for section, key in (("data", "source"), ("backbone", "path")):
         if isinstance(values := raw.setdefault(section, {}), dict) and isinstance(values.get(key), str):
             values[key] = _absolute(values[key], folder)
-    raw.setdefault("trainer", {})
+    raw.setdefault("trainer", {})  # so that its required keys are reported one by one
     problems += faults(Recipe, raw)
     if problems:
         raise _error(title, problems)

@@ -22,7 +22,7 @@ _NAMES = {int: "an integer", float: "a number", str: "a string"}
 
 
 class Section(BaseModel):
-    """Closed and frozen: an unknown key is an error, and nothing changes after loading."""
+    """Refuse unknown keys, and any change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,7 +30,7 @@ class Section(BaseModel):
 def faults(model: type[Section], raw: dict[str, Any]) -> list[str]:
     """List everything wrong with plain values: key path, what was expected, what arrived, the likely cure.
 
-    What is found is taken out and the rest validated again, so that a wrong type does not hide a wrong range.
+    Values with a fault are taken out and the rest validated again, so that a wrong type does not hide a wrong range.
     """
     rest: dict[str, Any] = copy.deepcopy(raw)
     problems: dict[Keys, str] = {}
@@ -62,7 +62,7 @@ def override(raw: dict[str, Any], overrides: Overrides) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Notes repeated keys, where PyYAML silently keeps the last."""
+    """Note repeated keys, of which PyYAML silently keeps the last."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

@@ -16,7 +16,7 @@ from adaskip.demo.backbone import EMBEDDED, FOLDER
 
 @dataclass(frozen=True)
 class Shipped:
-    """A model and its data that come with the package under one name."""
+    """Locate a model and its data that come with the package under one name."""
 
     folder: Path  # of the model and its processor, as `save_pretrained` writes them
     data: str  # module with `records(split, limit, seed)`, which draws them, and their `KINDS`
@@ -59,6 +59,6 @@ def shipped_kinds(name: str) -> tuple[str, ...]:
 def model_name(path: str) -> str:
     """Return the name by which a loaded model is found again, also from another working directory."""
     for name, shipped in _SHIPPED.items():
-        if path and Path(path) == shipped.folder:
+        if path and Path(path) == shipped.folder:  # an installed package lies elsewhere on the next machine
             return name
     return str(Path(path).resolve()) if path and Path(path).is_dir() else path

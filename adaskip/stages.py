@@ -16,7 +16,7 @@ Advance = Callable[[int], None]
 
 
 class Stages:
-    """Hear of the stages of a long piece of work, and stay silent about them.
+    """Receive the stages of a long piece of work, and print nothing.
 
     >>> with Stages()("counting", total=3) as advance:
     ...     advance(1)
@@ -24,11 +24,11 @@ class Stages:
 
     @contextmanager
     def __call__(self, text: str, total: int | None = None) -> Iterator[Advance]:
-        """Inside: the stage is under way. ``total`` is what ``advance`` counts up to, if that is known."""
+        """Enter a stage, which lasts as long as the context; ``total`` is what ``advance`` counts up to, if known."""
         yield lambda done: None
 
     def note(self, text: str) -> None:
-        """Hear something the user should know that is no stage."""
+        """Receive something the user should know that is no stage."""
 
 
 SILENT = Stages()

@@ -1,1 +1,1 @@
-"""The one place that looks into Hugging Face models."""
+"""All knowledge of how Hugging Face models are built inside; no other folder looks into them."""

@@ -21,7 +21,7 @@ Visitor = Callable[["AttentionCall"], Any]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of a decoder layer's attention kernel, not yet made. ``run`` makes it, with another mask if given."""
+    """Hold what a decoder layer's attention kernel is about to be called with; ``run`` makes the call."""
 
     layer: int
     module: nn.Module
@@ -33,11 +33,11 @@ class AttentionCall:
     options: dict[str, Any]
 
     def run(self) -> Any:
-        """What the model's own kernel returns: (b q h e) and the weights, or None for them."""
+        """Return what the model's own kernel returns: (b q h e) and the weights, or None for them."""
         return self.kernel(self.module, self.query, self.key, self.value, self.mask, **self.options)
 
     def additive_mask(self) -> Tensor:
-        """(b|1 h|1 q k) in the query's dtype: 0 where a key is seen, the dtype's minimum where it is not."""
+        """Return (b|1 h|1 q k) in the query's dtype: 0 where a key is seen, the dtype's minimum where it is not."""
         hidden = torch.finfo(self.query.dtype).min
         mask = self.mask
         if mask is None:
@@ -49,16 +49,16 @@ class AttentionCall:
         return torch.zeros(mask.shape, dtype=self.query.dtype, device=mask.device).masked_fill(~mask, hidden)
 
     def without(self, queries: Tensor, keys: Tensor) -> AttentionCall:
-        """The same call in which the ``queries`` (b q) do not see the ``keys`` (b k), bool each."""
+        """Return the same call in which the ``queries`` (b q) do not see the ``keys`` (b k), bool each."""
         pairs = rearrange(queries, "b q -> b 1 q 1") & rearrange(keys, "b k -> b 1 1 k")
         mask = self.additive_mask()
         return replace(self, mask=mask.masked_fill(pairs, torch.finfo(mask.dtype).min))
 
     def weights(self, chosen: Tensor) -> Tensor:
-        """The attention probabilities of some queries, recomputed in float32: long (c) positions -> (b h c k).
+        """Recompute, in float32, the attention probabilities of some queries: long (c) positions -> (b h c k).
 
-        Scale, soft cap, additive bias, masks and sinks as transformers' own eager attention applies them; with sinks
-        a row sums to less than 1.
+        Scale, soft cap, additive bias, masks and sinks are applied as transformers' own eager attention applies them;
+        with sinks a row sums to less than 1.
         """
         query = self.query.index_select(2, chosen).float()
         key = repeat_heads(self.key, self.query.shape[1]).float()
@@ -70,6 +70,7 @@ class AttentionCall:
             scores = scores + bias.index_select(2, chosen).float()
         if self.mask is None:
             keys = torch.arange(scores.shape[-1], device=scores.device)
+            # with a cache there are more keys than queries: the last query is level with the last key
             last = chosen + scores.shape[-1] - self.query.shape[2]
             scores = scores.masked_fill(keys > rearrange(last, "c -> c 1"), -torch.inf)
         elif self.mask.dtype == torch.bool:
@@ -85,12 +86,12 @@ class AttentionCall:
 
 
 def repeat_heads(keys: Tensor, heads: int) -> Tensor:
-    """(b g k d) -> (b h k d): grouped key or value heads, once for every query head."""
+    """Repeat grouped key or value heads, (b g k d), once for every query head: (b h k d)."""
     return keys.repeat_interleave(heads // keys.shape[1], 1)
 
 
 class _Visits(threading.local):
-    """The visitors of the calling thread, the outermost first."""
+    """Hold the visitors of the calling thread, the outermost first."""
 
     def __init__(self) -> None:
         self.stack: list[Callable[..., Any]] = []
@@ -99,13 +100,13 @@ class _Visits(threading.local):
 _visits = _Visits()
 _lock = threading.Lock()
 _interceptions = 0
-_own = AttentionInterface.get_interface
+_original = AttentionInterface.get_interface
 
 
 def _get_interface(
     self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
 ) -> Callable[..., Any]:
-    kernel = _own(self, attn_implementation, default)
+    kernel = _original(self, attn_implementation, default)
     for visit in _visits.stack:
         kernel = partial(visit, kernel)
     return kernel
@@ -113,14 +114,14 @@ def _get_interface(
 
 @contextmanager
 def _patched_interface() -> Iterator[None]:
-    """Inside: transformers' interface, one for the whole process, asks the calling thread's visitors.
+    """Let transformers' attention interface, one for the whole process, ask the calling thread's visitors.
 
-    The first thread that comes replaces it, and the last that leaves gives it back.
+    The first thread that enters replaces the interface, and the last one to leave puts it back.
     """
-    global _interceptions, _own
+    global _interceptions, _original
     with _lock:
         if _interceptions == 0:
-            _own = AttentionInterface.get_interface
+            _original = AttentionInterface.get_interface
             AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
         _interceptions += 1
     try:
@@ -129,12 +130,12 @@ def _patched_interface() -> Iterator[None]:
         with _lock:
             _interceptions -= 1
             if _interceptions == 0:
-                AttentionInterface.get_interface = _own  # type: ignore[method-assign]
+                AttentionInterface.get_interface = _original  # type: ignore[method-assign]
 
 
 @contextmanager
 def intercept_attention(layers: Sequence[nn.Module], visitor: Visitor) -> Iterator[None]:
-    """Inside: every attention of these decoder layers goes to ``visitor``, which returns what the layer gets.
+    """Send every attention call of these decoder layers to ``visitor``; the layer gets what the visitor returns.
 
     Works wherever the model asks transformers' attention interface for its kernel (eager, SDPA, ...); a vision tower's
     attention is let through. The visitor sees the passes of its own thread only.
@@ -143,7 +144,7 @@ def intercept_attention(layers: Sequence[nn.Module], visitor: Visitor) -> Iterat
         BackboneError: on leaving, if no layer, or one more often than another, has asked the interface.
     """
     place = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
-    seen = [0] * len(layers)
+    calls = [0] * len(layers)
 
     def visit(
         kernel: Callable[..., Any],
@@ -157,7 +158,7 @@ def intercept_attention(layers: Sequence[nn.Module], visitor: Visitor) -> Iterat
         index = place.get(module)
         if index is None:
             return kernel(module, query, key, value, attention_mask, **options)
-        seen[index] += 1
+        calls[index] += 1
         if attention_mask is not None and attention_mask.dim() != 4:
             raise BackboneError(
                 f"decoder layer {index}: expected an attention mask (batch, heads, queries, keys), got "
@@ -171,9 +172,10 @@ def intercept_attention(layers: Sequence[nn.Module], visitor: Visitor) -> Iterat
             yield
         finally:
             _visits.stack.remove(visit)
-    if len({count for count in seen if count}) != 1:
+    # 0 is allowed beside one other number: a pass may leave layers out
+    if len({count for count in calls if count}) != 1:
         raise BackboneError(
             "attention cannot be read: expected every decoder layer to ask transformers' attention interface for its "
-            f"kernel once a pass, got these numbers of calls: {', '.join(map(str, seen))}; "
+            f"kernel once a pass, got these numbers of calls: {', '.join(map(str, calls))}; "
             "leave the cross-modal measures out for this model"
         )

@@ -29,7 +29,7 @@ _ROUTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A routable model, described.
+    """Describe a model that can be routed.
 
     Attributes:
         model: the Hugging Face object itself, untouched.
@@ -55,35 +55,35 @@ class BackboneSpec:
 
     @property
     def config(self) -> Any:
-        """The decoder's own configuration."""
+        """Return the decoder's own configuration."""
         return self.model.config.get_text_config(decoder=True)
 
     @property
     def vision_ids(self) -> tuple[int, ...]:
-        """Placeholder token ids of images and videos, as the configuration names them now; empty without."""
+        """Return the placeholder token ids of images and videos that the configuration names now; empty without."""
         named = (getattr(self.model.config, key, None) for key in _PLACEHOLDERS)
         return tuple(dict.fromkeys(value for value in named if value is not None))
 
     @property
     def device(self) -> torch.device:
-        """Where the first decoder layer lives, or is brought to run if it is offloaded."""
+        """Return the device that the first decoder layer lives on, or is brought to when it runs if it is offloaded."""
         return home(self.layers[0])
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which positions of a chunk are real and which are vision."""
+    """Mark the positions of a chunk that are real, and those that are vision."""
 
     valid: Tensor  # bool (b t)
     vision: Tensor | None  # bool (b t); None for a model without vision tokens
 
     @property
     def has_vision(self) -> bool:
-        """Whether any row holds a vision token."""
+        """Return whether any row holds a vision token."""
         return self.vision is not None and bool(self.vision.any())
 
     def kinds(self, among: Tensor) -> Tensor:
-        """bool (b k t): the kinds of token pooled apart (text, and vision where the model has it), within ``among``."""
+        """Return bool (b k t): a mask for each kind of token (text, and vision if the model has it) in ``among``."""
         among = among & self.valid
         if self.vision is None:
             return among.unsqueeze(1)
@@ -130,27 +130,29 @@ def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") 
 
 
 def count_head(spec: BackboneSpec) -> float:
-    """FLOPs of the language-model head per position, counted anew; the model must run as it was."""
+    """Count anew the FLOPs of the language-model head per position; nothing may be attached to the model."""
     return measure_work(spec.model, spec.layers, _pair_flops(spec.config))[1]
 
 
 def size_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """Layers and width of the language model that a configuration describes."""
+    """Read the number of layers and the width of the language model that a configuration describes."""
     text: Any = config.get_text_config(decoder=True)
     return text.num_hidden_layers, text.hidden_size
 
 
 def _pair_flops(config: Any) -> float:
-    """What a query and a key cost an ordinary attention: the score, and the value's share in the result."""
+    """Count what a query and a key cost an ordinary attention: the score, and the value's share in the result."""
     heads = config.num_attention_heads
+    # a multiply-add is two FLOPs, once for the score and once for the value
     cost: float = 4.0 * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return cost
 
 
 def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Module, ...]]:
-    """The outermost list inside the decoder that is as long as the configuration says, and its dotted name."""
+    """Find the outermost list inside the decoder that is as long as the configuration says, and its dotted name."""
     counts = {getattr(config, key, None) for key in ("num_hidden_layers", "decoder_layers", "num_decoder_layers")}
     decoder = model.get_decoder()
+    # where `get_decoder` returns something that does not hold the layers, they are looked for one level up
     for part in (decoder, model.base_model):
         inside = f"{next(path for path, module in model.named_modules() if module is part)}."
         lists = [
@@ -162,18 +164,19 @@ def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, tuple[nn.Mod
         lists = [(path, layers) for path, layers in lists if path.count(".") == outermost]
         if len(lists) == 1:
             return lists[0]
-    found = ", ".join(path for path, _ in lists) or "none"
+    candidates = ", ".join(path for path, _ in lists) or "none"
     raise BackboneError(
         f"{type(model).__name__}: expected one list of {config.num_hidden_layers} decoder layers "
-        f"inside {type(decoder).__name__}, found {found}"
+        f"inside {type(decoder).__name__}, found {candidates}"
     )
 
 
 def read_tokens(spec: BackboneSpec, inputs: dict[str, Any], ids: Tensor | None = None) -> Tokens:
-    """The token masks of one call's model inputs.
+    """Read which tokens of one call's model inputs are real, and which are vision.
 
-    Vision is where the placeholder's id stands, or in ``inputs_embeds`` its embedding, as the model itself looks for
-    it. States that pictures are merged into already count as text, unless ``ids`` or ``mm_token_type_ids`` tell.
+    A vision token is one whose id is the placeholder's, or in ``inputs_embeds`` one whose embedding is, as the model
+    itself looks for it. Once pictures are merged into the states their tokens count as text, unless ``ids`` or
+    ``mm_token_type_ids`` tell them apart.
 
     Args:
         spec: what the model is made of.
@@ -210,7 +213,7 @@ def read_tokens(spec: BackboneSpec, inputs: dict[str, Any], ids: Tensor | None =
 
 
 def _read_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """bool (b t): which tokens of this chunk are real; a mask may speak of cached ones before them."""
+    """Return bool (b t): which tokens of this chunk are real; a mask may speak of cached ones before them."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -229,18 +232,18 @@ def _read_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _find_placeholders(spec: BackboneSpec, states: Tensor) -> Tensor:
-    """bool (b t): which embedded tokens (b t d) are a placeholder."""
+    """Return bool (b t): which embedded tokens (b t d) are a placeholder."""
     table: Any = spec.model.get_input_embeddings()
     vision = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
     for number in spec.vision_ids:
         if number < table.num_embeddings:  # some name an id beyond their vocabulary, which nothing can embed
-            own = table(torch.tensor(number, device=table.weight.device)).to(states)
-            vision |= (states == own).all(-1)
+            placeholder = table(torch.tensor(number, device=table.weight.device)).to(states)
+            vision |= (states == placeholder).all(-1)
     return vision
 
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of ``module.forward``, by name."""
+    """Return all arguments of a call of ``module.forward``, by name."""
     return dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs if args else kwargs
 
 
@@ -250,7 +253,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def twin(spec: BackboneSpec, keep: Sequence[int] | None = None) -> PreTrainedModel:
-    """Another model on the same weights, of all decoder layers or only of these: what a static plan leaves, cut out.
+    """Build another model on the same weights, with all decoder layers or only with those that a static plan keeps.
 
     Args:
         spec: what the model is made of; nothing may be attached to it.
@@ -260,6 +263,7 @@ def twin(spec: BackboneSpec, keep: Sequence[int] | None = None) -> PreTrainedMod
         ConfigError: no layer is left.
     """
     model = spec.model
+    # a copy that finds every tensor in its memo takes it as it is, so that no weight is held twice
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     if keep is None:
@@ -272,11 +276,11 @@ def twin(spec: BackboneSpec, keep: Sequence[int] | None = None) -> PreTrainedMod
     setattr(owner, name, layers)
     for place, layer in enumerate(layers):
         for module in layer.modules():
-            for number in ("layer_idx", "layer_id"):
+            for number in ("layer_idx", "layer_id"):  # the slot of the cache, which is now one of fewer
                 if hasattr(module, number):
                     setattr(module, number, place)
     config, count = copied.config.get_text_config(decoder=True), len(spec.layers)
-    for key, value in vars(config).items():
+    for key, value in vars(config).items():  # settings given layer by layer, such as layer_types
         if isinstance(value, list | tuple) and len(value) == count:
             setattr(config, key, [value[index] for index in keep])
     config.num_hidden_layers = len(keep)

@@ -27,9 +27,10 @@ SUFFIX = {"token_type_ids": torch.ones(ROWS, TOKENS, dtype=torch.long)}
 
 
 def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int) -> tuple[int, bool]:
-    """What the layers return, and whether they look ahead where the inputs have no ``token_type_ids``.
+    """Check that layers can be left out; return what they return, and whether they look ahead.
 
-    They return a tensor (0), or a tuple of this many. A model on device ``meta`` is not run: 0.
+    They return a tensor (0), or a tuple of this many. Looking ahead is judged on inputs without ``token_type_ids``. A
+    model on device ``meta`` is not run: 0.
 
     Raises:
         BackboneError: leaving one of these layers out would be unsound; says why.
@@ -37,13 +38,13 @@ def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: i
     if home(layers[0]).type == "meta":
         return 0, False
     name = type(model).__name__
-    takes = inspect.signature(type(model).forward).parameters
-    caches = "past_key_values" in takes
-    if not caches and "use_cache" in takes:
+    parameters = inspect.signature(type(model).forward).parameters
+    caches = "past_key_values" in parameters
+    if not caches and "use_cache" in parameters:
         raise BackboneError(f"{name}: it remembers earlier tokens in something else than a KV cache; not routable")
     watch = _look(model, layers, caches)
     ahead = bool(watch.ahead)
-    if ahead and "token_type_ids" in takes:  # a prefix model reads its prompt both ways, what follows is causal
+    if ahead and "token_type_ids" in parameters:  # a prefix model reads its prompt both ways, what follows is causal
         watch = _look(model, layers, caches, **SUFFIX)
     for fault in watch.faults(width, caches):
         raise BackboneError(f"{name}: {fault}; not routable")
@@ -51,7 +52,7 @@ def check_layers(model: PreTrainedModel, layers: tuple[nn.Module, ...], width: i
 
 
 def reads_ahead(model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> bool:
-    """Whether a layer looks ahead where the inputs have no ``token_type_ids``."""
+    """Return whether a layer looks ahead where the inputs have no ``token_type_ids``."""
     return bool(_look(model, layers, False, use_cache=False).ahead)
 
 
@@ -64,7 +65,7 @@ def _look(model: PreTrainedModel, layers: tuple[nn.Module, ...], caches: bool, *
 
 @torch.no_grad()
 def dense_pass(model: PreTrainedModel, **more: Any) -> Any:
-    """What the model says about ten plain tokens in ``eval()``; it is left as it was.
+    """Run the model in ``eval()`` on ten plain tokens and return its output; its modes are put back afterwards.
 
     Raises:
         BackboneError: it cannot read them; says why.
@@ -91,16 +92,16 @@ def dense_pass(model: PreTrainedModel, **more: Any) -> Any:
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return the hook deaf to passes that other threads run through the same modules meanwhile."""
-    own = threading.get_ident()
+    owner = threading.get_ident()
 
     def hear(*args: Any, **kwargs: Any) -> Any:
-        return hook(*args, **kwargs) if threading.get_ident() == own else None
+        return hook(*args, **kwargs) if threading.get_ident() == owner else None
 
     return hear
 
 
 def plain_tokens(model: PreTrainedModel) -> Tensor:
-    """long (2 5): rows that differ in the last token only; no id that the configuration gives a meaning."""
+    """Return long (2 5): rows that differ in the last token only; no id that the configuration gives a meaning."""
     config = model.config.get_text_config(decoder=True)
     named = {
         value
@@ -114,7 +115,7 @@ def plain_tokens(model: PreTrainedModel) -> Tensor:
 
 
 def home(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate brings them from elsewhere."""
+    """Return the device that a module computes on: that of its weights, or the one accelerate brings them to."""
     weights = list(module.parameters())
     device = next((weight.device for weight in weights if not weight.is_meta), None)
     if device is not None or not weights:
@@ -129,7 +130,7 @@ def home(module: nn.Module) -> torch.device:
 
 
 class _Watch:
-    """Records what every layer is given, returns and stores."""
+    """Record what every layer is given, returns and stores."""
 
     def __init__(self, model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> None:
         self.model, self.layers = model, layers
@@ -174,6 +175,7 @@ class _Watch:
                 tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (states, after))
             )
             if isinstance(after, Tensor) and after.shape[:2] == (ROWS, TOKENS):
+                # the rows differ in the last token alone: a difference before it came from looking ahead
                 change = (after[0, :-1] - after[1, :-1]).float().norm()
                 if change > max(1e-4, 4 * torch.finfo(after.dtype).eps) * after[:, :-1].float().norm():
                     self.ahead.append(index)
@@ -191,40 +193,41 @@ class _Watch:
             states = args[0] if args else None
             if not behind or not isinstance(out, Tensor) or not isinstance(states, Tensor):
                 return
+            # a head behind the last layer that turns tokens into one thing a row, as for multiple choice
             if states.shape[:2] == (ROWS, TOKENS) and out.shape[0] == ROWS and out.shape[1:2] != (TOKENS,):
                 self.row_heads.append(name)
 
         return hook
 
     def store(self, slot: int) -> None:
-        """Told by the cache: keys and values go to this slot."""
+        """Note the slot that keys and values go to; called by the cache."""
         self.stored.append((self.inside, slot))
 
     def faults(self, width: int, caches: bool) -> list[str]:
-        """What makes these layers unsound to skip, gravest first; empty if nothing."""
-        found = []
+        """List what makes these layers unsound to skip, gravest first; empty if nothing does."""
+        problems: list[str] = []
         for index in range(len(self.layers)):
             if (times := self.called.count(index)) != 1:
-                found.append(
+                problems.append(
                     f"decoder layer {index} is called {times} times when the model reads plain text, expected once"
                 )
         if self.called != sorted(self.called):
-            found.append(f"its decoder layers run in the order {self.called}")
+            problems.append(f"its decoder layers run in the order {self.called}")
         expected = (ROWS, TOKENS, width)
         for index, (before, after) in zip(self.called, self.shapes, strict=False):
             if before != expected or after != expected:
-                found.append(
+                problems.append(
                     f"decoder layer {index} turns {before} into {after}, expected states {expected} in and out"
                 )
         if self.ahead:
-            found.append(
+            problems.append(
                 "its attention is not causal (the last token changes what stands before it), so it is no decoder; "
                 "expected a causal language model (for BERT-likes: config.is_decoder=True)"
             )
         if self.extra:
-            found.append(f"its layers are given their own input for every token ({', '.join(sorted(self.extra))})")
+            problems.append(f"its layers are given their own input for every token ({', '.join(sorted(self.extra))})")
         if self.row_heads:
-            found.append(
+            problems.append(
                 f"it has a second head that says one thing of a whole row ({self.row_heads[0]}), to choose between "
                 "several sequences given as one input; expected one sequence a row: load it with AutoModelForCausalLM"
             )
@@ -232,19 +235,19 @@ class _Watch:
             for index in range(len(self.layers)):
                 kept = [slot for inside, slot in self.stored if inside == index]
                 if not kept:
-                    found.append(
+                    problems.append(
                         f"decoder layer {index} keeps no keys and values of its own (a recurrent state, a convolution, "
                         "or keys shared with another layer)"
                     )
                 elif kept != [index]:
-                    found.append(
+                    problems.append(
                         f"decoder layer {index} keeps keys and values in the cache slots {kept}, expected [{index}]"
                     )
-        return found
+        return problems
 
 
 class ToldCache(DynamicCache):
-    """A cache that tells, by its slot, whenever keys and values are handed to it."""
+    """Tell a listener, by the slot, whenever keys and values are handed to this cache."""
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         super().__init__()

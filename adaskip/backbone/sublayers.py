@@ -1,9 +1,9 @@
 """What a decoder layer is made of: its attention and its MLP.
 
-Nothing is known by name. A few plain tokens go through the untouched model while every module inside its layers is
-watched: the attention is what hands keys and values to the cache, the MLP what else turns states into states with
-weights of its own. Leaving a sublayer out means that it adds nothing, so with both left out a layer must be the
-identity; where it is not, the unit is refused.
+No module is recognised by its name. A few plain tokens go through the untouched model while every module inside its
+layers is watched: the attention is the module that hands keys and values to the cache; the MLP is whatever else, with
+weights of its own, turns states into states. A sublayer that is left out adds nothing, so with both left out a layer
+must be the identity; where it is not, the unit is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adaskip.errors import BackboneError
 
 @dataclass(frozen=True)
 class Sublayers:
-    """The parts of one decoder layer.
+    """Name the parts of one decoder layer.
 
     Attributes:
         attention: the module that hands keys and values to the cache.
@@ -41,7 +41,7 @@ class Sublayers:
 def find_sublayers(
     model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int, unit: str
 ) -> tuple[Sublayers, ...]:
-    """The parts of every layer, for a unit ``block | attention | mlp`` that is about to be routed.
+    """Find the parts of every layer, for a unit ``block | attention | mlp`` that is about to be routed.
 
     Raises:
         BackboneError: the parts cannot be told apart, or leaving the unit out would be unsound; says why.
@@ -57,16 +57,17 @@ def find_sublayers(
     watch = _Watch(layers, torch.Size([ROWS, TOKENS, width]))
     with watch:
         dense_pass(model, past_key_values=ToldCache(watch.store), use_cache=True)
-    found = tuple(watch.parts(index) for index in range(len(layers)))
-    if unit == "mlp" and any(not parts.mlp for parts in found):
-        index = next(i for i, parts in enumerate(found) if not parts.mlp)
+    sublayers = tuple(watch.parts(index) for index in range(len(layers)))
+    if unit == "mlp" and any(not parts.mlp for parts in sublayers):
+        index = next(i for i, parts in enumerate(sublayers) if not parts.mlp)
         raise BackboneError(
             f"{name}: unit 'mlp': decoder layer {index} has no MLP module of its own that turns states into states; "
             "use unit='attention' or unit='block'"
         )
     if unit != "block":
-        _check_identity(model, layers, [watch.closing[i] | {parts.attention} for i, parts in enumerate(found)], unit)
-    return found
+        closing = [watch.closing[i] | {parts.attention} for i, parts in enumerate(sublayers)]
+        _check_identity(model, layers, closing, unit)
+    return sublayers
 
 
 def _check_identity(
@@ -103,7 +104,7 @@ def _check_identity(
 
 
 class _Watch:
-    """Records what is called inside each layer, and where it hands its keys and values over."""
+    """Record what is called inside each layer, and where it hands its keys and values over."""
 
     def __init__(self, layers: tuple[nn.Module, ...], states: torch.Size) -> None:
         self.layers, self.states = layers, states
@@ -140,6 +141,7 @@ class _Watch:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.stack.pop()
+        # only what the layer calls itself is a sublayer: the stack then holds the layer alone
         if len(self.stack) != 1 or not any(weight.dim() >= 2 for weight in module.parameters()):
             return
         before = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
@@ -153,12 +155,12 @@ class _Watch:
             self.outputs[module] = len(out) if isinstance(out, tuple) else 0
 
     def store(self, slot: int) -> None:
-        """Told by the cache: keys and values have just been handed over."""
+        """Note the module that has just handed over keys and values; called by the cache."""
         if len(self.stack) > 1 and self.layer not in self.attention:
             self.attention[self.layer] = self.stack[1]
 
     def parts(self, index: int) -> Sublayers:
-        """What was seen of one layer."""
+        """Return the parts of one layer, as the pass showed them."""
         attention = self.attention.get(index)
         if attention is None or attention not in self.through[index]:
             raise BackboneError(

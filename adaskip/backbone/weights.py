@@ -20,7 +20,7 @@ _COMPILED = "_orig_mod"
 
 
 def effective_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Every weight by the name that it has without adapters and compilers; None: it cannot be read as numbers.
+    """Yield every weight by the name that it has without adapters and compilers; None: it cannot be read as numbers.
 
     Tied weights come once for each of their names: whether they are tied depends on how a model is loaded.
     """
@@ -31,8 +31,7 @@ def _walk(name: str, module: nn.Module, stores: list[tuple[str, Any]]) -> Iterat
     module = _without_adapters(module)
     hook = module.__dict__.get("_hf_hook")  # accelerate keeps offloaded weights in a map, by their names from here on
     maps = (getattr(part, "weights_map", None) for part in getattr(hook, "hooks", (hook,)))
-    own = [("", weights_map) for weights_map in maps if weights_map]
-    stores = stores + own
+    stores = stores + [("", weights_map) for weights_map in maps if weights_map]
     for key, weight in module._parameters.items():
         if weight is not None:
             yield name + key, _read(weight, [(prefix + key, store) for prefix, store in stores])
@@ -46,18 +45,19 @@ def _walk(name: str, module: nn.Module, stores: list[tuple[str, Any]]) -> Iterat
 
 def _read(weight: Tensor, stored: list[tuple[str, Any]]) -> Tensor | None:
     if weight.is_meta:
-        found = (_lookup(store, key) for key, store in reversed(stored))
-        weight = next((value for value in found if value is not None), weight)
+        # the innermost map comes last and is asked first
+        values = (_lookup(store, key) for key, store in reversed(stored))
+        weight = next((value for value in values if value is not None), weight)
     return None if weight.is_meta or not _is_plain(weight) else weight.detach()
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is numbers; quantisers and sharders have tensor classes, precisions or sizes of their own."""
+    """Return whether a weight is numbers; quantisers and sharders have classes, precisions or sizes of their own."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN and bool(weight.numel())
 
 
 def count_unreadable(model: nn.Module) -> tuple[int, int]:
-    """How many weights are no numbers, and how many there are; nothing is merged, moved or read from disk for it."""
+    """Count the weights that are no numbers, and all there are; nothing is merged, moved or read from disk for it."""
     plain = [
         _is_plain(weight) for part in model.modules() for weight in part._parameters.values() if weight is not None
     ]
@@ -73,9 +73,10 @@ def _lookup(store: Any, key: str) -> Tensor | None:
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:
-    """What PEFT's ``merge_and_unload`` would leave in the place of this module; the module itself if it is no adapter.
+    """Return what PEFT's ``merge_and_unload`` would put in this module's place; if it is no adapter, the module itself.
 
-    Where the weight under an adapter is no number, it stands alone: nothing can be compared with it.
+    If the weight under an adapter is no number, the base module is returned without the adapter: nothing can be added
+    to such a weight.
     """
     if "peft" not in sys.modules:
         return module
@@ -105,13 +106,13 @@ def _without_adapters(module: nn.Module) -> nn.Module:
 
 
 def _copied(module: Any) -> Any:
-    """A copy of one layer, which shares whatever its forward was replaced with: that may hold the whole model."""
+    """Copy one layer, but share whatever its forward was replaced with: that may hold the whole model."""
     shared = {id(f): f for part in module.modules() if (f := part.__dict__.get("forward")) is not None}
     return copy.deepcopy(module, shared)
 
 
 def find_packed(model: nn.Module) -> nn.Module | None:
-    """A module whose weight no parameter shows, as dynamic quantisation leaves it; None if there is none."""
+    """Find a module whose weight is no parameter, as dynamic quantisation leaves it; None if there is none."""
     return next((part for part in model.modules() if _is_packed(part)), None)
 
 

@@ -22,7 +22,7 @@ from adaskip.backbone.probe import ROWS, TOKENS, ToldCache, dense_pass, in_this_
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one decoder layer; a multiply-add is two.
+    """Hold the FLOPs of one decoder layer; a multiply-add is two.
 
     Attributes:
         token: per token, by the module that the layer calls itself.
@@ -38,7 +38,7 @@ class Work:
 
 
 def measure_work(model: PreTrainedModel, layers: tuple[nn.Module, ...], pair: float) -> tuple[tuple[Work, ...], float]:
-    """The work of each layer, and the FLOPs of the language-model head per position.
+    """Measure the work of each layer, and the FLOPs of the language-model head per position.
 
     A model on device ``meta`` is not run: all its weights are counted, as if every token met each once, and ``pair``
     FLOPs for a query-key pair.
@@ -62,7 +62,7 @@ Counter = defaultdict[nn.Module, float]
 
 
 class _Meter:
-    """Sums products by layer and by the module that the layer calls itself."""
+    """Sum products by layer and by the module that the layer calls itself."""
 
     def __init__(self, model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> None:
         self.layers = layers
@@ -108,7 +108,7 @@ class _Meter:
             self.head += flops
 
     def store(self, slot: int) -> None:
-        """Told by the cache: keys and values have just been handed over."""
+        """Note the module that has just handed over keys and values, and the work done by then; called by the cache."""
         if self.stack and self.attention[self.layer] is None:
             self.attention[self.layer] = self._part
             self.stored[self.layer] = dict(self.weighted[self.layer])
@@ -118,7 +118,7 @@ class _Meter:
         return self.stack[min(1, len(self.stack) - 1)]
 
     def work(self, index: int) -> Work:
-        """What was seen of one layer."""
+        """Return the work of one layer, as the pass showed it."""
         weighted, paired, attention = self.weighted[index], self.paired[index], self.attention[index]
         if attention is None and paired:  # nothing was cached
             attention = max(paired, key=paired.__getitem__)
@@ -132,11 +132,11 @@ class _Meter:
 
 
 class _Products(TorchDispatchMode):
-    """Tells a meter of every matrix product, whatever kernel makes it."""
+    """Tell a meter of every matrix product, whatever kernel makes it."""
 
     def __init__(self, meter: _Meter, weights: set[int]) -> None:
         super().__init__()
-        self.meter, self.weights = meter, weights - {0}
+        self.meter, self.weights = meter, weights - {0}  # 0 would match every tensor without an address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count it."""
@@ -165,7 +165,7 @@ class _Products(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    """Where a tensor's values lie; 0 where that is not told, as of a packed or distributed one."""
+    """Return the address of a tensor's values; 0 where there is none to be had, as of a packed or distributed one."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):

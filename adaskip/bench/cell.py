@@ -1,4 +1,4 @@
-"""One line of the table: its four sides, warmed up, and what they spend and hold; measured phase by phase."""
+"""One line of the benchmark's table: the dense, routed, cut and control model of one batch, and their seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adaskip.runtime.measure import cache_bytes, peak_memory
 
 
 class Timed(Protocol):
-    """A side that takes its turn in a round."""
+    """Take a turn in a round of timings."""
 
     def prefill_seconds(self) -> float:
         """Take the seconds of one prefill."""
@@ -34,21 +34,21 @@ class Timed(Protocol):
 
 @dataclass(frozen=True)
 class Cell:
-    """Four sides that do the same work, and all of it that does not depend on the clock."""
+    """Hold four sides that do the same work, and all figures of theirs that need no clock."""
 
     facts: dict[str, Any]  # what is measured
     sides: dict[str, Timed]  # dense, routed, ideal, control
     spent: dict[str, tuple[float, float]]  # of a phase: decoder FLOPs executed, and with every layer run
-    held: dict[str, dict[str, int]]  # of a phase: bytes of keys and values after it
+    kv_bytes: dict[str, dict[str, int]]  # of a phase: bytes of keys and values after it
     memory: dict[str, Any]
 
     def measure(self, phase: Phase, budget: float, width: float, on_round: Callable[[Seconds], None]) -> dict[str, Any]:
         """Run the rounds of a phase, and return their row of the table, as `adaskip.bench.table.bench` says."""
-        whole = self.facts["skip"] == 0
-        pairs = [("ideal", "routed"), *([("routed", "dense")] if whole else [])]
+        skips_nothing = self.facts["skip"] == 0  # then routed over dense is the overhead of routing itself
+        pairs = [("ideal", "routed"), *([("routed", "dense")] if skips_nothing else [])]
         seconds = interleave(
             {name: getattr(side, f"{phase}_seconds") for name, side in self.sides.items()},
-            lambda found: all(_width(found, *pair) < width for pair in pairs),
+            lambda so_far: all(_width(so_far, *pair) < width for pair in pairs),
             budget,
             on_round,
         )
@@ -58,8 +58,8 @@ class Cell:
         row |= _ratio("speedup", seconds, "dense", "routed")
         row |= _ratio("ideal_speedup", seconds, "dense", "ideal")
         row |= _ratio("efficiency", seconds, "ideal", "routed")
-        nothing = {"overhead": None, "overhead_low": None, "overhead_high": None}
-        row |= _ratio("overhead", seconds, "routed", "dense") if whole else nothing
+        unmeasured = {"overhead": None, "overhead_low": None, "overhead_high": None}
+        row |= _ratio("overhead", seconds, "routed", "dense") if skips_nothing else unmeasured
         row |= _ratio("control", seconds, "control", "ideal")
         row |= {f"{name}_spread": spread(seconds[name]) for name in ("dense", "routed", "ideal")}
         row |= {
@@ -69,7 +69,7 @@ class Cell:
             "flops": executed,
             "dense_flops": dense,
         }
-        return row | self.held[phase] | self.memory
+        return row | self.kv_bytes[phase] | self.memory
 
 
 def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new: int) -> Cell:
@@ -82,31 +82,32 @@ def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new
     if rate is not None:
         keep = spread_out(len(subject.spec.layers), rate, batch, path)
         force(routed, inputs, keep)
-    dense, own = Side(subject.spec.model, inputs, new), Side(routed, inputs, new)
-    memory = peaks(subject, own.prefill, dense.prefill)
-    own.settle()
+    dense, side = Side(subject.spec.model, inputs, new), Side(routed, inputs, new)
+    memory = peaks(subject, side.prefill, dense.prefill)
+    side.settle()
     dense.settle()
     if rate is not None:
         check_forced(routed.routing.keep, keep)
     prompt = routed.routing
     keep = prompt.keep.cpu()
+    # the control is a second copy of the same cut model: their ratio shows how far equal programs differ by chance
     cut, control = (ideal(subject, inputs, keep, new) for _ in range(2))
     cut.settle()
     control.settle()
     if rate is not None and path == "uniform" and len(cut.parts) == 1:
-        _check_same(own.logits, cut.parts[0].logits)
-    held = {"prefill": _held(own, dense)}
-    for side in (dense, own):
-        side.decode()
-    held["decode"] = _held(own, dense)
-    before, after = _spent(prompt), _spent(routed.routing)
-    for side in (dense, own):
-        side.cache.crop(-new)
+        _check_same(side.logits, cut.parts[0].logits)
+    kv_bytes = {"prefill": _kv_bytes(side, dense)}
+    for each in (dense, side):
+        each.decode()
+    kv_bytes["decode"] = _kv_bytes(side, dense)
+    before, after = _spent(prompt), _spent(routed.routing)  # the routing counts on, so what decoding spent is the rest
+    for each in (dense, side):
+        each.cache.crop(-new)
     return Cell(
         describe(subject, inputs, keep, path if rate is not None else "own", rate),
-        {"dense": dense, "routed": own, "ideal": cut, "control": control},
+        {"dense": dense, "routed": side, "ideal": cut, "control": control},
         {"prefill": before, "decode": ((after[0] - before[0]) / new, (after[1] - before[1]) / new)},
-        held,
+        kv_bytes,
         memory,
     )
 
@@ -135,11 +136,11 @@ def peaks(subject: Subject, routed: Callable[[], Any], dense: Callable[[], Any])
     device: torch.device = subject.spec.device
     for call in (routed, dense):
         call()
-    most, what = peak_memory(routed, device)
-    return {"peak_bytes": most, "peak_is": what, "dense_peak_bytes": peak_memory(dense, device)[0]}
+    peak, kind = peak_memory(routed, device)
+    return {"peak_bytes": peak, "peak_is": kind, "dense_peak_bytes": peak_memory(dense, device)[0]}
 
 
-def _held(routed: Side, dense: Side) -> dict[str, int]:
+def _kv_bytes(routed: Side, dense: Side) -> dict[str, int]:
     return {"kv_bytes": cache_bytes(routed.cache), "dense_kv_bytes": cache_bytes(dense.cache)}
 
 
@@ -150,17 +151,17 @@ def _spent(routing: Routing) -> tuple[float, float]:
 
 
 def _width(seconds: Seconds, above: str, below: str) -> float:
-    found = ratio(seconds[above], seconds[below])
-    return found.high - found.low
+    interval = ratio(seconds[above], seconds[below])
+    return interval.high - interval.low
 
 
 def _ratio(name: str, seconds: Seconds, above: str, below: str) -> dict[str, float | None]:
-    found = bounded_ratio(seconds[above], seconds[below])
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+    values = bounded_ratio(seconds[above], seconds[below])
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
 def _check_same(routed: Tensor | None, cut: Tensor | None) -> None:
-    """Refuse to compare the seconds of two programs that do not say the same."""
+    """Refuse to compare the seconds of two programs whose logits differ."""
     assert routed is not None
     assert cut is not None
     gap, size = (routed - cut).abs().max(), cut.abs().max()

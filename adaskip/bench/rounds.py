@@ -1,4 +1,4 @@
-"""Timings that stand beside one another: paired rounds, each forth and back, until the interval is narrow enough."""
+"""Fair timing of programs against one another: rounds in which each takes two turns, until the interval is narrow."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def interleave(
     budget: float,
     on_round: Callable[[Seconds], None] = lambda seconds: None,
 ) -> Seconds:
-    """Take the seconds of each call, one value a round: the mean of its turns there and back.
+    """Time calls in rounds, in which each takes two turns; return each call's seconds, one mean a round.
 
-    Whatever drifts evenly during a round falls on all calls alike (for two of them: A B B A).
+    A round runs the calls in order and then in reverse (for two of them: A B B A), so that whatever drifts evenly
+    during a round, such as a processor that gets hot, falls on all calls alike.
 
     Args:
         calls: by name; each does its work once and returns its seconds.
         enough: whether the rounds so far suffice; asked after every round from the `LEAST`th on.
         budget: seconds after which no further round begins; one round is always made.
-        on_round: hears of every round.
+        on_round: called with the seconds so far after every round.
     """
     start = time.perf_counter()
     seconds: Seconds = {name: [] for name in calls}
@@ -60,7 +61,7 @@ def ratio(above: list[float], below: list[float], level: float = 0.95) -> Interv
 
 
 def bounded_ratio(above: list[float], below: list[float]) -> list[float | None]:
-    """Return `ratio` and the ends of its interval; None for ends that too few rounds leave open.
+    """Return `ratio` and the ends of its interval; None for both ends where there are too few rounds to know them.
 
     >>> bounded_ratio([2.0], [1.0])
     [2.0, None, None]
@@ -71,7 +72,7 @@ def bounded_ratio(above: list[float], below: list[float]) -> list[float | None]:
 
 
 def spread(values: list[float]) -> list[float]:
-    """Return lower quartile and upper quartile; one value is both."""
+    """Return the lower and the upper quartile; a single value is both."""
     if len(values) == 1:
         return values * 2
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""One way of running a batch (dense, routed, or cut out), and its two phases: reading the prompt, writing tokens."""
+"""One way of running a batch: the dense model, the routed one, or one with layers cut out; and its two phases."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from adaskip.runtime.measure import timed
 
 @dataclass
 class Side:
-    """A model, its prompt, and after `prefill` a cache to write on from.
+    """Run one model on one prompt: read the prompt into a cache, and write tokens from there.
 
-    ``share``: how much of its seconds counts, where a batch is put together from several paths.
+    ``share``: how much of its seconds counts, where the models of several paths run the whole batch each.
     """
 
     model: Any
@@ -42,23 +42,23 @@ class Side:
             self.cache.activate_past_recording()
 
     def decode(self) -> Tensor | None:
-        """Write ``new`` tokens after the prompt: the greedy choice is made, the token fed is always the same.
+        """Write ``new`` tokens after the prompt, and return the last one's logits (b v) if the model has a head.
 
-        Returns the last one's logits (b v), where the model has a head.
-        Where prompts are padded, a token's position is the number of real ones before it. That a picture's tokens may
-        share positions is ignored.
+        The greedy choice is computed, as it is a part of the work, but the token fed is always the prompt's last: all
+        sides then do the same work. Where prompts are padded, a token's position is the number of real ones before it;
+        that a picture's tokens may share positions is ignored.
         """
         mask, rows = self.inputs["attention_mask"], len(self.inputs["input_ids"])
         padded = not bool(mask.all())
         token = self.inputs["input_ids"][:, -1:]
         for _ in range(self.new):
             mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
-            seen = {}
+            padding = {}
             if padded:
-                seen["attention_mask"] = mask
+                padding["attention_mask"] = mask
                 if self._takes("position_ids"):
-                    seen["position_ids"] = mask.sum(1, keepdim=True) - 1
-            out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True, **seen)
+                    padding["position_ids"] = mask.sum(1, keepdim=True) - 1
+            out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True, **padding)
             if self.logits is not None:
                 out.logits[:, -1:].argmax(-1)
         return None if self.logits is None else out.logits[:, -1]
@@ -84,7 +84,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Sides:
-    """Several sides that make up one figure."""
+    """Add up several sides that together do the work of one batch."""
 
     parts: tuple[Side, ...]
 
@@ -103,10 +103,11 @@ class Sides:
 
 
 def ideal(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -> Sides:
-    """Cut the same decisions out of the model: for every number of layers kept, a model of just so many layers.
+    """Build what the decisions would cost at best: for every number of kept layers, a model with only that many.
 
-    Each runs the whole batch and counts by its share of the rows (layers are taken to cost the same). Of group
-    ``vision`` the layers that vision leaves are a second model, run on the text tokens alone and without a head.
+    Each model runs the whole batch, and its seconds count by its share of the rows (layers are assumed to cost the
+    same). For group ``vision`` the layers that vision skips form a second model, run on the text tokens alone and
+    without a head.
 
     Raises:
         AdaSkipError: a row leaves out every layer, so that nothing remains to be run.

@@ -14,7 +14,7 @@ FOLDER: Path = Path(__file__).parent / EMBEDDED
 
 
 def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model (float32, eval mode) and its processor, read from `FOLDER` without a network."""
+    """Load the model (float32, eval mode) and its processor from `FOLDER`, without a network."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, local_files_only=True)

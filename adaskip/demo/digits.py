@@ -33,7 +33,7 @@ REPEATED = 0.25
 
 @lru_cache
 def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Grey scans `n 8 8` (uint8, ink is bright) and their labels `n` of one split; splits are disjoint and stratified.
+    """Return a split's grey scans `n 8 8` (uint8, ink is bright) and labels `n`; splits are disjoint and stratified.
 
     Raises DataError for an unknown split.
     """
@@ -51,12 +51,13 @@ def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(split: str, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Scans `count 4 8 8` for the four places of `count` pictures, and their labels `count 4`."""
+    """Draw scans `count 4 8 8` for the four places of `count` pictures, and their labels `count 4`."""
     pixels, classes = scans(split)
     labels = rng.integers(10, size=(count, 4))
     same = rng.random((count, 4)) < REPEATED
     for place in range(1, 4):
         labels[:, place] = np.where(same[:, place], labels[:, place - 1], labels[:, place])
+    # scans sorted by label lie in ten runs; a scan of a label is a random place in its run
     order, sizes = np.argsort(classes, kind="stable"), np.bincount(classes)
     starts = np.cumsum(sizes) - sizes
     chosen = order[starts[labels] + (rng.random((count, 4)) * sizes[labels]).astype(int)]
@@ -64,17 +65,17 @@ def draw(split: str, count: int, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 
 def compose(places: np.ndarray) -> np.ndarray:
-    """Pictures `n 16 16` from the scans `n 4 8 8` at their places, in the order of `PLACES`."""
+    """Compose pictures `n 16 16` of the scans `n 4 8 8` at their places, in the order of `PLACES`."""
     return places.reshape(-1, 2, 2, 8, 8).swapaxes(2, 3).reshape(-1, 16, 16)
 
 
 def pixel_values(pictures: np.ndarray) -> np.ndarray:
-    """What the processor makes of pictures `n 16 16` with values 0..255: float32 `n 3 16 16`, x/255 scaled to -1..1."""
+    """Turn pictures `n 16 16`, 0..255, into what the processor makes of them: float32 `n 3 16 16`, scaled to -1..1."""
     return np.repeat((pictures.astype(np.float32) / 255 - 0.5)[:, None] / 0.5, 3, axis=1)
 
 
 def ask(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
-    """One question of a kind about the picture with these four labels, and its answer, one token per word.
+    """Ask one question of a kind about the picture with these four labels; return it and its answer, a token per word.
 
     Raises DataError for an unknown kind.
 
@@ -89,8 +90,9 @@ def ask(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[str, s
             row = rng.integers(2)
             return f"sum {('top', 'bottom')[row]} row ?", str(labels[2 * row : 2 * row + 2].sum())
         case "count":
-            wanted = rng.choice(labels) if rng.random() < 0.5 else rng.integers(10)
-            return f"count {wanted} ?", str((labels == wanted).sum())
+            # a digit drawn from all ten is mostly absent, and the answer 0: half are drawn from those in the picture
+            digit = rng.choice(labels) if rng.random() < 0.5 else rng.integers(10)
+            return f"count {digit} ?", str((labels == digit).sum())
         case "max":
             return "largest digit ?", str(labels.max())
         case "arithmetic":
@@ -118,7 +120,7 @@ def records(split: str, limit: int | None, seed: int) -> list[dict[str, Any]]:
 
 
 def examples(split: str, per_kind: int, seed: int) -> list[dict[str, Any]]:
-    """`per_kind` records of each kind, kinds taking turns (any prefix is balanced); the same for the same arguments."""
+    """Make `per_kind` records of each kind, in turn (any prefix is balanced); equal arguments make equal records."""
     rng = np.random.default_rng([seed, *split.encode()])
     places, labels = draw(split, per_kind * len(KINDS), rng)
     records = []

@@ -12,7 +12,7 @@ from adaskip.policy import Policy
 
 
 class Static(Policy):
-    """Follows a `SkipPlan`; needs no training and looks at nothing.
+    """Follow a `SkipPlan`, which needs no training and looks at nothing.
 
     Args:
         plan: which layers are left out, and of what.

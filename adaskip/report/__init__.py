@@ -59,7 +59,7 @@ def write(run: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Files:
-    """What the files of a run hold; empty where one is missing."""
+    """Hold what the files of a run say; empty where one is missing."""
 
     curves: Curves
     recipe: dict[str, Any]

@@ -45,7 +45,7 @@ def trained(recipe: dict[str, Any], environment: dict[str, Any], summary: dict[s
 
 
 def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
-    """What the routed model keeps and answers: on validation data, and per kind where it was evaluated."""
+    """Show what the routed model keeps and answers: on validation data, and per kind where it was evaluated."""
     body = ["## Result"]
     validation = summary.get("val")
     if isinstance(validation, dict) and validation:
@@ -78,7 +78,7 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
 
 
 def _budget(summary: dict[str, Any]) -> list[str]:
-    """Whether the compute budget was held, in bold where it was not."""
+    """Say whether the compute budget was kept to, in bold where it was not."""
     if "budget" not in summary:
         return []
     missed = summary["budget"] != "held"
@@ -87,7 +87,7 @@ def _budget(summary: dict[str, Any]) -> list[str]:
 
 
 def keep_by_kind(rates: dict[str, list[float]], picture: str | None) -> list[str]:
-    """Which layers each kind of input runs."""
+    """Show which layers each kind of input runs."""
     body = ["## Keep rates by layer and kind"]
     if not picture:
         return [*body, _missing(runfiles.KEEP_RATES)]
@@ -101,7 +101,7 @@ def keep_by_kind(rates: dict[str, list[float]], picture: str | None) -> list[str
 
 
 def training(curves: dict[str, np.ndarray], picture: str | None) -> list[str]:
-    """How the keep rate followed its target, and what it cost."""
+    """Show how the keep rate followed its target, and what it cost."""
     body = ["## Training"]
     if not picture:
         return [*body, _missing(runfiles.METRICS)]

@@ -32,7 +32,7 @@ NOTIONS = {
 
 
 def keep_heat_map(rates: dict[str, list[float]], path: Path | None = None) -> Figure:
-    """How often each layer ran (0 to 1), one row a kind of input.
+    """Draw how often each layer ran (0 to 1), one row a kind of input.
 
     Args:
         rates: kind -> share of its inputs that ran layer 0, 1, ...; all of one length.

@@ -1,1 +1,1 @@
-"""Training: objective, Lightning module, callbacks, data and tracking."""
+"""Training the routers: objective, Lightning module, callbacks, data and tracking."""

@@ -16,7 +16,7 @@ from adaskip.training.records import Record
 
 
 class RoundSampler(Sampler[int]):
-    """The records of one round of steps, a pure function of (seed, round, rank).
+    """Choose the records of one round of steps, as a pure function of (seed, round, rank).
 
     A round is as many steps as lie between two checkpoints, so that a run resumed from a checkpoint reads exactly the
     batches it would have read. Every record is seen once before any is seen twice.
@@ -31,7 +31,7 @@ class RoundSampler(Sampler[int]):
         self.count, self.per_round, self.seed, self.round = count, per_round, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each round."""
+        """Go to a round; called by Lightning before each."""
         self.round = epoch
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class RoundSampler(Sampler[int]):
 
 
 class RoundBatches(Sampler[list[int]]):
-    """Batches of a round, each of rows with pictures or of rows without; a pure function of (seed, round, rank).
+    """Choose the batches of a round, each all with pictures or all without, as a function of (seed, round, rank).
 
     A sweep cuts the permuted rows of both sorts into batches of nearly equal size and shuffles these:
 
@@ -100,6 +100,7 @@ class RoundBatches(Sampler[list[int]]):
                 sweep = place // count
                 batches = self._sweep(sweep, ranks)
             whole = batches[place % count]
+            # a batch with fewer rows than processes: some repeat a row, so that none is a step short
             yield whole[rank::ranks] or [whole[rank % len(whole)]]
 
     def _sweep(self, sweep: int, ranks: int) -> list[list[int]]:
@@ -152,8 +153,8 @@ def in_order(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[list
     """Cut records into batches of their numbers, each of rows with pictures or of rows without.
 
     Records of one sort keep their order. Where there are both, every quarter of the batches gets a quarter of each
-    sort, in order: who fits a constant on the first half of the inputs and judges it on the second, as `judge_joint`
-    does, must find both sorts in each.
+    sort, in order: `judge_joint` fits a constant on the first half of the inputs and judges it on the second, and must
+    find both sorts in each half.
     """
     sorts = [rows for rows in _sorts(records) if rows]
     if len(sorts) < 2:
@@ -167,7 +168,7 @@ def in_order(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[list
 
 
 def _sorts(records: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """The numbers of the records with pictures, and of those without."""
+    """Return the numbers of the records with pictures, and of those without."""
     pictured = [bool(pictures_of(record)) for record in records]
     return [i for i, has in enumerate(pictured) if has], [i for i, has in enumerate(pictured) if not has]
 
@@ -177,7 +178,7 @@ def _permutation(count: int, seed: int, sweep: int) -> Tensor:
 
 
 def _processes() -> tuple[int, int]:
-    """How many processes train together, and which of them this is."""
+    """Return how many processes train together, and the rank of this one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0

@@ -91,12 +91,12 @@ class ConditionCheck(lightning.Callback):
             "tolerance": (is_number(tolerance) and tolerance >= 0, tolerance, "nats >= 0"),
             "level": (is_number(level) and 0 < level < 1, level, "a share in (0, 1)"),
         }
-        faults = [f"{name}: expected {what}, got {value!r}" for name, (ok, value, what) in ranges.items() if not ok]
+        faults = [f"{name}: expected {span}, got {value!r}" for name, (ok, value, span) in ranges.items() if not ok]
         if faults:
             raise ConfigError("ConditionCheck: " + "; ".join(faults))
         self.every, self.examples, self.tolerance, self.level = every, examples, tolerance, level
-        some = None if isinstance(batches, list) else examples
-        self.batches = None if batches is None else take(batches, some, "ConditionCheck: batches")
+        limit = None if isinstance(batches, list) else examples
+        self.batches = None if batches is None else take(batches, limit, "ConditionCheck: batches")
         self.measured, self.folder = measured, None if folder is None else Path(folder)
         self.on_violation: OnViolation = on_violation
         self.looks = 1
@@ -123,11 +123,11 @@ class ConditionCheck(lightning.Callback):
             tuner.model.hold(self._fixed | self._held)
         self.look, self.stopped, self._warned = None, None, set()
         self.looks = self._count_looks(trainer)
-        alone = tuner.prices is None and tuner.calibration is None
-        if alone:
+        unpriced = tuner.prices is None and tuner.calibration is None
+        if unpriced:
             check_prices(None, tuner.objective, len(tuner.model.spec.layers))
         self.batches = self._inputs(trainer)
-        self._split = split_inputs(tuner, self.batches, alone)
+        self._split = split_inputs(tuner, self.batches, unpriced)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure the layers and judge each on its own."""
@@ -141,11 +141,11 @@ class ConditionCheck(lightning.Callback):
         self._model = tuner.model
         with evaluating(tuner.model):
             self._prepare(tuner.model)
-        own = self._split.prices(tuner, self.measured) if tuner.prices is None else None
-        self._prices = trainer.strategy.broadcast(own) if own is not None else tuner.prices
+        prices = self._split.prices(tuner, self.measured) if tuner.prices is None else None
+        self._prices = trainer.strategy.broadcast(prices) if prices is not None else tuner.prices
 
     def _count_looks(self, trainer: lightning.Trainer) -> int:
-        """How many looks there will be, which the intervals allow for."""
+        """Count the looks that there will be; the intervals are made wider for as many."""
         if not self.every:
             return 1
         steps = planned_steps(trainer)
@@ -157,12 +157,12 @@ class ConditionCheck(lightning.Callback):
         return int(steps) // self.every + 1
 
     def _inputs(self, trainer: lightning.Trainer) -> list[Batch]:
-        """The inputs of rank 0, on every rank."""
+        """Read the inputs of rank 0, on every rank."""
         if not self._from_trainer:
-            given = list(self.batches or [])
+            batches = list(self.batches or [])
             if trainer.world_size == 1:
-                return given
-            return from_rank_zero(trainer, lambda: [batch.to("cpu") for batch in given])
+                return batches
+            return from_rank_zero(trainer, lambda: [batch.to("cpu") for batch in batches])
         if not trainer.enable_validation:
             raise DataError(
                 "ConditionCheck: the trainer has no validation data; pass val_dataloaders to fit, or batches="
@@ -171,9 +171,9 @@ class ConditionCheck(lightning.Callback):
         loaders = trainer.val_dataloaders
 
         def read() -> list[Batch]:
-            every = CombinedLoader(loaders, "sequential")
+            batches = CombinedLoader(loaders, "sequential")
             with isolate_rng():  # a loader draws its order from the generator that training draws from
-                return take((batch for batch, _, _ in every), self.examples, "ConditionCheck")
+                return take((batch for batch, _, _ in batches), self.examples, "ConditionCheck")
 
         return from_rank_zero(trainer, read)
 
@@ -182,7 +182,7 @@ class ConditionCheck(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step: several micro-batches may make one."""
+        """Remember the step, because several micro-batches may make one."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -194,7 +194,7 @@ class ConditionCheck(lightning.Callback):
             self._look(trainer, _tuner(pl_module))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Look once more unless the last step was one."""
+        """Look once more, unless the last step has been looked at."""
         if self.look is None or self.look.step != trainer.global_step:
             self._look(trainer, _tuner(pl_module))
 
@@ -227,7 +227,7 @@ class ConditionCheck(lightning.Callback):
             append_line(self.folder / CONDITIONS, record)
 
     def inspect(self, model: RoutedModel, prices: Prices, step: int) -> Look:
-        """One look at a model's current decisions.
+        """Look once at a model's current decisions.
 
         Raises:
             ConfigError: there are no inputs to look at.
@@ -235,24 +235,24 @@ class ConditionCheck(lightning.Callback):
         measured = self._split.judged(self._prepare(model))
         if self.findings is None:
             self.findings = judge(measured, prices, model.target.group, self.tolerance, self.level)
-        found = self._joint(model, prices)
+        costs = self._joint(model, prices)
         joint = judge_joint(
-            found["kl"],
-            found["bound"],
-            found["keep"],
+            costs["kl"],
+            costs["bound"],
+            costs["keep"],
             self.findings.layers,
             prices.alpha,
             tolerance=self.tolerance,
             level=self.level,
-            share=found["share"],
+            share=costs["share"],
         )
         skips = judge_skips(
-            measured, found["wanted"], prices, model.target.group, self.tolerance, self.level, self.looks
+            measured, costs["requested"], prices, model.target.group, self.tolerance, self.level, self.looks
         )
         return Look(step, model.target.group, self.tolerance, self.findings, joint, skips, model.policy.held)
 
     def _prepare(self, model: RoutedModel) -> LayerMeasures:
-        """What each layer is worth to each input; measured once."""
+        """Measure, once, what each layer is worth to each input."""
         if not self.batches:
             raise ConfigError("ConditionCheck: no inputs to look at; pass batches=, or train with validation data")
         if self.measured is None:
@@ -267,20 +267,21 @@ class ConditionCheck(lightning.Callback):
     def _joint(self, model: RoutedModel, prices: Prices) -> dict[str, Tensor]:
         assert self.batches is not None
         assert self.measured is not None
-        found = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
-        return {name: self._split.judged_columns(values) for name, values in found.items()}
+        costs = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
+        return {name: self._split.judged_columns(values) for name, values in costs.items()}
 
     # -- acting ------------------------------------------------------------------------------------------------------
 
     def _act(self, trainer: lightning.Trainer, model: RoutedModel, look: Look) -> None:
-        """Warn of, hold or stop at the layers whose skips clearly cost more than they may."""
-        violations, said = look.violations, []
+        """Warn of the layers whose skips clearly cost more than they may, hold them, or stop training."""
+        violations, messages = look.violations, []
         if self.on_violation == "hold":
-            passed = {layer for layer, found in look.skips.items() if found.verdict == "admissible"}
+            # a held layer is free again only when its skips are admissible: undecided ones leave it as it is
+            passed = {layer for layer, finding in look.skips.items() if finding.verdict == "admissible"}
             held = (self._held | set(violations)) - passed
             for layer in sorted(held ^ self._held):
                 word = "held from now on" if layer in held else "free again"
-                said.append(f"step {look.step}: layer {layer} is {word}; {describe_skip(look, layer)}")
+                messages.append(f"step {look.step}: layer {layer} is {word}; {describe_skip(look, layer)}")
             if held != self._held:
                 model.hold(self._fixed | held)
             self._held = held
@@ -290,23 +291,23 @@ class ConditionCheck(lightning.Callback):
                 f"{'; '.join(describe_skip(look, layer) for layer in violations)}. "
                 "Raise conditions.tolerance or objective.keep, or train with conditions.on_violation=hold"
             )
-            said.append(self.stopped)
+            messages.append(self.stopped)
             trainer.should_stop = True
         else:
             new = sorted(set(violations) - self._warned)
-            said += [f"step {look.step}: {describe_skip(look, layer)}" for layer in new]
+            messages += [f"step {look.step}: {describe_skip(look, layer)}" for layer in new]
             self._warned = set(violations)
-        for text in said if trainer.is_global_zero else ():
+        for text in messages if trainer.is_global_zero else ():
             _log.warning("%s", text)
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The layers that are held and the looks that intervals allow for, for a run that resumes."""
+        """Return, for a run that resumes, the held layers and the number of looks that the intervals allow for."""
         return {"held": sorted(self._held), "looks": self.looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the held layers until the model is at hand; a run that had its last step does not start again."""
+        """Remember the held layers until the model is at hand; a run whose last step is done does not train again."""
         self._held, self.looks = frozenset(state_dict["held"]), state_dict["looks"]
 
 

@@ -37,10 +37,10 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class RoundsBySteps(lightning.Callback):
-    """Begin every round of records where the optimiser steps that are done say, also after a resume.
+    """Begin every round of records at the number of optimiser steps that are done, also after a resume.
 
-    Lightning takes the epoch of a resumed run for unfinished. It goes through it once more, with one batch of it or
-    with none, as validation happens to fall, and counts that: rounds, logged steps and checkpoints would shift by one
+    Lightning takes the epoch of a resumed run for unfinished: it goes through that epoch again, with one batch or with
+    none, depending on when validation falls, and counts it. Rounds, logged steps and checkpoints would shift by one
     with every resume. A checkpoint of ours always stands at the end of a round, so its epoch is marked as finished.
 
     Args:
@@ -50,8 +50,8 @@ class RoundsBySteps(lightning.Callback):
     """
 
     def __init__(self, loader: DataLoader[Any], steps: int, done: int = 0) -> None:
-        chooses: Any = loader.batch_sampler if hasattr(loader.batch_sampler, "set_epoch") else loader.sampler
-        self.sampler, self.steps = chooses, steps
+        sampler: Any = loader.batch_sampler if hasattr(loader.batch_sampler, "set_epoch") else loader.sampler
+        self.sampler, self.steps = sampler, steps
         self.sampler.set_epoch(done // steps)  # workers fetch before the first epoch is said to start
 
     def on_load_checkpoint(

@@ -1,4 +1,4 @@
-"""From records to batches that any Hugging Face processor understands, and what a processor cannot take, said early."""
+"""Batches made of records by any Hugging Face processor; records that a processor cannot take are found early."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from adaskip.errors import DataError
 from adaskip.lines import listed
 from adaskip.training.pictures import open_image, pictures_of
 from adaskip.training.placeholders import Placeholders
-from adaskip.training.prompts import Refusal, edges, per_token, taken
+from adaskip.training.prompts import Refusal, call_processor, edges, per_token
 from adaskip.training.records import Record, where
 
 _CHUNK = 1024  # answers tokenized at once
 
 
 class Collator:
-    """Records -> one left-padded batch.
+    """Make one left-padded batch of records.
 
     Args:
         processor: a processor (pictures and text) or a tokenizer (text only).
@@ -100,14 +100,14 @@ class Collator:
             return record
         if places.fault(record["prompt"], pictures) is None:  # the processor puts the pictures in by itself
             return record
-        found = copy(record)  # which keeps its file and line
-        found["prompt"] = self.edges.put_first(" ".join([places.token] * pictures), record["prompt"])
-        return found
+        result = copy(record)  # which keeps its file and line
+        result["prompt"] = self.edges.put_first(" ".join([places.token] * pictures), record["prompt"])
+        return result
 
     # -- prompts and pictures ----------------------------------------------------------------------------------------
 
     def _inputs(self, records: Sequence[Record]) -> dict[str, Any]:
-        """What the processor makes of prompts and pictures."""
+        """Return what the processor makes of prompts and pictures."""
         pictures = [_opened(record) for record in records]
         pictured = sum(map(bool, pictures))
         if self.placeholders is None and pictured:
@@ -121,22 +121,22 @@ class Collator:
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         options |= {} if pictures is None else {"images": pictures}
         prompts = [self.edges.clean(prompt) for prompt in prompts]
-        inputs = taken(self.processor, text=prompts, **options)
+        inputs = call_processor(self.processor, text=prompts, **options)
         if "attention_mask" not in inputs:  # some tokenizers give one only when asked
-            inputs = taken(self.processor, text=prompts, return_attention_mask=True, **options)
+            inputs = call_processor(self.processor, text=prompts, return_attention_mask=True, **options)
         return dict(inputs)
 
     def _blamed(self, records: Sequence[Record], pictures: list[list[Image.Image]]) -> str | None:
-        """Which record a processor refuses, found by giving it one after the other."""
-        for record, own in zip(records, pictures, strict=True):
+        """Find the record that a processor refuses, by giving it one after the other."""
+        for record, images in zip(records, pictures, strict=True):
             try:
-                self._process([record["prompt"]], [own] if own else None)
+                self._process([record["prompt"]], [images] if images else None)
             except Refusal as error:
                 return f"{where(record)}: the processor does not take it ({error})"
         return None
 
     def _prompt_faults(self, records: Sequence[Record]) -> Iterable[str]:
-        """Prompts that are no text, and pictures that no placeholder waits for, or the other way round."""
+        """Yield the prompts that are no text, or have more or fewer placeholders than pictures."""
         for record in records:
             prompt = record.get("prompt")
             if not isinstance(prompt, str):
@@ -158,12 +158,12 @@ class Collator:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _answer_ids(self, text: str) -> list[int]:
-        """Tokens of an answer with one end token, if the tokenizer has any."""
+        """Return the tokens of an answer with one end token, if the tokenizer has any."""
         ids, end = self._bare_ids([text])[0], self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _bare_ids(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = taken(self.tokenizer, texts, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = call_processor(self.tokenizer, texts, add_special_tokens=False)["input_ids"]
         return ids
 
     def _answer_faults(self, records: Sequence[Record]) -> Iterable[str]:
@@ -175,7 +175,7 @@ class Collator:
                 continue
             try:
                 tokens = self._bare_ids(texts)
-            except Refusal:
+            except Refusal:  # of one among a thousand answers: ask for each alone, to name it
                 yield from self._refused_answers(part)
                 continue
             for record, ids in zip(part, tokens, strict=True):
@@ -191,16 +191,19 @@ class Collator:
 
 
 def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> Batch:
-    """Put answers, long (n) each, behind the prompts of a batch, with their labels; ``pad`` fills up.
+    """Put answers, long (n) each, behind the prompts of a batch, with their labels; ``pad`` fills the shorter rows.
 
-    Whatever else the inputs say of every token is 0 for answers, or what the batch's ``answer_values`` names.
+    Other inputs with a value for every token get 0 for the answers, or the value that ``answer_values`` gives.
+
+        input_ids   pad w1 w2 | a1 end pad        labels   -100 -100 -100 | a1 end -100
+                    w3  w4 w5 | a2 a3  end                 -100 -100 -100 | a2 a3  end
     """
     inputs = dict(batch.inputs)
     shape = inputs["input_ids"].shape
     labels = torch.nn.utils.rnn.pad_sequence([*answers], batch_first=True, padding_value=IGNORED)
     real = labels != IGNORED
     added = {"input_ids": torch.where(real, labels, pad), "attention_mask": real.long()}
-    for name in per_token(inputs):  # whatever else the processor says of every token
+    for name in per_token(inputs):
         value = inputs[name]
         if value.ndim > 2:  # what a token may look at, pictures for instance: an answer sees what its prompt's end sees
             more = value[:, -1:].expand(-1, labels.shape[1], *value.shape[2:])
@@ -220,7 +223,7 @@ def _opened(record: Record) -> list[Image.Image]:
 
 
 def _together(records: Sequence[Record], pictured: int, error: Exception) -> str:
-    """Why a processor refuses a batch each of whose records it takes."""
+    """Explain why a processor refuses a batch although it takes each of its records alone."""
     if pictured in (0, len(records)):
         return f"the processor does not take these {len(records)} records in one batch ({error})"
     return (
@@ -231,7 +234,7 @@ def _together(records: Sequence[Record], pictured: int, error: Exception) -> str
 
 
 def _padding(tokenizer: Any) -> str:
-    """A token to pad with; the mask hides it, so any will do."""
+    """Choose a token to pad with; the mask hides it, so any will do."""
     for name in ("eos_token", "unk_token", "bos_token"):
         if (token := getattr(tokenizer, name, None)) is not None:
             return str(token)

@@ -1,4 +1,4 @@
-"""Data of a run by one name: records, pictures, batches and their order; each part has a module of its own."""
+"""One place to import a run's data handling from: records, pictures, batches and their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routers from bounds: fitted on what each flip of a decision costs, without back-propagation through the backbone."""
+"""Routers fitted on what each flip of a decision costs, without back-propagation through the backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaskip.training.schedule import OneCycle
 
 @dataclass(frozen=True)
 class FitState:
-    """Where a fit stands after a round; with the routers' weights all that the next round needs."""
+    """Hold what the next round of a fit needs beside the routers' weights."""
 
     round: int = 0  # rounds done
     multiplier: float = 0.0  # of the budget
@@ -40,8 +40,8 @@ def fit_from_bounds(
     """Fit the routers of a model, round by round: survey the inputs along the present path, then fit to the costs.
 
     Each round minimises ``E[expected cost] + budget`` over cached features (`fit_round`). What a router sees and what a
-    flip costs depend on the layers skipped before and after it; surveying anew along the fitted routers' path keeps
-    both true to what will run.
+    flip costs depend on which other layers are skipped, so every round surveys anew, along the path that the routers
+    of the round before choose.
 
     Args:
         model: attached, with routers of scope ``prompt``.
@@ -60,16 +60,16 @@ def fit_from_bounds(
         target = 1.0 + (index + 1) / fit.rounds * (objective.keep - 1.0)
         figures, multiplier = fit_round(model, flips, target, objective, fit, seed=seed + index, start=state.multiplier)
         state = FitState(index + 1, multiplier)
-        took = {"survey_s": surveyed - started, "fit_s": time.perf_counter() - surveyed}
+        durations = {"survey_s": surveyed - started, "fit_s": time.perf_counter() - surveyed}
         if after is not None:
-            after(state, {"target": target, "inputs": len(flips), **figures, **took})
+            after(state, {"target": target, "inputs": len(flips), **figures, **durations})
     return state
 
 
 def fit_round(
     model: RoutedModel, flips: Flips, target: float, objective: Objective, fit: Fit, *, seed: int, start: float = 0.0
 ) -> tuple[dict[str, float], float]:
-    """Fit the routers to surveyed costs under a compute budget; returns figures of the last batch and the multiplier.
+    """Fit the routers to surveyed costs under a compute budget; return the last batch's figures and the multiplier.
 
         minimise  E_x[expected_cost(g(x))] + multiplier * (E keep - target) + budget_weight * max(0, E keep - target)^2
 
@@ -102,5 +102,5 @@ def fit_round(
 
 
 def read_logits(routers: nn.ModuleList, pooled: Tensor) -> Tensor:
-    """Every layer's router on its own features: (n l k d) -> (n l)."""
+    """Run every layer's router on its own features: (n l k d) -> (n l)."""
     return torch.stack([head(pooled[:, index]) for index, head in enumerate(routers)], 1)

@@ -1,4 +1,4 @@
-"""Batches that are read again and again: told apart, the same on every process."""
+"""Inputs that must be the same on every process, and fingerprints that tell which inputs are equal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def fingerprints(batches: Iterable[Batch]) -> list[str]:
-    """One string an input, equal where tokens, labels and pictures are equal, whatever the padding.
+    """Return one string an input, equal where tokens, labels and pictures are equal, whatever the padding.
 
-    Of what a processor returns without an axis for rows (all patches of all pictures, say) only the whole batch can be
-    compared; one input in two such batches passes for two.
+    A value that a processor returns without an axis for rows (all patches of all pictures, say) can only be compared
+    for the whole batch; one input in two such batches counts as two.
     """
     return [mark for batch in batches for mark in _rows(batch)]
 
@@ -43,19 +43,19 @@ def _rows(batch: Batch) -> Iterator[str]:
 
 
 def from_rank_zero(trainer: lightning.Trainer, call: Callable[[], T]) -> T:
-    """What the call returns on rank 0, on every rank; an error that it raises there is raised on every rank.
+    """Call on rank 0 and return the result on every rank; an error that the call raises is raised on every rank.
 
-    A rank that raised alone would leave the others waiting.
+    If one rank alone raised, the others would wait for it for ever.
     """
     if trainer.world_size == 1:
         return call()
-    done: tuple[T | None, AdaSkipError | None] = None, None
+    outcome: tuple[T | None, AdaSkipError | None] = None, None
     if trainer.is_global_zero:
         try:
-            done = call(), None
+            outcome = call(), None
         except AdaSkipError as error:
-            done = None, error
-    value, failure = trainer.strategy.broadcast(done)
+            outcome = None, error
+    value, failure = trainer.strategy.broadcast(outcome)
     if failure is not None:
         raise failure
     return value  # type: ignore[return-value]

@@ -14,7 +14,7 @@ OTHER = "other"
 
 
 class KeepByKind(Metric):
-    """How often each layer ran, for each kind of input.
+    """Count how often each layer ran, for each kind of input.
 
     Args:
         n_layers: l.
@@ -40,5 +40,5 @@ class KeepByKind(Metric):
             self.seen[place] += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """float64 (l) per kind that occurred: the share of its inputs that ran each layer."""
+        """Return float64 (l) for each kind that occurred: the share of its inputs that ran each layer."""
         return {kind: self.kept[i] / self.seen[i] for i, kind in enumerate(self.kinds) if self.seen[i]}

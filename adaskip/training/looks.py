@@ -1,4 +1,4 @@
-"""One look at the routers' present decisions: what they cost together, and which of them cost too much."""
+"""The record of one look at the routers during training: what their decisions cost together, and which too much."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adaskip.theory.prices import Prices
 
 @dataclass(frozen=True)
 class Look:
-    """What one check of the conditions found."""
+    """Hold what one check of the conditions has found."""
 
     step: int
     group: str
@@ -32,12 +32,12 @@ class Look:
 
     @property
     def violations(self) -> dict[int, SkipFinding]:
-        """The layers whose skips clearly cost more than they may; one that is held makes none."""
-        costly = {layer: found for layer, found in self.skips.items() if found.verdict == "inadmissible"}
-        return {layer: found for layer, found in costly.items() if layer not in self.held}
+        """Return the layers whose skips clearly cost more than they may; held layers are not skipped, so left out."""
+        costly = {layer: skip for layer, skip in self.skips.items() if skip.verdict == "inadmissible"}
+        return {layer: skip for layer, skip in costly.items() if layer not in self.held}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a line of ``conditions.jsonl``."""
+        """Return a line of ``conditions.jsonl``, JSON-ready."""
         return {
             "step": self.step,
             "group": self.group,
@@ -46,16 +46,16 @@ class Look:
             "layers": {str(layer): verdict for layer, verdict in self.findings.layers.items()},
             "rank_correlation": self.findings.rank_correlation,
             "joint": self.joint.to_dict(),
-            "skips": [found.to_dict() for found in self.skips.values()],
+            "skips": [skip.to_dict() for skip in self.skips.values()],
             "held": list(self.held),
         }
 
 
 class DenseLogits:
-    """The dense logits at the predicted tokens of batches that are looked at again and again.
+    """Keep the dense logits at the predicted tokens of batches that every look reads again.
 
-    The backbone is frozen, so each batch's are computed once and kept on its device, as long as they fit in ``limit``
-    bytes; what does not fit is computed at every look.
+    The backbone is frozen, so the logits of each batch are computed once and kept on its device, as long as they fit in
+    ``limit`` bytes; those that do not fit are computed at every look.
 
     Args:
         limit: bytes to keep at most; 2**28 hold 128 answers of 7 tokens at a vocabulary of 150,000 in bfloat16.
@@ -63,29 +63,29 @@ class DenseLogits:
 
     def __init__(self, limit: int = 2**28) -> None:
         self.limit = limit
-        self._kept: dict[int, Tensor] = {}
+        self._memory: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, model: RoutedModel, index: int, batch: Batch) -> Tensor:
-        """(k v) of the batch with this index; see `predicted`."""
-        if index in self._kept:
-            return self._kept[index]
+        """Return the logits (k v) of the batch with this index; see `predicted`."""
+        if index in self._memory:
+            return self._memory[index]
         with model.dense():
             logits = model(**batch.arguments()).logits
-        found = predicted(logits, batch.supervised)
-        if found.nbytes + sum(x.nbytes for x in self._kept.values()) <= self.limit:
-            self._kept[index] = found
-        return found
+        dense = predicted(logits, batch.supervised)
+        if dense.nbytes + sum(x.nbytes for x in self._memory.values()) <= self.limit:
+            self._memory[index] = dense
+        return dense
 
 
 @torch.no_grad()
 def joint_cost(
     model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices: Prices, dense: DenseLogits | None = None
 ) -> dict[str, Tensor]:
-    """What the routers' real decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), and ``keep`` (l n).
+    """Measure what the routers' decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), ``keep`` (l n).
 
-    ``wanted`` (l n) is what the routers would do if no layer were held. Under scope token an input keeps a layer if
-    most of its tokens do (a heuristic), and its bound takes the share of them that skip.
+    ``requested`` (l n) is what the routers would do if no layer were held. Under scope token an input counts as keeping
+    a layer if most of its tokens do (a heuristic), and its bound is computed from the share of them that skip.
 
     Args:
         model: with frozen or current routers.
@@ -95,29 +95,30 @@ def joint_cost(
         dense: the memory of the same batches; None: they are looked at once.
     """
     dense = dense or DenseLogits(limit=0)
-    kl, keep, wanted = [], [], []
+    kl, keep, requested = [], [], []
     for index, batch in enumerate(batches):
         before, supervised = dense(model, index, batch), batch.supervised
         routed = model(**batch.arguments()).logits
         kl.append(compare_predicted(before, predicted(routed, supervised), supervised)["kl"].cpu())
         routing = model.routing
         keep.append(routing.share.cpu())
-        decided = routing.keep if routing.logits is None else hard(routing.logits, model.policy.threshold)
-        wanted.append(routing.per_row(decided).cpu() > 0.5)
+        # `keep` has held layers as kept; the logits tell what the router itself asks for
+        decisions = routing.keep if routing.logits is None else hard(routing.logits, model.policy.threshold)
+        requested.append(routing.per_row(decisions).cpu() > 0.5)
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
     bound = redundancy_bound(kept.T, s, u, prices.correlation)
-    decisions = {"keep": kept > 0.5, "share": kept, "wanted": torch.cat(wanted, 1)}
-    return {"kl": torch.cat(kl), "bound": bound, **decisions}
+    rows = {"keep": kept > 0.5, "share": kept, "requested": torch.cat(requested, 1)}
+    return {"kl": torch.cat(kl), "bound": bound, **rows}
 
 
 def describe_skip(look: Look, layer: int) -> str:
-    """One sentence on what the routers' skips of a layer cost."""
-    found = look.skips.get(layer)
-    if found is None:
+    """Describe in one sentence what the routers' skips of a layer cost."""
+    skip = look.skips.get(layer)
+    if skip is None:
         return f"the routers no longer ask to skip layer {layer}"
-    cost = next(row for row in found.rows if row.notion == "functional")
+    cost = next(row for row in skip.rows if row.notion == "functional")
     return (
-        f"layer {layer} is skipped for {found.n} of {look.joint.n} inputs at {cost.estimate:.3g} nats "
+        f"layer {layer} is skipped for {skip.n} of {look.joint.n} inputs at {cost.estimate:.3g} nats "
         f"[{cost.low:.3g}, {cost.high:.3g}] a token, {look.tolerance:.3g} tolerated"
     )

@@ -109,9 +109,9 @@ class RouterTuner(lightning.LightningModule):
         Raises:
             DataError: too few inputs for a finite constant at the objective's alpha.
         """
-        found = read_calibration(self.model, batches, self.objective.alpha, limit)
-        self.prices = price_objective(self.model, found, self.objective, self.seed)
-        self.calibrated_on = frozenset(fingerprints(found))
+        inputs = read_calibration(self.model, batches, self.objective.alpha, limit)
+        self.prices = price_objective(self.model, inputs, self.objective, self.seed)
+        self.calibrated_on = frozenset(fingerprints(inputs))
         return self.prices
 
     def setup(self, stage: str) -> None:
@@ -156,7 +156,7 @@ class RouterTuner(lightning.LightningModule):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One batch of prompts with answers."""
+        """Return the loss of one batch of prompts with answers."""
         check_batch(batch, "training")
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
         dense, costs = self._dense(batch)
@@ -190,19 +190,20 @@ class RouterTuner(lightning.LightningModule):
         self.log("router/multiplier", self.multiplier)
 
     def target(self) -> float:
-        """The keep rate asked for at this step: it falls from 1 to the objective's over the warm-up."""
+        """Return the keep rate asked for at this step: it falls from 1 to the objective's over the warm-up."""
         ramp = min(1.0, self.global_step / max(1.0, self.objective.warmup * self._length))
         return 1.0 + ramp * (self.objective.keep - 1.0)
 
     def _noise(self, stream: int = 0) -> torch.Generator:
-        """A source of draws that is a pure function of (seed, step, micro-batch, rank, stream)."""
+        """Make a source of draws that is a pure function of (seed, step, micro-batch, rank, stream)."""
         step = (self.seed * 1_000_003 + self.global_step) * 4096
         mixed = step + self.global_rank + 2048 * stream + self._micro * 0x9E3779B97F4A7C15
+        # the large odd factor keeps micro-batches apart from steps; seeds have 64 bits
         return torch.Generator().manual_seed(mixed if self._micro == 0 else mixed % 2**64)
 
     @torch.no_grad()
     def _dense(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The dense model's logits, and the s and u (b l) that each layer's skip is predicted to cost."""
+        """Return the dense model's logits, and the s and u (b l) that each layer's skip is predicted to cost."""
         rho: list[Tensor] = []
 
         def watch(index: int, before: Tensor, after: Tensor) -> None:
@@ -218,7 +219,7 @@ class RouterTuner(lightning.LightningModule):
         return logits, None if prices is None else prices.costs(torch.stack(rho, 1))
 
     def _soft_keep(self) -> tuple[Routing, Tensor]:
-        """The routing with its gates, and the batch's mean keep rate with the gates' gradient."""
+        """Return the routing with its gates, and the batch's mean keep rate with the gates' gradient."""
         routing = self.model.runtime.routing
         assert routing is not None
         assert routing.gates is not None
@@ -228,8 +229,9 @@ class RouterTuner(lightning.LightningModule):
                 f"RouterTuner: {type(self.model.policy).__name__}.decide returned booleans, through which nothing can "
                 "be learned; return float32 logits"
             )
-        run, left = (flops.to(gates) for flops in self.model.flops())
-        return routing, ((left + gates * (run - left)).sum(0) / run.sum(0)).mean()
+        # a skip saves the difference only: kept keys and values, and tokens outside the group, still cost something
+        run_flops, skip_flops = (flops.to(gates) for flops in self.model.flops())
+        return routing, ((skip_flops + gates * (run_flops - skip_flops)).sum(0) / run_flops.sum(0)).mean()
 
     def _bound(self, routing: Routing, costs: tuple[Tensor, Tensor] | None) -> Tensor:
         assert routing.gates is not None
@@ -237,13 +239,13 @@ class RouterTuner(lightning.LightningModule):
             return routing.gates.new_zeros(())
         s, u = costs
         peaks = u if self.objective.bound == "two-point" else None
-        together = self.prices.correlation if self.objective.price == "gates" else None
-        return bounds.redundancy_bound(routing.gates.T, s, peaks, together).mean()
+        correlation = self.prices.correlation if self.objective.price == "gates" else None
+        return bounds.redundancy_bound(routing.gates.T, s, peaks, correlation).mean()
 
     # -- validation, test, prediction ----------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Real skipping on validation data: KL to the dense model, exact-match accuracy, keep rate."""
+        """Judge real skipping on validation data: KL to the dense model, exact-match accuracy, keep rate."""
         routing = self._judge(batch, "validation", self.val_kl, self.val_accuracy, self.val_keep)
         self.keep_by_kind.update(routing.share, batch.kind)
 
@@ -254,7 +256,7 @@ class RouterTuner(lightning.LightningModule):
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the pass, several loaders as one, and what a checkpoint should be chosen by."""
+        """Log the pass, several loaders as one, and the number that a checkpoint should be chosen by."""
         if self.val_keep.update_called:
             self.log_dict(
                 {"val/kl": self.val_kl, "val/accuracy": self.val_accuracy, "val/keep": self.val_keep}, prog_bar=True
@@ -263,7 +265,7 @@ class RouterTuner(lightning.LightningModule):
             self.log("val/objective", self.val_kl.compute() + OVERSHOOT * excess, sync_dist=self.trainer.world_size > 1)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same figures as in validation, under ``test/``."""
+        """Judge real skipping on test data, by the same figures as in validation, under ``test/``."""
         self._judge(batch, "test", self.test_kl, self.test_accuracy, self.test_keep)
 
     def on_test_epoch_end(self) -> None:
@@ -293,7 +295,7 @@ class RouterTuner(lightning.LightningModule):
     # -- Lightning's bookkeeping -------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the policy's parameters, one-cycle."""
+        """Make AdamW on the policy's parameters, with a one-cycle schedule."""
         self._length = length(self.trainer, self.steps, self.objective.warmup)
         optimizer = torch.optim.AdamW(self.model.policy.parameters(), lr=self.learning_rate, weight_decay=0.01)
         schedule = OneCycle(optimizer, self.learning_rate, self._length)
@@ -307,13 +309,13 @@ class RouterTuner(lightning.LightningModule):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Routers and multiplier only; the frozen backbone is not the checkpoint's business."""
+        """Return the routers and the multiplier only: the frozen backbone does not belong into a checkpoint."""
         full = super().state_dict(*args, **kwargs)
         return {name: value for name, value in full.items() if not name.startswith("model.backbone.")}
 
 
 def _weights(where: Tensor) -> Tensor:
-    """float32 (b t): weights of the predicted tokens under which every input counts the same; they sum to 1.
+    """Return float32 (b t): weights of the predicted tokens under which all inputs count the same; they sum to 1.
 
     Raises:
         DataError: an input without an answer.
@@ -346,6 +348,6 @@ def _check_arguments(
         "steps": (steps is None or is_count(steps), steps, "an integer >= 1, or None for as many as the trainer runs"),
         "temperature": (is_number(temperature) and temperature > 0, temperature, "a number > 0"),
     }
-    faults = [f"{name}: expected {what}, got {value!r}"[:200] for name, (ok, value, what) in ranges.items() if not ok]
+    faults = [f"{name}: expected {span}, got {value!r}"[:200] for name, (ok, value, span) in ranges.items() if not ok]
     if faults:
         raise ConfigError("RouterTuner: " + "; ".join(faults))

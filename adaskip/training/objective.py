@@ -1,4 +1,4 @@
-"""What the routers are trained for, and how they are fitted."""
+"""Settings of training: the loss that routers minimise, and the schedule of a fit from bounds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Price = Literal["calibrated", "gates", "fisher"]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; text that reads like one is not."""
+    """Return whether a value is a finite number; text that reads like one is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is an integer of at least one."""
+    """Return whether a value is an integer of at least one."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The training loss: ``KL(dense || routed) + task_weight * CE + bound_weight * B + budget``.
+    """Weigh the parts of the training loss: ``KL(dense || routed) + task_weight * CE + bound_weight * B + budget``.
 
     Args:
         keep: target share of the dense decoder FLOPs, in (0, 1].
@@ -67,14 +67,14 @@ class Objective:
             "budget_rate": (is_number(self.budget_rate) and self.budget_rate > 0, "a number > 0"),
             "budget_weight": (is_number(self.budget_weight) and self.budget_weight >= 0, "a number >= 0"),
         }
-        faults = [f"{k}: expected {what}, got {getattr(self, k)!r}" for k, (ok, what) in ranges.items() if not ok]
+        faults = [f"{k}: expected {span}, got {getattr(self, k)!r}" for k, (ok, span) in ranges.items() if not ok]
         if faults:
             raise ConfigError("Objective: " + "; ".join(faults))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How `fit_from_bounds` goes about it.
+    """Set the schedule of `fit_from_bounds`.
 
     Args:
         rounds: surveys, each along the path of the routers that the round before fitted; the target keep rate falls
@@ -98,8 +98,8 @@ class Fit:
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("rounds", "examples", "steps", "batch_size")}
-        whole = [name for name, value in counts.items() if not is_count(value)]
-        faults = [f"{name}: expected an integer >= 1, got {getattr(self, name)!r}" for name in whole]
+        wrong = [name for name, value in counts.items() if not is_count(value)]
+        faults = [f"{name}: expected an integer >= 1, got {getattr(self, name)!r}" for name in wrong]
         if not (is_number(self.learning_rate) and self.learning_rate > 0):
             faults.append(f"learning_rate: expected a number > 0, got {self.learning_rate!r}")
         if faults:

@@ -21,10 +21,10 @@ def pictures_of(record: Mapping[str, Any]) -> list[Any]:
     Raises:
         DataError: both fields hold pictures.
     """
-    given = {name: found for name in ("image", "images") if (found := _listed(record.get(name)))}
-    if len(given) > 1:
+    fields = {name: pictures for name in ("image", "images") if (pictures := _listed(record.get(name)))}
+    if len(fields) > 1:
         raise DataError("has both image and images; give one of them")
-    return next(iter(given.values()), [])
+    return next(iter(fields.values()), [])
 
 
 def _listed(value: Any) -> list[Any]:
@@ -52,8 +52,8 @@ def located(picture: Any, folder: Path | None) -> Any:
     if path is None:
         if not text.strip():
             raise DataError(f"image is {text!r}; {_EXPECTED}")
-        what = "is a folder" if choices[0].is_dir() else "does not exist"
-        raise DataError(f"image {choices[0]} {what}; expected a picture file, its path relative to the file's folder")
+        fault = "is a folder" if choices[0].is_dir() else "does not exist"
+        raise DataError(f"image {choices[0]} {fault}; expected a picture file, its path relative to the file's folder")
     return path
 
 
@@ -100,8 +100,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # `convert` would clip all above 255 to white
         image = Image.fromarray(_bytes_of(np.asarray(image)))
     elif image.has_transparency_data:  # `convert` would show whatever colour lies under transparent pixels
-        seen = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")
 
 
@@ -119,14 +119,14 @@ def _bytes_of(pixels: np.ndarray) -> np.ndarray:
 
 
 def _stream(picture: Any) -> Any:
-    """What Pillow opens: a path, or a stream of the bytes that a picture of a data set may come as."""
-    held = picture
+    """Return what Pillow opens: a path, or a stream of the bytes that a picture of a data set may come as."""
+    content = picture
     if isinstance(picture, Mapping):  # {"bytes": ..., "path": ...}: a column of pictures, not decoded
-        held = picture.get("bytes") or picture.get("path")
-    if isinstance(held, bytes | bytearray):
-        return io.BytesIO(held)
-    if isinstance(held, str | Path | Image.Image):
-        return held
+        content = picture.get("bytes") or picture.get("path")
+    if isinstance(content, bytes | bytearray):
+        return io.BytesIO(content)
+    if isinstance(content, str | Path | Image.Image):
+        return content
     raise DataError(f"image is {_short(picture)}; {_EXPECTED}")
 
 

@@ -1,4 +1,4 @@
-"""Whether a prompt has as many placeholders as pictures: counted, and the processor asked with blank pictures."""
+"""A check that a prompt has as many placeholders as pictures, by asking the processor with blank pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Process = Callable[[list[str], list[list[Image.Image]] | None], dict[str, Any]]
 
 
 class Placeholders:
-    """How a processor wants pictures placed in a prompt.
+    """Find out how a processor wants pictures placed in a prompt.
 
     Most replace a placeholder for each picture; some put the pictures in themselves, and may or may not take
     placeholders as well. So for each pair of numbers (placeholders, pictures) the processor is asked once, and must put
@@ -46,25 +46,24 @@ class Placeholders:
     def _fault(self, prompt: str, token: str, places: int, pictures: int) -> str | None:
         numbers = f"{places} {token} in the prompt and {_count(pictures)}"
         bare = prompt.replace(token, "").strip() or token  # an empty text is nothing to ask with
-        by_itself = self._placed(
-            bare, pictures
-        )  # picture tokens that the processor puts in unasked, or why it does not
-        found = self._placed(prompt, pictures)
-        if isinstance(found, str):
+        # without placeholders: the picture tokens that the processor puts in by itself, or why it refuses
+        by_itself = self._placed(bare, pictures)
+        tokens = self._placed(prompt, pictures)
+        if isinstance(tokens, str):
             if places != pictures:
-                return f"{numbers}; expected as many of the one as of the other (the processor: {found})"
-            return None if pictures else f"the processor takes no prompt without a picture ({found})"
+                return f"{numbers}; expected as many of the one as of the other (the processor: {tokens})"
+            return None if pictures else f"the processor takes no prompt without a picture ({tokens})"
         if pictures and isinstance(by_itself, int) and by_itself:
-            if found == by_itself:
+            if tokens == by_itself:
                 return None
             return f"{numbers}; the processor puts pictures in by itself, so leave {token} out"
         expected = self._placed(f"{token * pictures} {bare}", pictures)
-        if isinstance(expected, str) or found == expected:
+        if isinstance(expected, str) or tokens == expected:
             return None
         return f"{numbers}; expected as many of the one as of the other"
 
     def _placed(self, prompt: str, pictures: int) -> int | str:
-        """How many picture tokens the processor puts into a prompt, or why it refuses."""
+        """Count the picture tokens that the processor puts into a prompt, or return why it refuses."""
         blank = [[Image.new("RGB", (64, 64), "white")] * pictures] if pictures else None
         try:
             return int((self.process([prompt], blank)["input_ids"] == self.token_id).sum())

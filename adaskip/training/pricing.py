@@ -1,4 +1,4 @@
-"""Where the redundancy bound's prices come from: given, calibrated at fit start, or read from a checkpoint."""
+"""The prices of the redundancy bound in training: calibrated when a fit starts, checked, and kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -22,32 +22,35 @@ LIMIT = 256
 
 
 def read_calibration(model: RoutedModel, source: Iterable[Batch], alpha: float, limit: int = LIMIT) -> list[Batch]:
-    """The batches to calibrate on, enough of them; nothing has run yet.
+    """Read the batches to calibrate on, and refuse too few of them before anything runs.
 
     Raises:
         DataError: too few inputs for a finite constant at this alpha.
     """
-    found = take(source, limit, "calibration")
-    least = needed(model, alpha)
-    if count(found) < least:
-        why = ", a fourth of which gives the mean attention mass" if model.runtime.hides_vision else ""
+    batches = take(source, limit, "calibration")
+    minimum = needed(model, alpha)
+    if count(batches) < minimum:
+        reason = ", a fourth of which gives the mean attention mass" if model.runtime.hides_vision else ""
         raise DataError(
-            f"calibration: expected at least {least} inputs for alpha={alpha}{why}, got {count(found)}; "
+            f"calibration: expected at least {minimum} inputs for alpha={alpha}{reason}, got {count(batches)}; "
             "pass a loader with more of them, or a larger Objective(alpha=...)"
         )
-    return found
+    return batches
 
 
 def price_objective(model: RoutedModel, batches: Iterable[Batch], objective: Objective, seed: int) -> Prices:
-    """`price` of the objective's kind and alpha, on the model's device; leaves modes and random numbers as they are."""
-    held = [batch.to(model.spec.device) for batch in batches]
+    """Price skips for the objective's kind and alpha, on the model's device; modes and random numbers stay as they are.
+
+    See `adaskip.survey.calibration.price`.
+    """
+    inputs = [batch.to(model.spec.device) for batch in batches]
     with torch.random.fork_rng(devices=[]), evaluating(model):
-        return price(model, held, None, objective.alpha, objective.price, seed)
+        return price(model, inputs, None, objective.alpha, objective.price, seed)
 
 
 @contextmanager
 def evaluating(model: RoutedModel) -> Iterator[None]:
-    """Inside: the model really skips; its mode comes back afterwards."""
+    """Put the model into ``eval()``, in which it really skips, and back into its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -57,7 +60,7 @@ def evaluating(model: RoutedModel) -> Iterator[None]:
 
 
 def check_prices(prices: Prices | None, objective: Objective, n_layers: int) -> None:
-    """Refuse an objective with a bound that nothing, or something else, prices.
+    """Refuse an objective with a bound for which there are no prices, or prices of another kind.
 
     Raises:
         ConfigError: says what to type.
@@ -72,8 +75,8 @@ def check_prices(prices: Prices | None, objective: Objective, n_layers: int) -> 
         return
     if len(prices.shift) != n_layers:
         raise ConfigError(f"prices: expected constants of {n_layers} layers, got {len(prices.shift)}; {cure}")
-    lacking = {"gates": prices.correlation is None, "fisher": prices.slope is None}
-    if objective.bound_weight and lacking.get(objective.price):
+    missing = {"gates": prices.correlation is None, "fisher": prices.slope is None}
+    if objective.bound_weight and missing.get(objective.price):
         raise ConfigError(
             f"prices: expected constants of Objective(price={objective.price!r}), got others; {cure}, "
             f"or calibrate with adaskip.survey.calibration.price(..., kind={objective.price!r})"
@@ -88,21 +91,21 @@ def check_prices(prices: Prices | None, objective: Objective, n_layers: int) -> 
 
 
 def to_state(prices: Prices) -> dict[str, Any]:
-    """Tensors and numbers that a checkpoint holds and ``weights_only=True`` reads."""
+    """Return the prices as tensors and numbers that a checkpoint holds and ``weights_only=True`` reads."""
     return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in asdict(prices).items()}
 
 
 def from_state(state: dict[str, Any]) -> Prices:
-    """The prices that `to_state` wrote."""
+    """Return the prices that `to_state` wrote."""
     return Prices(**state)
 
 
 def same(a: Prices, b: Prices) -> bool:
-    """Whether two prices are equal to the bit."""
-    left, right = to_state(a), to_state(b)
+    """Return whether two prices are equal to the bit."""
+    first, second = to_state(a), to_state(b)
     return all(
-        torch.equal(value, right[name])
-        if isinstance(value, Tensor) and isinstance(right[name], Tensor)
-        else value is right[name] or value == right[name]
-        for name, value in left.items()
+        torch.equal(value, second[name])
+        if isinstance(value, Tensor) and isinstance(second[name], Tensor)
+        else value is second[name] or value == second[name]
+        for name, value in first.items()
     )

@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Refusal(Exception):
-    """A processor or tokenizer raised something at what it was given; the text says what."""
+    """Say that a processor or tokenizer raised an error; the text is that error's."""
 
 
-def taken(processor: Any, *args: Any, **options: Any) -> Any:
-    """Return what a processor or tokenizer makes of its arguments.
+def call_processor(processor: Any, *args: Any, **options: Any) -> Any:
+    """Call a processor or tokenizer, and turn whatever it raises into a `Refusal`.
 
     Raises:
         Refusal: for whatever it raises; tokenizers written in Rust know only Exception.
@@ -28,7 +28,7 @@ def taken(processor: Any, *args: Any, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class PromptEdges:
-    """What a tokenizer puts around a text: ids, and the text they stand for."""
+    """Hold what a tokenizer puts around a text: ids, and the text they stand for."""
 
     begin: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
@@ -37,15 +37,15 @@ class PromptEdges:
     picture: int | None = None  # the token that pictures become
 
     def clean(self, prompt: str) -> str:
-        """Return a prompt without the space or line ends that stand before its own beginning."""
+        """Return a prompt without spaces and line ends before the beginning-of-sequence token that it brings itself."""
         bare = prompt.lstrip()
         return bare if self.begin_text and bare.startswith(self.begin_text) else prompt
 
     def put_first(self, text: str, prompt: str) -> str:
         """Return a prompt with a text in front, but behind its own beginning."""
         prompt = self.clean(prompt)
-        own = self.begin_text if prompt.startswith(self.begin_text) else ""
-        return f"{own}{text} {prompt.removeprefix(own)}"
+        beginning = self.begin_text if prompt.startswith(self.begin_text) else ""
+        return f"{beginning}{text} {prompt.removeprefix(beginning)}"
 
     def trim(self, inputs: dict[str, Any], prompts: Sequence[str], pad: int) -> None:
         """Leave one beginning and no added end in left-padded ``inputs``, in place.
@@ -63,7 +63,7 @@ class PromptEdges:
             _close_up(inputs, extra, pad)
 
     def _has_added_end(self, inputs: dict[str, Any], prompts: Sequence[str]) -> bool:
-        """Whether every row ends as the tokenizer ends texts, once more than its prompt's own text does."""
+        """Return whether every row ends with the tokenizer's end, and with one more than its prompt's own text has."""
         if not self.end:
             return False
         rows = inputs["input_ids"].tolist()
@@ -71,10 +71,10 @@ class PromptEdges:
         return all(row[-len(end) :] == end for row, end in zip(rows, ends, strict=True))
 
     def _repeated_begin(self, inputs: dict[str, Any]) -> Tensor:
-        """bool (b t): beginnings that another one follows, at once or behind pictures.
+        """Return bool (b t): beginnings that another beginning follows, at once or behind pictures.
 
-        A processor may put pictures before the beginning, so that the first token need not be it; and one that writes
-        a beginning behind pictures has a tokenizer that wrote another before them.
+        The first token need not be a beginning: a processor may put pictures before it. Where a processor writes a
+        beginning behind the pictures, its tokenizer has written another one before them.
         """
         mask, size, begin = inputs["attention_mask"].bool(), len(self.begin), [*self.begin]
         extra = torch.zeros_like(mask)
@@ -98,7 +98,9 @@ def edges(tokenizer: Any) -> PromptEdges:
     end: list[int] = []
     for text in tokenizer.convert_ids_to_tokens([i for i in range(min(len(tokenizer), 512)) if i not in special]):
         try:
-            bare, whole = ([*taken(tokenizer, text, add_special_tokens=add)["input_ids"]] for add in (False, True))
+            bare, whole = (
+                [*call_processor(tokenizer, text, add_special_tokens=special)["input_ids"]] for special in (False, True)
+            )
         except Refusal:  # a piece of a word, which this tokenizer does not take as a text of its own
             continue
         places = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare] if bare else []
@@ -112,7 +114,7 @@ def edges(tokenizer: Any) -> PromptEdges:
 
 
 def per_token(inputs: dict[str, Any]) -> list[str]:
-    """Names of the inputs that say something of every token: (b t), or a mask (b t ...)."""
+    """List the inputs that have a value for every token: (b t), or a mask (b t ...)."""
     shape = inputs["input_ids"].shape
     return [
         name
@@ -123,14 +125,14 @@ def per_token(inputs: dict[str, Any]) -> list[str]:
 
 
 def _close_up(inputs: dict[str, Any], extra: Tensor, pad: int) -> None:
-    """Take tokens out of rows: the rest moves right, and columns that then hold padding alone go."""
+    """Take tokens out of rows: the others move right, and columns that then hold nothing but padding are cut off."""
     order = (~extra).int().argsort(dim=1, stable=True)  # what goes comes first, the rest keeps its order
-    gone = extra.gather(1, order)
-    mask = inputs["attention_mask"].gather(1, order).masked_fill(gone, 0)
+    padding = extra.gather(1, order)
+    mask = inputs["attention_mask"].gather(1, order).masked_fill(padding, 0)
     start = int(mask.any(0).int().argmax())
     for name in per_token(inputs):
         value = inputs[name]
         index = order.reshape(*order.shape, *[1] * (value.ndim - 2)).expand_as(value)
         inputs[name] = value.gather(1, index)[:, start:]
     inputs["attention_mask"] = mask[:, start:]
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(gone[:, start:], pad)
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(padding[:, start:], pad)

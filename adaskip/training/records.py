@@ -1,4 +1,4 @@
-"""Records {image, prompt, answer, kind} from a folder of JSON lines, a Hugging Face data set or the demo, checked."""
+"""Records {image, prompt, answer, kind}, read and checked: JSON lines, a Hugging Face data set or the demo's data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 class SourcedRecord(Record):
-    """A record that was read somewhere and knows where, so that a fault found later can say so; else a plain dict."""
+    """Remember where a record was read, so that a fault found later can say so; else it is a plain dict."""
 
     __slots__ = ("where",)
     where: str
@@ -28,7 +28,7 @@ class SourcedRecord(Record):
 
 @dataclass(frozen=True)
 class _Reader:
-    """How rows become records: the fields they must have, and the names that the source gives our fields."""
+    """Say how rows become records: the fields they must have, and the names that the source gives our fields."""
 
     names: Mapping[str, str]
     needed: Sequence[str] = ("prompt", "answer")
@@ -163,19 +163,19 @@ def _half(rows: list[Any], split: str, title: str) -> list[Any]:
 def _checked(
     rows: Iterable[tuple[str, Any, str | None]], reader: _Reader, choose: Any, folder: Path | None, title: str
 ) -> list[Record]:
-    """Make records of rows, and of those chosen look at the pictures; raise one error for all faults."""
+    """Make records of rows, and look at the pictures of the chosen ones; raise one error for all faults."""
     records: list[Record] = []
     faults: list[str] = []
     for place, row, fault in rows:
-        found = [fault] if fault else [*_row_faults(row, reader)]
-        faults += [f"{place}: {text}" for text in found]
-        if not found:
+        texts = [fault] if fault else [*_row_faults(row, reader)]
+        faults += [f"{place}: {text}" for text in texts]
+        if not texts:
             records.append(_record(row, reader.names, place))
     chosen = choose(records) if not faults else records
-    seen: set[str] = set()  # one picture may serve many records
+    paths: set[str] = set()  # of pictures that were looked at: one may serve many records
     for record in chosen:
         try:
-            _find_pictures(record, folder, seen)
+            _find_pictures(record, folder, paths)
         except DataError as error:
             faults.append(f"{where(record)}: {error}")
     if faults:
@@ -184,12 +184,12 @@ def _checked(
 
 
 def _row_faults(row: Any, reader: _Reader) -> Iterator[str]:
-    """Yield what is wrong with a row, its pictures apart."""
+    """Yield what is wrong with a row, except for its pictures."""
     if not isinstance(row, dict):
         yield f"{reader.lead or 'expected a JSON object, '}got {type(row).__name__}: {_short(row)}"
         return
-    if isinstance(row, Repeating) and (twice := set(row.repeated) & {*reader.names.values(), "images"}):
-        yield f"{' and '.join(sorted(twice))} appears twice; keep one"
+    if isinstance(row, Repeating) and (repeated := set(row.repeated) & {*reader.names.values(), "images"}):
+        yield f"{' and '.join(sorted(repeated))} appears twice; keep one"
         return
     missing = [name for field in reader.needed if row.get(name := reader.names[field]) is None]
     if missing:
@@ -234,15 +234,18 @@ def _record(row: Mapping[str, Any], names: Mapping[str, str], place: str) -> Rec
     return record
 
 
-def _find_pictures(record: Record, folder: Path | None, seen: set[str]) -> None:
-    """Put a record's pictures under ``image``, one or a list of them, with paths that open, or none."""
+def _find_pictures(record: Record, folder: Path | None, paths: set[str]) -> None:
+    """Put a record's pictures under ``image``, one or a list of them, with paths that open; no key without any.
+
+    Files whose path is in ``paths`` were looked at before; new ones are added to it.
+    """
     pictures = [located(picture, folder) for picture in pictures_of(record)]
     for picture in pictures:
         if not isinstance(picture, Path):
             look(picture)
-        elif str(picture) not in seen:
+        elif str(picture) not in paths:
             look(picture)
-            seen.add(str(picture))
+            paths.add(str(picture))
     record.pop("images", None)
     record.pop("image", None)
     if pictures:

@@ -1,4 +1,4 @@
-"""How long training is, and the learning rate over it."""
+"""The length of training in optimiser steps, and the learning rate over it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class OneCycle(OneCycleLR):
-    """One cycle of `torch.optim.lr_scheduler.OneCycleLR`; a run that goes on keeps its last rate."""
+    """Follow one cycle of `torch.optim.lr_scheduler.OneCycleLR`, and keep its last rate if a run goes on longer."""
 
     def __init__(self, optimizer: Optimizer, peak: float, steps: int) -> None:
         # the parent divides by the length of the rise, 0.1 * steps - 1: at ten steps it would be none
@@ -24,14 +24,14 @@ class OneCycle(OneCycleLR):
         super().__init__(optimizer, max_lr=peak, total_steps=steps, pct_start=rise, anneal_strategy="cos")
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rates of this step."""
+        """Return the rates of this step."""
         if self.last_epoch >= self.total_steps:  # the parent's cosine would turn up again, and one step later it raises
             return [group["min_lr"] for group in self.optimizer.param_groups]
         return super().get_lr()
 
 
 def planned_steps(trainer: lightning.Trainer) -> float:
-    """How many optimiser steps the trainer will run in all; infinite where nothing says so."""
+    """Count the optimiser steps that the trainer will run in all; infinite where nothing says so."""
     if trainer.max_steps > 0 and trainer.max_epochs == -1:
         return trainer.max_steps
     steps = trainer.estimated_stepping_batches
@@ -39,7 +39,7 @@ def planned_steps(trainer: lightning.Trainer) -> float:
 
 
 def length(trainer: lightning.Trainer, steps: int | None, warmup: float) -> int:
-    """Steps of the schedule: those asked for, or (None) the trainer's.
+    """Return the steps of the schedule: those asked for, or (None) the trainer's.
 
     Warns where the trainer goes on after the schedule, and where it ends before the target keep rate is reached.
 

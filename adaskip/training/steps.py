@@ -1,4 +1,4 @@
-"""How far training is, for whoever watches without a progress bar."""
+"""A callback that reports every finished step, for output without a progress bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaskip.stages import Advance
 
 
 class StepCount(lightning.Callback):
-    """Say after every step how many are done.
+    """Report after every step how many are done.
 
     Args:
         advance: called with that number.
@@ -20,5 +20,5 @@ class StepCount(lightning.Callback):
         self.advance = advance
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Say it."""
+        """Report the number of steps that are done."""
         self.advance(trainer.global_step)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: files in the run folder always, Weights & Biases when asked; the same numbers."""
+"""Loggers of a run's numbers: always into files of the run folder, and the same into Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetr
 
 
 class MetricsFile(Logger):
-    """``metrics.csv``, one number a line: step, name, value. Appended to, so a killed run loses nothing.
+    """Append to ``metrics.csv`` one number a line: step, name, value. A killed run loses none that was written.
 
     Args:
         folder: of the run.
-        after: so many steps are done; forget the lines of later ones, which a resumed run will write again.
+        after: steps that are done; lines of later steps are deleted, as the resumed run writes them again.
     """
 
     def __init__(self, folder: Path, after: int = 0) -> None:
@@ -40,12 +40,12 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Of the logger."""
+        """Return the name of the logger."""
         return "metrics"
 
     @property
     def version(self) -> int:
-        """There is one."""
+        """Return 0: a run folder has one file of metrics."""
         return 0
 
     @rank_zero_only
@@ -80,7 +80,7 @@ def truncate_lines(path: Path, after: int) -> None:
 
 
 class Laps:
-    """Wall-clock seconds, and this process's processor seconds, of one part of a run after the other."""
+    """Measure the wall-clock seconds, and this process's processor seconds, of one part of a run after the other."""
 
     def __init__(self) -> None:
         self.parts: dict[str, dict[str, float]] = {}
@@ -131,7 +131,7 @@ def wandb_logger(
 
 
 class Board:
-    """Things that are no plain numbers, sent to whichever W&B logger a trainer has; nothing happens without one."""
+    """Send tables, pictures and files to whichever W&B logger a trainer has; without one nothing happens."""
 
     def __init__(self, loggers: Iterable[Logger]) -> None:
         self.runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]

@@ -10,7 +10,7 @@ from adaskip.plan import Target, read_count, read_layers, read_number
 
 @dataclass(frozen=True)
 class RouterConfig(Target):
-    """What the routers decide and how they are built.
+    """Set what the routers decide and how they are built.
 
     Args:
         scope: ``prompt``: each layer's router looks at the prompt once, at prefill; generated tokens follow. ``token``:

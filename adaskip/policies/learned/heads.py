@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class RouterHead(nn.Module):
-    """Pooled features of one layer's input -> the logit of running that layer.
+    """Turn pooled features of one layer's input into the logit of running that layer.
 
     LayerNorm of each pooled state -> Linear -> GELU -> Linear. The last layer starts at zero with bias ``keep_bias``,
     so that an untrained router keeps every layer for every input.
@@ -41,20 +41,20 @@ class RouterHead(nn.Module):
         return self
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """float32 (b k d) -> float32 (b)."""
+        """Return one logit a row: float32 (b k d) -> float32 (b)."""
         with torch.autocast(pooled.device.type, enabled=False):
             logits: Tensor = self.outer(self.features(pooled)).squeeze(-1).to(pooled.device)
             return logits
 
     def features(self, pooled: Tensor) -> Tensor:
-        """float32 (b k d) -> float32 (b hidden): what the last layer reads."""
+        """Return what the last layer reads: float32 (b k d) -> float32 (b hidden)."""
         pooled = pooled.to(self.inner.weight.device)
         with torch.autocast(pooled.device.type, enabled=False):
             return nn.functional.gelu(self.inner(rearrange(self.norm(pooled), "b k d -> b (k d)")))
 
 
 def build_heads(n_layers: int, width: int, kinds: int, hidden: int, keep_bias: float, seed: int) -> nn.ModuleList:
-    """One head per layer, the same for the same seed whatever else drew random numbers before."""
+    """Build one head per layer, the same for the same seed, whatever else drew random numbers before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.ModuleList(RouterHead(width, kinds, hidden, keep_bias) for _ in range(n_layers))

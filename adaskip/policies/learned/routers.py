@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Learned(Policy):
-    """One router a layer, trained by `adaskip.RouterTuner` or fitted from bounds.
+    """Decide by one router a layer, trained by `adaskip.RouterTuner` or fitted from bounds.
 
     Args:
         config: what they decide and how they are built; default `RouterConfig()`.
@@ -46,11 +46,12 @@ class Learned(Policy):
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Return float32 logits (b), or (b t) under scope ``token``, from states that carry no gradient."""
         if request.deciding is not None:
-            seen = states.detach().masked_fill(~rearrange(request.deciding, "b t -> b t 1"), 0.0).float()
+            # a token that does not decide may hold anything, NaN included
+            clean = states.detach().masked_fill(~rearrange(request.deciding, "b t -> b t 1"), 0.0).float()
             with torch.autocast(states.device.type, enabled=False):
-                each: Tensor = self.heads[layer](rearrange(seen, "b t d -> (b t) 1 d"))
+                each: Tensor = self.heads[layer](rearrange(clean, "b t d -> (b t) 1 d"))
             return each.view(len(states), -1)
-        if "weights" not in request.memo:
+        if "weights" not in request.memo:  # the same for every layer of the request
             weights = mean_weights(request.tokens.kinds(request.prompt))
             request.memo["weights"] = weights, bool((weights == 0).all(1).any())
         with torch.autocast(states.device.type, enabled=False):

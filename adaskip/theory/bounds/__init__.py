@@ -1,4 +1,7 @@
-"""The chain from geometry to information: bounds, identities and estimators as pure functions.
+"""From what a skip does to the states to what it costs: bounds, identities and estimators as pure functions.
+
+"Link" names a step of this chain, as docs/theory.md numbers them: the geometry of states, the shift of the logits, KL,
+and from KL to accuracy and information.
 
 Z are dense logits, p = softmax(Z); Z' and p' the same after skipping; dz = Z' - Z; KL = KL(p, p'), always in nats.
 The notions named geometric, proximal, functional and informational are the paper's [P]; every formula is ours [D], and

@@ -1,4 +1,4 @@
-"""Link 3d: when the argmax provably stands."""
+"""When the likeliest token provably stays the same despite a skip (link 3d of docs/theory.md)."""
 
 from __future__ import annotations
 

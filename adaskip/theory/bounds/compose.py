@@ -1,4 +1,4 @@
-"""Links 6a and 6c: many layers at once; and the redundancy bound B that training is regularised with."""
+"""The cost of skipping several layers together (links 6a and 6c of docs/theory.md), and B, which training adds."""
 
 from __future__ import annotations
 

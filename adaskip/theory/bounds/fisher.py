@@ -1,4 +1,4 @@
-"""Link 8: a skip's spread to first order, from gradients."""
+"""The spread that a skip gives the logits, estimated to first order from gradients (link 8 of docs/theory.md)."""
 
 from __future__ import annotations
 

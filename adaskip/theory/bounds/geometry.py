@@ -1,4 +1,4 @@
-"""Links 1, 2 and 6b: what a cosine distance says about its tail, about distance, and about a band of layers."""
+"""What a cosine distance says about its tail, about distance, and about a band (links 1, 2, 6b of docs/theory.md)."""
 
 from __future__ import annotations
 

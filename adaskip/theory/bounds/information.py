@@ -1,4 +1,4 @@
-"""Links 4 and 5: from functional cost to information, and from a quantiser's errors to its entropy."""
+"""From KL to the information that a skip loses, and from coding errors to entropy (links 4, 5 of docs/theory.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Link 3: from a shift of the logits to KL, total variation and risk."""
+"""From a shift of the logits to KL, total variation and risk (links 3 and 10 of docs/theory.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaskip.theory.bounds.numerics import HUGE, Real, centred_shift, f64, log1p
 
 @dataclass(frozen=True)
 class LogitShift:
-    """The spread of dz, per prediction: in nats, non-negative, blind to a constant added to dz."""
+    """Hold the spread of dz, per prediction: in nats, non-negative, blind to a constant added to dz."""
 
     r: Tensor  # (...) max dz - min dz
     s: Tensor  # (...) standard deviation of dz under p
