@@ -352,7 +352,7 @@ def test_peak_memory_sees_what_a_call_held() -> None:
             "--paths: expected greater than or equal to 1, got '0'",
         ),
         (
-            ["--backbone", "llava", *TINY, "--image-tokens", "4", "--path", "many"],
+            ["--backbone", "llava", *TINY, "--image-tokens", "4", "--group", "vision", "--path", "many"],
             "--path many: without vision no layer is left out of decoding; expected --group all",
         ),
         (
