@@ -13,18 +13,18 @@ from tests.routing import decide, real
 
 GENERATING = ["llava", "internvl", "vipllava"]
 FORWARD = [*GENERATING, "qwen2_vl", "gemma3", "paligemma"]  # the latter transformers lets only read embedded prompts
-CASES: dict[str, dict[str, Any]] = {
-    "routers": {"config": RouterConfig()},
-    "routers of vision": {"config": RouterConfig(group="vision")},
-    "tokens": {"config": RouterConfig(scope="token", group="vision")},
-    "plan": {"plan": SkipPlan.static([1, 2], group="vision")},
+CASES: dict[str, Any] = {
+    "routers": RouterConfig(),
+    "routers of vision": RouterConfig(group="vision"),
+    "tokens": RouterConfig(scope="token", group="vision"),
+    "plan": SkipPlan.static([1, 2], group="vision"),
 }
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
 def routed(name: str, case: str) -> tuple[Toy, RoutedModel]:
     toy = make(name)
-    model = attach(toy.model, **CASES[case])
+    model = attach(toy.model, CASES[case])
     return toy, model if model.routers is None else decide(model)
 
 
