@@ -190,7 +190,7 @@ class Lab:
         subject = self.subject("short")
         layers, inputs, routed = len(subject.spec.layers), subject.batch(rows), subject.routed
         plan = adaskip.SkipPlan.static((~spread_out(layers, 0.5, 1, "uniform")[:, 0]).nonzero().flatten().tolist())
-        sides = [("dense", subject.spec.model), ("plan", adaskip.attach(twin(subject.spec), plan=plan))]
+        sides = [("dense", subject.spec.model), ("plan", adaskip.attach(twin(subject.spec), plan))]
         sides += [(f"routers, {path}", routed) for path in ("uniform", "mixed")[:rows]]
         found: Rows = []
         for name, model in sides:

@@ -174,13 +174,13 @@ def test_a_picture_that_opens_the_prompt_and_keeps_its_keys() -> None:
     toy = make("llava", "sdpa")
     assert toy.pictures is not None
     toy.pictures = replace(toy.pictures, opening=())
-    model = attach(toy.model, SkipPlan.early_exit(1, kv="kept"))
+    model = attach(toy.model, SkipPlan.early_exit(1, "vision", kv="kept"))
     batch = toy.batch([6, 6])
     logits = same_both_ways(model, batch)
     assert batch["attention_mask"].all()
     eager = make("llava", "eager")
     with torch.no_grad():
-        told = attach(eager.model, SkipPlan.early_exit(1, kv="kept"))(**batch).logits
+        told = attach(eager.model, SkipPlan.early_exit(1, "vision", kv="kept"))(**batch).logits
     assert (logits - told).abs().max() <= 1e-4
 
 

@@ -98,8 +98,8 @@ def test_parts_are_what_ran_in_prefill_and_in_a_step(name: str, unit: Any, group
     one, _ = counted(layers, lambda: toy.model(**step(batch, out.past_key_values)))
     assert (prefill > 0).all()
     for plan in (None, SkipPlan.static([0, 3], group, unit=unit, kv=kv)):
-        config = None if plan else RouterConfig(unit=unit, group=group, kv=kv)
-        model, routing = attach(toy.model, config, plan), None if plan else MIXED
+        policy = plan or RouterConfig(unit=unit, group=group, kv=kv)
+        model, routing = attach(toy.model, policy), None if plan else MIXED
         ran, out = counted(layers, lambda: model(**batch, routing=routing, use_cache=True))  # noqa: B023
         first, dense = (claimed(model.flops_by_part(dense)) for dense in (False, True))
         assert torch.equal(first, ran)

@@ -219,7 +219,9 @@ def test_families_left_out_of_sdpa_have_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-@pytest.mark.parametrize("plan", [SkipPlan.late_entry(2), SkipPlan.early_exit(1), SkipPlan.static([0, 3], "vision")])
+@pytest.mark.parametrize(
+    "plan", [SkipPlan.late_entry(2, "vision"), SkipPlan.early_exit(1, "vision"), SkipPlan.static([0, 3], "vision")]
+)
 def test_static_vision_plans(name: str, plan: SkipPlan) -> None:
     toy = families.make(name, "sdpa")
     model = attach(toy.model, plan)
@@ -237,7 +239,7 @@ def test_static_vision_plans(name: str, plan: SkipPlan) -> None:
 def test_absent_vision_cannot_be_attended_to(name: str) -> None:
     """With vision absent everywhere, text is blind: another picture gives the same logits."""
     toy = families.make(name, "sdpa")
-    model = attach(toy.model, SkipPlan.early_exit(0))
+    model = attach(toy.model, SkipPlan.early_exit(0, "vision"))
     batch = toy.batch([6])
     other = {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
     text = batch["input_ids"][0] != 5

@@ -180,7 +180,7 @@ def test_rows_do_not_see_one_another(case: Case) -> None:
 def test_kept_vision_is_seen_though_never_updated() -> None:
     """Vision that skips every layer, but whose keys are kept, still shows its embeddings to the text."""
     toy = families.make("llava")
-    model = attach(toy.model, SkipPlan.early_exit(0, kv="kept"))
+    model = attach(toy.model, SkipPlan.early_exit(0, "vision", kv="kept"))
     batch = toy.batch([6])
     other = {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
     text = batch["input_ids"][0] != IMAGE

@@ -101,8 +101,6 @@ def test_configurations_report_every_fault() -> None:
 def test_plans_name_layers_the_model_does_not_have() -> None:
     with pytest.raises(ConfigError, match=r"layer 7, leave=9 is outside the model: it has 4 layers, 0 to 3"):
         attach(toys.make("llama").model, SkipPlan(skip=(1, 7), leave=9))
-    with pytest.raises(ConfigError, match="expected a RouterConfig or a plan, got both"):
-        attach(toys.make("llama").model, RouterConfig(), SkipPlan())
 
 
 def test_fingerprint_tells_models_apart_but_not_precisions() -> None:
