@@ -21,11 +21,11 @@ from torch import Tensor
 
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.survey.calibration import Kind, price
+from adaskip.survey.calibration import Kind, price_layers
 from adaskip.survey.firstorder import first_order_of
 from adaskip.survey.flips import survey_flips
 from adaskip.survey.record import record
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.bounds import joint_quadratic, redundancy_bound
 from adaskip.theory.measures import spearman
 from adaskip.theory.prices import Prices
@@ -77,9 +77,9 @@ def main() -> None:
     none = torch.zeros(len(model.spec.layers))
     kinds: tuple[Kind, ...] = get_args(Kind)
     prices: dict[str, Prices] = {
-        kind: price(model, parts["calibration"], none, recipe.objective.alpha, kind) for kind in kinds
+        kind: price_layers(model, parts["calibration"], none, recipe.objective.alpha, kind) for kind in kinds
     }
-    rho, own = measure(model, parts["test"]).rho, survey_flips(model, parts["test"]).pairs
+    rho, own = measure_skips(model, parts["test"]).rho, survey_flips(model, parts["test"]).pairs
     slopes = first_order_of(model, parts["test"], seed=1)
 
     draws = torch.Generator().manual_seed(0)

@@ -50,7 +50,7 @@ from adaskip.bench.table import bench, columns
 from adaskip.bench.waits import count_waits
 from adaskip.errors import AdaSkipError
 from adaskip.runfiles import write_json
-from adaskip.runtime.measure import clock, peak_memory, timed
+from adaskip.runtime.timing import clock, peak_memory, timed
 from adaskip.training.fit import fit_from_bounds
 from adaskip.training.objective import Fit
 from adaskip.training.tracking import environment

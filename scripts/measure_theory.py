@@ -28,7 +28,7 @@ from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.survey.record import record
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory import bounds
 from adaskip.theory.conditions import rank_correlations
 from adaskip.theory.conformal import beta_binomial_pvalue, conformal_quantile, resplit_coverage, safe_ratio
@@ -270,9 +270,9 @@ def main() -> None:
     kept: dict[str, Any] = {}
     for group in ("all", "vision"):
         model = attach(load()[0], RouterConfig(group=group))  # type: ignore[arg-type]
-        fresh = measure(model, calibration, attention=group == "vision")
+        fresh = measure_skips(model, calibration, attention=group == "vision")
         prices = calibrate_prices(fresh, fresh.mass.mean(0), ALPHA)
-        measured = measure(model, test, attention=group == "vision")
+        measured = measure_skips(model, test, attention=group == "vision")
         seen = links(model, test)
         s, u = prices.costs(measured.rho)
         ceiling = bounds.kl_two_point(s, u)  # of each token: Lambda prices the largest s and u of an input

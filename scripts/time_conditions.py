@@ -27,7 +27,7 @@ from adaskip.bench.rounds import ratio
 from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import attach
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.prices import calibrate_prices
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.data import Collator, load_records, loader
@@ -53,10 +53,10 @@ def main() -> None:
     model = attach(backbone, recipe.router)
     records = {split: load_records(EMBEDDED, split, 1600, 0) for split in ("train", "validation", "calibration")}
     held = [*loader(records["validation"][:looked_at], collate, size)]
-    fresh = measure(model, [*loader(records["calibration"][: 2 * looked_at], collate, size)])
+    fresh = measure_skips(model, [*loader(records["calibration"][: 2 * looked_at], collate, size)])
     prices = calibrate_prices(fresh, fresh.mass.mean(0), recipe.objective.alpha)
     start = clock()
-    measured = measure(model, held)
+    measured = measure_skips(model, held)
     check = ConditionCheck(EVERY, batches=held, measured=measured)
     check.on_train_end = lambda *_: None  # type: ignore[method-assign]  # the look at the very end is not part of it
     check.inspect(model, prices, 0)

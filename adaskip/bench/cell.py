@@ -17,7 +17,7 @@ from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
 from adaskip.plan import Routing
-from adaskip.runtime.measure import cache_bytes, peak_memory
+from adaskip.runtime.timing import cache_bytes, peak_memory
 
 
 class Timed(Protocol):

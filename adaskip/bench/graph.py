@@ -16,7 +16,7 @@ from adaskip.bench.sides import Side
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
 from adaskip.generate.cut import cut
-from adaskip.runtime.measure import timed
+from adaskip.runtime.timing import timed
 
 _CLOSE = 0.1  # of the largest logit, for models in half precision
 _WARM_UP = 3  # steps before the capture, in which kernels are chosen and workspaces taken

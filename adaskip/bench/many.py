@@ -16,7 +16,7 @@ from adaskip.errors import ConfigError
 from adaskip.generate.greedy import greedy_options
 from adaskip.generate.paths import Answers
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.measure import cache_bytes
+from adaskip.runtime.timing import cache_bytes
 
 
 @dataclass(frozen=True)

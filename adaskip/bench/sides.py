@@ -12,7 +12,7 @@ from torch import Tensor
 from adaskip.backbone.inspect import twin
 from adaskip.bench.subject import Subject
 from adaskip.errors import AdaSkipError
-from adaskip.runtime.measure import timed
+from adaskip.runtime.timing import timed
 
 
 @dataclass

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError
 
-Prices = tuple[Tensor, Tensor]
+PathCosts = tuple[Tensor, Tensor]
 """What running a layer costs each prompt, and what leaving it costs: float64 (l n) each."""
 
 
-def price(path: Tensor, requested: Tensor, prompt: Prices, answer: Prices) -> Tensor:
+def path_cost(path: Tensor, requested: Tensor, prompt: PathCosts, answer: PathCosts) -> Tensor:
     """Return the FLOPs that prompts spend beyond what they asked for, when they follow a path that holds it.
 
         [path != requested] * prefill(path) + answer(path) - answer(requested)
@@ -31,18 +31,18 @@ def price(path: Tensor, requested: Tensor, prompt: Prices, answer: Prices) -> Te
         float64 (n).
     """
 
-    def total(keep: Tensor, prices: Prices) -> Tensor:
+    def total(keep: Tensor, prices: PathCosts) -> Tensor:
         return torch.where(keep, *prices).sum(0)
 
     prefill = torch.where((path != requested).any(0), total(path, prompt), 0.0)
     return prefill + total(path, answer) - total(requested, answer)
 
 
-def consolidate(requested: Tensor, at_most: int, prompt: Prices, answer: Prices) -> Tensor:
+def consolidate(requested: Tensor, at_most: int, prompt: PathCosts, answer: PathCosts) -> Tensor:
     """Choose at most so many distinct paths, each a superset of what its members asked for, at little added cost.
 
-    Agglomerative: each distinct path begins as a cluster; the two clusters whose union adds the fewest FLOPs by `price`
-    are merged, until ``at_most`` remain. Deterministic; greedy, so a heuristic: not always the cheapest clustering.
+    Agglomerative: each distinct path begins as a cluster; the two clusters whose union adds the fewest FLOPs
+    (`path_cost`) are merged, until ``at_most`` remain. Deterministic; greedy, so a heuristic: not always the cheapest clustering.
 
     Args:
         requested: bool (l n), column j is what prompt j asked for.
@@ -61,7 +61,7 @@ def consolidate(requested: Tensor, at_most: int, prompt: Prices, answer: Prices)
 
     def added(path: Tensor, rows: list[int]) -> float:
         parts = [tuple(x[:, rows] for x in prices) for prices in (prompt, answer)]
-        return float(price(path[:, None].expand(-1, len(rows)), requested[:, rows], parts[0], parts[1]).sum())  # type: ignore[arg-type]
+        return float(path_cost(path[:, None].expand(-1, len(rows)), requested[:, rows], parts[0], parts[1]).sum())  # type: ignore[arg-type]
 
     rows: dict[tuple[bool, ...], list[int]] = {}
     for row, path in enumerate(requested.T.tolist()):

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from adaskip.errors import ConfigError, DataError
-from adaskip.generate.consolidate import Prices, consolidate
+from adaskip.generate.consolidate import PathCosts, consolidate
 from adaskip.generate.decoding import Decoding, read_options
 from adaskip.generate.items import TOKENS, padding, read_items, split
 from adaskip.generate.join import Part, join
 from adaskip.generate.resume import fill_cache, try_resuming
 from adaskip.runtime.cache import SkipCache
-from adaskip.runtime.measure import clock
+from adaskip.runtime.timing import clock
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
-Path = tuple[bool, ...]
+LayerPath = tuple[bool, ...]
 """For each layer, whether it runs."""
 
 
@@ -30,8 +30,8 @@ class Answer:
     """Hold what one prompt got."""
 
     tokens: Tensor  # long (n): the generated ones, up to and with the first end of sequence
-    path: Path  # the layers that its group ran
-    asked: Path  # the layers that its routers asked for: `path` itself, unless paths were consolidated
+    path: LayerPath  # the layers that its group ran
+    asked: LayerPath  # the layers that its routers asked for: `path` itself, unless paths were consolidated
     executed: float  # decoder FLOPs spent on prompt and answer, a prefill that was done anew included
     wanted: float  # decoder FLOPs of the same tokens along the path asked for
     dense: float  # decoder FLOPs of the same tokens with every layer run
@@ -48,7 +48,7 @@ class Answers:
     """Hold the answers of `generate_many` in the order of the prompts, and what they took."""
 
     answers: tuple[Answer, ...]
-    groups: tuple[tuple[Path, int], ...]  # what was decoded together: the path, and how many prompts
+    groups: tuple[tuple[LayerPath, int], ...]  # what was decoded together: the path, and how many prompts
     prefill_s: float
     decode_s: float
     changed: float | None = None  # share of the answers that consolidation changed, where it was measured
@@ -100,7 +100,7 @@ class _Row:
     discarded: float = 0.0
 
     @property
-    def path(self) -> Path:
+    def path(self) -> LayerPath:
         """Return the layers that the prompt ran."""
         return tuple(self.prompts.keep[:, self.row].tolist())
 
@@ -231,7 +231,7 @@ def _snap(model: RoutedModel, rows: list[_Row], at_most: int, decoding: Decoding
         answer.append((both[0] - one[0], both[1] - one[1]))
     requested = torch.stack([row.requested for row in rows], 1)
 
-    def columns(prices: list[Prices]) -> Prices:
+    def columns(prices: list[PathCosts]) -> PathCosts:
         return torch.cat([run for run, _ in prices], 1), torch.cat([skip for _, skip in prices], 1)
 
     return consolidate(requested, at_most, columns(prompt), columns(answer))
@@ -245,7 +245,7 @@ def _groups(rows: Mapping[int, _Row], size: int, whole: bool) -> list[list[int]]
         size: at most so many in a group.
         whole: whether all prompts of a group must have one length.
     """
-    by_path: dict[tuple[Path, int], list[int]] = {}
+    by_path: dict[tuple[LayerPath, int], list[int]] = {}
     for number, row in rows.items():
         by_path.setdefault((row.path, row.length if whole else 0), []).append(number)
     groups = []

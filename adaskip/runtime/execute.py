@@ -23,7 +23,7 @@ from torch import Tensor
 from adaskip.plan import Flags, Target, Unit
 from adaskip.runtime.cache import KeptLayer, Projected, SkipCache, SkipLayer
 from adaskip.runtime.request import Request
-from adaskip.runtime.segment import MASKS, WHOLE, Segment, cut, hide_keys, take
+from adaskip.runtime.segment import MASKS, WHOLE, Segment, hide_keys, narrow, take
 
 Call = Callable[..., Any]
 Keep = Flags | Tensor
@@ -165,7 +165,7 @@ class Executor:
         if request.weights is not None and self.unit != "mlp":
             request.weights.part = segment, positions, keys
         out = call(
-            take(states, segment, batch_axis=0), **cut(named, segment, len(states), positions, keys, request.memo)
+            take(states, segment, batch_axis=0), **narrow(named, segment, len(states), positions, keys, request.memo)
         )
         return _scatter(states_of(out), segment, into), len(out) if isinstance(out, tuple | list) else 0
 
@@ -186,7 +186,7 @@ class Executor:
         with suppress(Projected):
             call(
                 take(states, segment, batch_axis=0),
-                **cut(named, segment, len(states), positions, positions, request.memo),
+                **narrow(named, segment, len(states), positions, positions, request.memo),
             )
 
 

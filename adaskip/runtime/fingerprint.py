@@ -95,7 +95,7 @@ def describe_unreadable(spec: BackboneSpec) -> str:
     return text
 
 
-def check(expected: Fingerprint, spec: BackboneSpec, strict: bool) -> None:
+def check_fingerprint(expected: Fingerprint, spec: BackboneSpec, strict: bool) -> None:
     """Compare what routers were trained on with the model at hand.
 
     In the same precision all values must be equal, in another one equal to its rounding. Weights that cannot be read on

@@ -20,7 +20,7 @@ from adaskip.policy import Policy
 from adaskip.runfiles import write
 from adaskip.runtime.card import write_card
 from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_policy, read_config, read_policy, sign
-from adaskip.runtime.fingerprint import Fingerprint, Sample, check, check_digest, fingerprint
+from adaskip.runtime.fingerprint import Fingerprint, Sample, check_digest, check_fingerprint, fingerprint
 from adaskip.sources import model_name
 from adaskip.version import __version__
 
@@ -171,7 +171,7 @@ def _check(meta: dict[str, Any], samples: dict[str, Sample], model: RoutedModel,
     if meta["format"] == 1:
         return check_digest(identity, model.spec, strict)
     identity.pop("weights", None)  # a hash, since format 2 for people only
-    return check(Fingerprint(identity, samples, meta["backbone"]["quantised"]), model.spec, strict)
+    return check_fingerprint(Fingerprint(identity, samples, meta["backbone"]["quantised"]), model.spec, strict)
 
 
 def _check_shapes(path: Path, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

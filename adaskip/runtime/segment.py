@@ -6,7 +6,7 @@ Two rows of a chunk at offset 10 whose vision tokens v skip a layer; the segment
     row 0        t v v t t      rows 0  tokens  0 3 4      positions 10 13 14      gathered 0 3 4
     row 1        t v v v t           1         -1 0 4                -1 10 14               0 0 4
 
-`take` gathers states, `cut` all other arguments: of a mask (b h q k) the lines of the queries 0 3 4 and of them the
+`take` gathers states, `narrow` all other arguments: of a mask (b h q k) the lines of the queries 0 3 4 and of them the
 columns of the keys that the layer holds. Filling reads position 0; as a key it is hidden, as a query dropped.
 """
 
@@ -78,7 +78,7 @@ def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
     return value.gather(axis, index.expand(shape))
 
 
-def cut(
+def narrow(
     named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, keys: Tensor | None, memo: Memo
 ) -> dict[str, Any]:
     """Return the arguments of a layer, cut to a segment.

@@ -12,7 +12,7 @@ from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.firstorder import first_order_of
 from adaskip.survey.flips import survey_flips
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.prices import Prices, calibrate_prices
 
@@ -22,12 +22,12 @@ MASS_EVERY = 4
 
 
 def needed(model: RoutedModel, alpha: float) -> int:
-    """Return the fewest inputs that `price` can calibrate this model on without another source of the mass."""
+    """Return the fewest inputs that `price_layers` can calibrate this model on without another source of the mass."""
     scored = smallest_sample(alpha)
     return -(-scored * MASS_EVERY // (MASS_EVERY - 1)) if model.runtime.hides_vision else scored
 
 
-def price(
+def price_layers(
     model: RoutedModel,
     batches: list[Batch],
     mass: Tensor | None,
@@ -49,7 +49,7 @@ def price(
         seed: of the label draws.
     """
     reads = mass is None and model.runtime.hides_vision
-    measured = measure(model, batches, attention=reads)
+    measured = measure_skips(model, batches, attention=reads)
     correlation = mean_correlation(model, batches) if kind == "gates" else None
     slopes = first_order_of(model, batches, seed=seed) if kind == "fisher" else None
     if mass is None:

@@ -18,7 +18,7 @@ from adaskip.theory.bands import Band
 from adaskip.theory.tables import LayerMeasures
 
 
-def measure(
+def measure_skips(
     model: RoutedModel,
     batches: Iterable[Batch],
     layers: Iterable[int] | None = None,
@@ -49,7 +49,7 @@ def measure_bands(
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> LayerMeasures:
-    """Measure of bands what `measure` measures of layers: column i is band i, its states those at entry and at exit.
+    """Measure bands as `measure_skips` measures layers: column i is band i, its states those at entry and at exit.
 
     The single layers of a band say little about it: cosine distances may grow like the square of its length (link 6b),
     and costs neither add up nor bound one another. Costs a dense pass a batch and a suffix from its entry per band.

@@ -17,7 +17,7 @@ from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError, did_you_mean
 from adaskip.runfiles import CONDITIONS, append_line
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
@@ -256,7 +256,7 @@ class ConditionCheck(lightning.Callback):
         if not self.batches:
             raise ConfigError("ConditionCheck: no inputs to look at; pass batches=, or train with validation data")
         if self.measured is None:
-            self.measured = measure(model, self.batches, attention=model.runtime.hides_vision)
+            self.measured = measure_skips(model, self.batches, attention=model.runtime.hides_vision)
         if len(self.measured) != count(self.batches):
             raise ConfigError(
                 f"ConditionCheck: measured: expected one row for each of {count(self.batches)} inputs in batches, "

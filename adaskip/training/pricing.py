@@ -13,7 +13,7 @@ from torch import Tensor
 from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.calibration import needed, price
+from adaskip.survey.calibration import needed, price_layers
 from adaskip.theory.prices import Prices
 from adaskip.training.objective import Objective
 
@@ -45,7 +45,7 @@ def price_objective(model: RoutedModel, batches: Iterable[Batch], objective: Obj
     """
     inputs = [batch.to(model.spec.device) for batch in batches]
     with torch.random.fork_rng(devices=[]), evaluating(model):
-        return price(model, inputs, None, objective.alpha, objective.price, seed)
+        return price_layers(model, inputs, None, objective.alpha, objective.price, seed)
 
 
 @contextmanager

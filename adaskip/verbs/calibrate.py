@@ -23,7 +23,7 @@ from adaskip.theory.risk import Certificate, learn_then_test, smallest_sample
 from adaskip.training.data import Collator, Record, append_answers, loader, open_image, pictures_of
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.budget import quality
-from adaskip.verbs.lengths import cut, end_tokens, longest_answer, warn_of_cuts
+from adaskip.verbs.lengths import end_tokens, longest_answer, reached_limit, warn_of_cuts
 from adaskip.verbs.run import Run, check_writable, read_recipe
 from adaskip.verbs.splits import records
 
@@ -148,7 +148,9 @@ def _dense_answers(run: Run, chosen: list[Record], limit: int, stages: Stages) -
         for batch in loader(chosen, collate, size):
             batches.append(answered(model, batch.to(model.spec.device), limit, collate.tokenizer.pad_token_id))
             advance(min(len(chosen), len(batches) * size))
-    unfinished = sum(int(cut(model, batch.inputs["input_ids"][:, _width(batch) :], limit).sum()) for batch in batches)
+    unfinished = sum(
+        int(reached_limit(model, batch.inputs["input_ids"][:, _width(batch) :], limit).sum()) for batch in batches
+    )
     for text in warn_of_cuts({"dense": unfinished}, len(chosen), limit):
         stages.note(f"{text}; the certificate speaks of that many tokens only")
     return batches, unfinished

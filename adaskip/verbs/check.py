@@ -8,7 +8,7 @@ from typing import Any
 
 from adaskip.batch import Batch
 from adaskip.stages import SILENT, Stages
-from adaskip.survey.skips import measure, measure_bands
+from adaskip.survey.skips import measure_bands, measure_skips
 from adaskip.theory.bands import BandFinding, early_exits, judge_bands, late_entries
 from adaskip.theory.conditions import Conclusion, conclude
 from adaskip.theory.prices import Prices, calibrate_prices
@@ -87,7 +87,7 @@ def _look(run: Run, batches: list[Batch], prices: Prices, split: str, stages: St
     model, section = run.model, run.recipe.conditions
     layers, count = len(model.spec.layers), sum(map(len, batches))
     with stages(f"measuring {layers} layers on {count} inputs of split {split}", count) as advance:
-        measured = measure(model, batches, attention=model.runtime.hides_vision, progress=advance)
+        measured = measure_skips(model, batches, attention=model.runtime.hides_vision, progress=advance)
     watcher = ConditionCheck(0, tolerance=section.nats, level=section.level, batches=batches, measured=measured)
     with stages("judging the routers' own skips"):
         return watcher.inspect(model, prices, run.recipe.trainer.steps)

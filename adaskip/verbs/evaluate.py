@@ -14,12 +14,12 @@ from torch import Tensor
 from adaskip.batch import Batch
 from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.measure import timed
+from adaskip.runtime.timing import timed
 from adaskip.stages import SILENT, Stages
 from adaskip.theory.costs import compare_predicted, per_input, predicted
 from adaskip.training.data import Collator, Record, loader
 from adaskip.verbs.generate import texts
-from adaskip.verbs.lengths import cut, longest_answer, warn_of_cuts
+from adaskip.verbs.lengths import longest_answer, reached_limit, warn_of_cuts
 from adaskip.verbs.run import Run, check_writable, read_recipe
 from adaskip.verbs.splits import check_split, split_of
 
@@ -189,7 +189,7 @@ def _answer(run: Run, batch: Batch, limit: int, place: int) -> _Figures:
         answers[name] = texts(run.processor, tokens)
         pairs = zip(batch.answer, answers[name], strict=True)
         figures[f"{name}_accuracy"] = [float(expected.strip() == answer) for expected, answer in pairs]
-        figures[f"{name}_cut"] = [int(cut(model, tokens, limit).sum())]
+        figures[f"{name}_cut"] = [int(reached_limit(model, tokens, limit).sum())]
     figures["agreement"] = [float(a == b) for a, b in zip(answers["dense"], answers["routed"], strict=True)]
     return figures
 

@@ -16,7 +16,7 @@ from adaskip.runfiles import EVALUATION, RECIPE, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
-from adaskip.verbs.lengths import UNKNOWN, cut, longest_answer, warn_of_cuts
+from adaskip.verbs.lengths import UNKNOWN, longest_answer, reached_limit, warn_of_cuts
 from adaskip.verbs.run import Run, router_folder
 from adaskip.verbs.splits import held_out
 
@@ -96,7 +96,7 @@ def answer(
     with model.dense():
         dense = model.generate(**batch.inputs, **options)[:, width:]
     routed = model.generate(**batch.inputs, **options)[:, width:]
-    counts = {"dense": int(cut(model, dense, limit)), "routed": int(cut(model, routed, limit))}
+    counts = {"dense": int(reached_limit(model, dense, limit)), "routed": int(reached_limit(model, routed, limit))}
     result = Answer(
         record["prompt"],
         texts(processor, routed)[0],
@@ -148,7 +148,7 @@ def answer_many(
     )
     figures = {"keep": many.keep_rate, "groups": len(many.groups), "added": many.added, "changed": many.changed}
     figures |= {"prefill_s": many.prefill_s, "decode_s": many.decode_s}
-    count = sum(int(cut(model, one.tokens[None], limit)) for one in many.answers)
+    count = sum(int(reached_limit(model, one.tokens[None], limit)) for one in many.answers)
     return ManyAnswers(rows, figures, limit, _noted(warn_of_cuts({"routed": count}, len(rows), limit), stages))
 
 

@@ -30,7 +30,7 @@ def end_tokens(model: RoutedModel, like: Tensor) -> Tensor:
     return torch.as_tensor([] if ends is None else ends, device=like.device, dtype=like.dtype).reshape(-1)
 
 
-def cut(model: RoutedModel, generated: Tensor, max_new_tokens: int) -> Tensor:
+def reached_limit(model: RoutedModel, generated: Tensor, max_new_tokens: int) -> Tensor:
     """Return bool (b): the answer, long (b t), ran into the limit before its end token; False where there is none."""
     ends = end_tokens(model, generated)
     if not len(ends) or generated.shape[1] < max_new_tokens:

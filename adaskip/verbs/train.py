@@ -18,8 +18,8 @@ from adaskip.runfiles import CONDITIONS, RECIPE
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.sections import Overrides
 from adaskip.stages import SILENT, Stages
-from adaskip.survey.calibration import price
-from adaskip.survey.skips import measure
+from adaskip.survey.calibration import price_layers
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import ConditionCheck
@@ -212,9 +212,9 @@ def _price(
     if not (least := lightest(model, check, recipe.objective.keep)).met:
         stages.note(f"{least.sentence}; training goes on all the same")
     with stages(f"measuring {layers} layers on {count(check)} validation inputs", count(check)) as advance:
-        measured = measure(model, check, attention=vision, progress=advance)
+        measured = measure_skips(model, check, attention=vision, progress=advance)
     with stages(f"pricing {layers} layers on {count(calibration)} calibration inputs"):
-        return measured, price(
+        return measured, price_layers(
             model,
             [batch.to(device) for batch in calibration],
             measured.mass.mean(0),

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from adaskip.errors import ConfigError, DataError
-from adaskip.generate.consolidate import consolidate, price
+from adaskip.generate.consolidate import consolidate, path_cost
 from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel, attach
 from tests.families import LAYERS, Toy
@@ -117,7 +117,7 @@ def test_consolidation(seed: int) -> None:
         path = consolidate(asked, at_most, prompt, answer)
         assert (path | ~asked).all()
         assert len({tuple(one) for one in path.T.tolist()}) <= at_most
-        added = price(path, asked, prompt, answer)
+        added = path_cost(path, asked, prompt, answer)
         assert (added[(path == asked).all(0)] == 0).all()
         assert (added[(path != asked).any(0)] > 0).all()
         assert float(added.sum()) >= spent
@@ -137,7 +137,7 @@ def merged(asked: Tensor, one: Any, other: Any, prompt: Any, answer: Any) -> flo
     for column, own in enumerate(asked.T.tolist()):
         if tuple(own) in (one, other):
             path[:, column] = union
-    return float(price(path, asked, prompt, answer).sum())
+    return float(path_cost(path, asked, prompt, answer).sum())
 
 
 def test_what_does_not_go_with_many_prompts_is_refused() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.errors import ConfigError, DataError
-from adaskip.survey.calibration import price
+from adaskip.survey.calibration import price_layers
 from adaskip.training.objective import Price
 from tests import toys
 from tests.tuning import DATA, batches, loader, planted, trainer, weights, with_answers
@@ -36,7 +36,7 @@ def test_the_tuner_prices_what_its_objective_asks_for(kind: Price, watched: bool
     callbacks = [adaskip.ConditionCheck(every=1)] if watched else []
     run = trainer(tmp_path, callbacks=callbacks)
     run.fit(tuner, loader(DATA[:4]), loader(DATA[4:8]))
-    expected = price(planted(1.0), DATA[8:], None, 0.2, kind, seed=3)
+    expected = price_layers(planted(1.0), DATA[8:], None, 0.2, kind, seed=3)
     assert tuner.prices is not None
     assert tuner.prices.alpha == 0.2
     for name in ("shift", "peak", "correlation", "slope"):
@@ -76,7 +76,7 @@ def test_a_bound_without_prices_is_refused(tmp_path: Path) -> None:
 
 def test_prices_of_another_kind_are_refused(tmp_path: Path) -> None:
     """Ready-made prices that lack what `Objective(price=...)` needs: an AssertionError at a step, or silence."""
-    prices = price(planted(1.0), DATA[8:], None, 0.1)
+    prices = price_layers(planted(1.0), DATA[8:], None, 0.1)
     for kind in ("gates", "fisher"):
         tuner = adaskip.RouterTuner(planted(1.0), adaskip.Objective(price=kind), prices)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=rf"expected constants of Objective\(price='{kind}'\), got others"):
@@ -197,7 +197,7 @@ def test_a_resumed_run_has_the_prices_of_its_checkpoint(tmp_path: Path, caplog: 
     others: list[dict[str, Any]] = [
         {},
         {"calibration": DATA[4:8]},
-        {"prices": price(planted(1.0), DATA[:4], None, 0.1)},
+        {"prices": price_layers(planted(1.0), DATA[:4], None, 0.1)},
     ]
     for other in others:
         tuner = adaskip.RouterTuner(planted(1.0), goal, **other, steps=8, learning_rate=0.05)

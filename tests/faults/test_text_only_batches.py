@@ -10,7 +10,7 @@ import torch
 
 from adaskip import Objective, RouterConfig, RouterTuner, SkipPlan, attach
 from adaskip.batch import Batch
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.prices import Prices
 from tests.families import make
 from tests.routing import decide
@@ -76,5 +76,5 @@ def test_layers_are_measured_beside_text() -> None:
     labels = text.clone()
     labels[:, :4] = -100
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-    found = measure(model, [Batch(inputs, labels, labels == -100)], attention=True)
+    found = measure_skips(model, [Batch(inputs, labels, labels == -100)], attention=True)
     assert all(bool((values == 0).all()) for values in (found.rho, found.cosine, found.kl, found.s, found.mass))

@@ -14,7 +14,7 @@ from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.plan import Group
 from adaskip.policies.learned.config import RouterConfig
-from adaskip.survey.skips import measure, measure_bands
+from adaskip.survey.skips import measure_bands, measure_skips
 from adaskip.theory.bands import Band, early_exits, judge_bands, late_entries
 from adaskip.theory.conditions import judge
 from adaskip.theory.prices import calibrate_prices
@@ -115,11 +115,11 @@ def test_verdicts_recover_what_was_planted(kind: str, seed: int) -> None:
     images = toys.Toy(None, images=KINDS[kind] is picture, qwen=False)  # type: ignore[arg-type]
     model = adaskip.attach(planting.model, RouterConfig(group=planting.group))
     attention = planting.group == "vision"
-    fresh = measure(model, batches(images, 2, seed), attention=attention)
+    fresh = measure_skips(model, batches(images, 2, seed), attention=attention)
     prices = calibrate_prices(fresh, fresh.mass.mean(0), alpha=0.1)
-    measured = measure(model, batches(images, 4, seed + 50), attention=attention)
+    measured = measure_skips(model, batches(images, 4, seed + 50), attention=attention)
     found = judge(measured, prices, planting.group, TOLERANCE).layers
-    cost = measure(model, batches(images, 12, seed + 100)).kl.double().mean(0)  # the truth, near enough
+    cost = measure_skips(model, batches(images, 12, seed + 100)).kl.double().mean(0)  # the truth, near enough
     assert {layer for layer in planting.admissible if found[layer] != "admissible"} == set(), (found, cost)
     assert {layer for layer in planting.inadmissible if found[layer] != "inadmissible"} == set(), (found, cost)
     assert all(cost[layer] <= TOLERANCE for layer, verdict in found.items() if verdict == "admissible")
@@ -145,9 +145,9 @@ def test_a_band_is_judged_as_a_whole(seed: int) -> None:
     """Two layers that cancel: each alone is critical, both together can go."""
     model = adaskip.attach(cancelling(seed))
     data = toys.Toy(None, images=False, qwen=False)  # type: ignore[arg-type]
-    fresh = measure(model, batches(data, 2, 0))
+    fresh = measure_skips(model, batches(data, 2, 0))
     alone = judge(
-        measure(model, batches(data, 4, 1)), calibrate_prices(fresh, fresh.mass.mean(0), 0.1), "all", TOLERANCE
+        measure_skips(model, batches(data, 4, 1)), calibrate_prices(fresh, fresh.mass.mean(0), 0.1), "all", TOLERANCE
     )
     assert (alone.verdict(1), alone.verdict(2)) == ("inadmissible", "inadmissible")
     bands = [Band(1, 2), *late_entries(LAYERS), *early_exits(LAYERS)]
@@ -182,7 +182,7 @@ def test_early_exit_of_vision_is_admissible_after_the_layer_that_reads_it() -> N
 def test_a_band_of_one_layer_is_that_layer() -> None:
     model = adaskip.attach(toys.make("llama").model)
     data = batches(toys.Toy(None, images=False, qwen=False), 1, 0, rows=6)  # type: ignore[arg-type]
-    single, banded = measure(model, data), measure_bands(model, data, [Band(i, i) for i in range(LAYERS)])
+    single, banded = measure_skips(model, data), measure_bands(model, data, [Band(i, i) for i in range(LAYERS)])
     for name in ("cosine", "rho", "kl", "s", "u", "mass"):
         torch.testing.assert_close(getattr(banded, name), getattr(single, name), rtol=1e-4, atol=1e-6)
     with pytest.raises(ConfigError, match=r"expected bands within layers 0 to 3, got \[Band\(first=2, last=4\)\]"):

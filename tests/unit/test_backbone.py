@@ -19,7 +19,7 @@ from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
-from adaskip.runtime.fingerprint import check, fingerprint
+from adaskip.runtime.fingerprint import check_fingerprint, fingerprint
 from tests import toys
 
 
@@ -107,9 +107,9 @@ def test_fingerprint_tells_models_apart_but_not_precisions() -> None:
     one, same, other = (toys.make("llama", seed=s).model for s in (0, 0, 1))
     taken = fingerprint(inspect_backbone(one))
     for model in (one, same, one.to(torch.bfloat16)):
-        check(taken, inspect_backbone(model), strict=True)
+        check_fingerprint(taken, inspect_backbone(model), strict=True)
     with pytest.raises(BackboneError, match=r"another backbone: weights: \d+ of \d+ differ, such as model\."):
-        check(taken, inspect_backbone(other), strict=True)
+        check_fingerprint(taken, inspect_backbone(other), strict=True)
     assert (
         taken.digest() == fingerprint(inspect_backbone(same)).digest() != fingerprint(inspect_backbone(other)).digest()
     )

@@ -26,7 +26,7 @@ from adaskip.errors import AdaSkipError, ConfigError
 from adaskip.plan import SkipPlan
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
-from adaskip.runtime.measure import cache_bytes, peak_memory
+from adaskip.runtime.timing import cache_bytes, peak_memory
 from tests import families
 
 CPU = torch.device("cpu")

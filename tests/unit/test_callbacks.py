@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import adaskip
 from adaskip.errors import ConfigError
 from adaskip.recipe import load
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.theory.prices import calibrate_prices
 from adaskip.training.callbacks import DenseLogits, OnViolation, joint_cost
@@ -100,7 +100,7 @@ def test_a_held_layer_skips_nothing_and_violates_nothing(tmp_path: Path) -> None
 def test_the_dense_logits_are_computed_once_as_long_as_they_fit(kept: int, passes: int) -> None:
     """Three looks at four batches find the same, whether all, none or half of them are kept."""
     model, rows = eager({1: GREEDY}), batches(4)
-    measured = measure(model, rows)
+    measured = measure_skips(model, rows)
     prices = calibrate_prices(measured, measured.mass.mean(0), alpha=0.1)
     fresh, ran = joint_cost(model, rows, measured.rho, prices), []
     dense = DenseLogits(kept * DenseLogits()(model, 0, rows[0]).nbytes)

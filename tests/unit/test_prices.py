@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 import adaskip
 from adaskip.errors import ConfigError
-from adaskip.survey.calibration import mean_correlation, price
+from adaskip.survey.calibration import mean_correlation, price_layers
 from adaskip.survey.firstorder import first_order, first_order_of
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.bounds import redundancy_bound
 from adaskip.training.objective import Price
 from tests import toys
@@ -86,12 +86,12 @@ def test_correlation_moves_the_bound_between_in_full_and_as_squares() -> None:
 @pytest.mark.parametrize("kind", ["calibrated", "gates", "fisher"])
 def test_each_price_calibrates_and_trains(kind: Price, tmp_path: Path) -> None:
     model = adaskip.attach(toys.make("llama").model)
-    prices = price(model, batches(3), torch.zeros(LAYERS), 0.1, kind)
+    prices = price_layers(model, batches(3), torch.zeros(LAYERS), 0.1, kind)
     assert (prices.correlation is not None) is (kind == "gates")
     assert (prices.slope is not None) is (kind == "fisher")
     if kind == "fisher":  # calibrated: about 1 - alpha of the calibration inputs lie below, per layer
         s, _ = prices.first_order_costs(first_order_of(model, batches(3), seed=0))
-        assert (((measure(model, batches(3)).s <= s + 1e-6).double().mean(0)) >= 0.9).all()
+        assert (((measure_skips(model, batches(3)).s <= s + 1e-6).double().mean(0)) >= 0.9).all()
     goal = adaskip.Objective(keep=0.5, warmup=0.0, price=kind, bound_weight=1.0)
     tuner = adaskip.RouterTuner(model, goal, prices, steps=6, learning_rate=0.05)
     trainer = lightning.Trainer(

@@ -11,7 +11,7 @@ from adaskip.plan import SkipPlan
 from adaskip.report.redundancy import profile_plot
 from adaskip.runtime.attach import attach
 from adaskip.survey.layers import _spread, survey_layers
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory import prediction
 from adaskip.theory.claims import judge_claims
 from adaskip.verbs.profile import profile_model, summary
@@ -153,7 +153,7 @@ def test_exact_costs_of_all_layers_take_at_most_half_the_passes(group):
     for layer in model.spec.layers:
         layer.self_attn.register_forward_pre_hook(count, with_kwargs=True)
     batch = batches_of(toy, 16, lengths=(2, 3, 2, 3))
-    measure(model, batch)
+    measure_skips(model, batch)
     layers, whole = 4, batch[0].labels.numel()
     passes = tokens[0] / (layers * whole)
     # under group vision a skipped layer still runs on the text, here half of the prompt

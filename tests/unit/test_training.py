@@ -16,7 +16,7 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.policies.learned.features import mean_weights, pool
 from adaskip.runtime.gates import hard, straight_through
 from adaskip.survey.search import Search, best
-from adaskip.survey.skips import measure
+from adaskip.survey.skips import measure_skips
 from adaskip.theory.conditions import judge, judge_joint
 from adaskip.theory.costs import compare
 from adaskip.theory.prices import Prices, calibrate_prices
@@ -125,7 +125,7 @@ def test_measure_equals_brute_force() -> None:
     """Suffix reruns give exactly the cost of skipping one layer."""
     model = adaskip.attach(toys.make("llama").model)
     data = batches(2)
-    found = measure(model, data)
+    found = measure_skips(model, data)
     assert found.kl.shape == (16, 4)
     for layer in range(4):
         keep = torch.ones(4, 8, dtype=torch.bool)
@@ -143,15 +143,15 @@ def test_measure_equals_brute_force() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-4])
 def test_a_planted_redundant_layer_is_the_only_admissible_one(scale: float) -> None:
     model = planted(scale)
-    prices = calibrate_prices(measure(model, batches(4)), torch.zeros(4), alpha=0.1)
-    found = judge(measure(model, batches(12)[4:]), prices, "all", tolerance=0.01)
+    prices = calibrate_prices(measure_skips(model, batches(4)), torch.zeros(4), alpha=0.1)
+    found = judge(measure_skips(model, batches(12)[4:]), prices, "all", tolerance=0.01)
     assert found.layers == {0: "inadmissible", 1: "inadmissible", 2: "admissible", 3: "inadmissible"}
     assert found.rank_correlation["s"] > 0.7
 
 
 def test_too_little_to_judge_is_said() -> None:
     model = planted(1.0)
-    measured = measure(model, batches(1, rows=1))
+    measured = measure_skips(model, batches(1, rows=1))
     prices = Prices(*[torch.ones(4, dtype=torch.float64)] * 3, alpha=0.1)
     with pytest.raises(DataError, match=r"expected at least 2 inputs, got 1; raise conditions.examples"):
         judge(measured, prices, "all", 0.05)
