@@ -42,7 +42,8 @@ def consolidate(requested: Tensor, at_most: int, prompt: PathCosts, answer: Path
     """Choose at most so many distinct paths, each a superset of what its members asked for, at little added cost.
 
     Agglomerative: each distinct path begins as a cluster; the two clusters whose union adds the fewest FLOPs
-    (`path_cost`) are merged, until ``at_most`` remain. Deterministic; greedy, so a heuristic: not always the cheapest clustering.
+    (`path_cost`) are merged, until ``at_most`` remain. Deterministic; greedy, so a heuristic: not always the cheapest
+    clustering.
 
     Args:
         requested: bool (l n), column j is what prompt j asked for.

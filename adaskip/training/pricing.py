@@ -41,7 +41,7 @@ def read_calibration(model: RoutedModel, source: Iterable[Batch], alpha: float, 
 def price_objective(model: RoutedModel, batches: Iterable[Batch], objective: Objective, seed: int) -> Prices:
     """Price skips for the objective's kind and alpha, on the model's device; modes and random numbers stay as they are.
 
-    See `adaskip.survey.calibration.price`.
+    See `adaskip.survey.calibration.price_layers`.
     """
     inputs = [batch.to(model.spec.device) for batch in batches]
     with torch.random.fork_rng(devices=[]), evaluating(model):
@@ -79,7 +79,7 @@ def check_prices(prices: Prices | None, objective: Objective, n_layers: int) -> 
     if objective.bound_weight and missing.get(objective.price):
         raise ConfigError(
             f"prices: expected constants of Objective(price={objective.price!r}), got others; {cure}, "
-            f"or calibrate with adaskip.survey.calibration.price(..., kind={objective.price!r})"
+            f"or calibrate with adaskip.survey.calibration.price_layers(..., kind={objective.price!r})"
         )
     used = prices.slope if objective.price == "fisher" else torch.stack([prices.shift, prices.peak])
     if objective.bound_weight and used is not None and not used.isfinite().all():

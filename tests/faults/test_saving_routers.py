@@ -117,7 +117,7 @@ def test_an_interrupted_load_leaves_the_model_untouched(tmp_path, monkeypatch: p
         raise KeyboardInterrupt
 
     routed().save_pretrained(tmp_path)
-    monkeypatch.setattr(persist, "check", interrupt)
+    monkeypatch.setattr(persist, "check_fingerprint", interrupt)
     model = llama()
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path, model)
