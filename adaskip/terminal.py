@@ -26,7 +26,7 @@ INTERRUPTED = 130
 
 
 class Result(Protocol):
-    """Result of a verb: a frozen dataclass that can say itself in plain values."""
+    """Hold the result of a verb: a frozen dataclass that can say itself in plain values."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints; ``ok``, where it is there, decides on the exit status."""
@@ -63,7 +63,7 @@ def _tell(text: str, as_json: bool) -> None:
 
 
 class BarStages(Stages):
-    """A bar while a stage lasts, and a line with its seconds when it has ended; for terminals."""
+    """Show a bar while a stage lasts, and a line with its seconds when it has ended; for terminals."""
 
     @contextmanager
     def __call__(self, text: str, total: int | None = None) -> Iterator[Advance]:

@@ -24,7 +24,7 @@ _WARM_UP = 3  # steps before the capture, in which kernels are chosen and worksp
 
 @dataclass
 class Graph:
-    """A model without routers, a prompt without padding, and after `settle` one captured step of its decoding.
+    """Hold a model without routers, a prompt without padding, and after `settle` one captured step of its decoding.
 
     On a CPU the step is run and not replayed: the same arithmetic, at seconds that say nothing of a graph.
     """
@@ -68,7 +68,7 @@ class Graph:
         return self.logits
 
     def decode_seconds(self) -> float:
-        """Seconds of writing one token."""
+        """Measure the seconds of writing one token."""
         return timed(self.decode)[1] / self.new
 
     def _step(self) -> None:

@@ -21,7 +21,7 @@ from adaskip.runtime.timing import cache_bytes
 
 @dataclass(frozen=True)
 class Many:
-    """`generate_many` over prompts that come as one batch; its seconds are those that it tells itself.
+    """Measure `generate_many` over prompts that come as one batch; its seconds are those that it tells itself.
 
     Decoding so includes joining the caches of each group's prompts and what ``generate`` does around every token.
     """

@@ -25,7 +25,7 @@ _PATCH = 4
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a random model; None: what the comment says."""
+    """Hold the size of a random model; None: what the comment says."""
 
     layers: int = 24
     hidden: int = 1024
@@ -207,7 +207,7 @@ def _qwen2_vl(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Pict
 
 
 def _qwen2_5_vl(names: dict[str, Any], slots: int) -> tuple[PreTrainedConfig, Picture]:
-    """The same with that model's tower, whose one layer looks at the whole picture."""
+    """Make the same with that model's tower, whose one layer looks at the whole picture."""
     tower = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1, "fullatt_block_indexes": [0]}
     tower |= {"out_hidden_size": names["hidden_size"], "window_size": 8 * _PATCH}
     return _patched("qwen2_5_vl", names, tower, slots)

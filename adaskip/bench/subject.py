@@ -22,7 +22,7 @@ from adaskip.verbs.run import Run
 
 @dataclass(frozen=True)
 class Subject:
-    """A model three times on the same weights, and inputs for it.
+    """Hold a model three times on the same weights, and inputs for it.
 
     ``spec`` stays untouched: dense runs, and what is cut out of it for ideal ones; ``routed`` carries routers.
     """

@@ -29,7 +29,7 @@ _Choice = tuple[int, Path, float | None]
 
 @dataclass(frozen=True)
 class BenchResult:
-    """A table, and all that its figures depend on."""
+    """Hold a table, and all that its figures depend on."""
 
     rows: list[dict[str, Any]]  # as `bench` returns them
     settings: BenchSettings

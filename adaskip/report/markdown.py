@@ -25,7 +25,7 @@ MARKS = {"admissible": "✓", "inadmissible": "✗", "undecided": "?"}
 
 
 def trained(recipe: dict[str, Any], environment: dict[str, Any], summary: dict[str, Any]) -> list[str]:
-    """The title, and what was trained on what."""
+    """Write the title, and what was trained on what."""
     rows = {
         "backbone": _dig(recipe, "backbone", "path"),
         "data": _dig(recipe, "data", "source"),
@@ -121,7 +121,7 @@ def training(curves: dict[str, np.ndarray], picture: str | None) -> list[str]:
 
 
 def conditions(looks: Sequence[dict[str, Any]], recipe: dict[str, Any], picture: str | None) -> list[str]:
-    """The last look at the theory's conditions, layer by layer and together, and how the looks went."""
+    """Write the last look at the theory's conditions, layer by layer and together, and how the looks went."""
     body = ["## Conditions"]
     if not picture:
         return [*body, _missing(runfiles.CONDITIONS)]
@@ -168,7 +168,7 @@ def _verdicts(look: dict[str, Any]) -> str:
 
 
 def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
-    """Skips against the admissible set, and joint KL against kappa * B."""
+    """Write the skips against the admissible set, and joint KL against kappa * B."""
     if not joint:
         return [_missing(runfiles.CONDITIONS, "joint")]
     n, recall, p_value = joint.get("n") or 0, joint.get("recall"), joint.get("coverage_p")
@@ -196,7 +196,7 @@ def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
 
 
 def _ranks(ranks: dict[str, Any] | None, layers: int, source: str) -> list[str]:
-    """Spearman's rho of each cheap notion with the exact cost, and one sentence on which of them predict."""
+    """Write Spearman's rho of each cheap notion with the exact cost, and one sentence on which of them predict."""
     known = {name: rho for name, rho in (ranks or {}).items() if rho is not None and math.isfinite(rho)}
     if not known or layers < 3:
         return [_missing(runfiles.CONDITIONS, "rank_correlation")]
@@ -225,7 +225,7 @@ def _history(looks: Sequence[dict[str, Any]]) -> str:
 
 
 def _pair(row: dict[str, Any], phase: str) -> str:
-    """Dense and routed seconds of a phase and how many times faster routed is."""
+    """Write dense and routed seconds of a phase and how many times faster routed is."""
     dense, routed = row.get(f"{phase}dense_s"), row.get(f"{phase}routed_s")
     return f"{number(dense, 3)} → {number(routed, 3)} ({dense / routed:.2f}×)" if dense and routed else "n/a"
 
@@ -239,7 +239,7 @@ def _example(example: dict[str, Any]) -> str:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """So many significant digits; n/a for what is not there or not finite."""
+    """Write so many significant digits; n/a for what is not there or not finite."""
     if isinstance(value, bool | int | str):
         return _cell(value)
     if value is None or not math.isfinite(value):
@@ -248,12 +248,12 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as per cent; n/a for what is not there."""
+    """Write a share as per cent; n/a for what is not there."""
     return "n/a" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
 
 
 def _cell(value: Any) -> str:
-    """Any text in one table cell."""
+    """Write any text in one table cell."""
     return "n/a" if value is None else " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -102,7 +102,7 @@ def training_plot(curves: Curves, path: Path | None = None) -> Figure:
 
 
 def conditions_plot(look: dict[str, Any], path: Path | None = None) -> Figure:
-    """One look at the layers: the exact cost and below it each cheap notion, with intervals and thresholds.
+    """Draw one look at the layers: the exact cost and below it each cheap notion, with intervals and thresholds.
 
     Args:
         look: ``{"findings": [{"layer", "notion", "estimate", "low", "high", "threshold", "verdict"}, ...], ...}``,
@@ -132,7 +132,7 @@ def conditions_plot(look: dict[str, Any], path: Path | None = None) -> Figure:
 
 
 def _notion(axes: Axes, rows: Sequence[dict[str, Any]], logarithmic: bool) -> None:
-    """Estimates with intervals and each layer's threshold; logarithmic axes are linear near zero."""
+    """Draw estimates with intervals and each layer's threshold; logarithmic axes are linear near zero."""
     layers = np.array([row["layer"] for row in rows], dtype=float)
     limit, value, low, high = (
         np.array([row[key] for row in rows], dtype=float) for key in ("threshold", "estimate", "low", "high")

@@ -34,7 +34,7 @@ PREDICTS = 0.9
 
 
 def profile_plot(found: dict[str, Any], path: Path | None = None) -> Figure:
-    """One row a token group: exact cost per layer, late entry and early exit, rank correlations; claims below.
+    """Draw one row a token group: exact cost per layer, late entry and early exit, rank correlations; claims below.
 
     Args:
         found: `Profile.to_dict`.
@@ -129,7 +129,7 @@ def _bands(axes: Axes, group: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _ranks(axes: Axes, group: dict[str, Any]) -> None:
-    """Spearman's rho with the exact cost: bars over layers, with intervals; diamonds over inputs."""
+    """Draw Spearman's rho with the exact cost: bars over layers, with intervals; diamonds over inputs."""
     names = [name for name in LABELS if name in group["rank_correlation"]]
     for place, name in enumerate(reversed(names)):
         over_layers, over_inputs = group["rank_correlation"][name], group["rank_correlation_inputs"].get(name)

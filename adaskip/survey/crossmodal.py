@@ -20,7 +20,7 @@ _CHUNK = 2**24  # attention probabilities held at once
 
 
 class AttentionReading:
-    """The columns that `read_attention` collects: ``mass`` and ``moved``, (b l) after the pass; NaN without text."""
+    """Hold what `read_attention` collects: ``mass`` and ``moved``, (b l) after the pass; NaN without text."""
 
     def __init__(self, layers: int) -> None:
         self._columns: list[tuple[Tensor, Tensor] | None] = [None] * layers

@@ -62,7 +62,7 @@ def survey_layers(
 
 
 class _Batch:
-    """One batch on its way through the measures."""
+    """Hold one batch on its way through the measures."""
 
     def __init__(
         self, model: RoutedModel, batch: Batch, tokens: int, seed: int, chain: dict[str, tuple[int, int]]

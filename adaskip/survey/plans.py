@@ -16,7 +16,7 @@ from adaskip.survey.record import Recorded, record
 
 @dataclass(frozen=True)
 class PlanCosts:
-    """Costs of each plan to each input. Rows are inputs, columns plans."""
+    """Hold the costs of each plan to each input. Rows are inputs, columns plans."""
 
     kl: Tensor  # float64 (n p) exact KL(dense || plan), nats per predicted token
     hit: Tensor  # float64 (n p) 1 where the teacher-forced answer is right

@@ -32,7 +32,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class GroupProfile:
-    """One token group of a profile; JSON-ready but for the claims."""
+    """Hold one token group of a profile; JSON-ready but for the claims."""
 
     group: str
     layers: list[dict[str, Any]]  # one row a layer: every notion with its interval, and the verdict
@@ -47,7 +47,7 @@ class GroupProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """The result of `profile`. The last of ``groups`` is ``vision``, the paper's setting, where it was measured."""
+    """Hold a result of `profile`. The last of ``groups`` is ``vision``, the paper's setting, where it was measured."""
 
     model: str
     n: int
@@ -172,7 +172,7 @@ def profile(
 
 
 class _Judge:
-    """Draws conclusions from one group's survey: who calibrates, who judges and who tests is drawn here."""
+    """Draw conclusions from one group's survey: who calibrates, who judges and who tests is drawn here."""
 
     def __init__(self, measured: Survey, tolerance: float, level: float, alpha: float, seed: int) -> None:
         self.measured, self.seed = measured, seed

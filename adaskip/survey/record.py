@@ -31,7 +31,7 @@ from adaskip.theory.costs import compare_predicted, predicted
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """One pass of one batch: its decisions, its logits, and the states between its layers."""
+    """Hold one pass of one batch: its decisions, its logits, and the states between its layers."""
 
     model: RoutedModel
     batch: Batch

@@ -17,7 +17,7 @@ from adaskip.survey.record import record
 
 @dataclass(frozen=True)
 class Scored:
-    """A plan, and the model's quality and cost under it on some inputs."""
+    """Hold a plan, and the model's quality and cost under it on some inputs."""
 
     plan: SkipPlan
     accuracy: float  # share of inputs whose every answer token is right (teacher-forced)

@@ -13,7 +13,7 @@ from adaskip.theory.tables import LayerMeasures
 
 @dataclass(frozen=True, order=True)
 class Band:
-    """Neighbouring layers that a group leaves out together, ``first`` to ``last``, both included."""
+    """Hold neighbouring layers that a group leaves out together, ``first`` to ``last``, both included."""
 
     first: int
     last: int
@@ -37,7 +37,7 @@ def early_exits(layers: int) -> list[Band]:
 
 @dataclass(frozen=True)
 class BandFinding:
-    """One band, judged."""
+    """Hold one band, judged."""
 
     band: Band
     verdict: Verdict

@@ -14,7 +14,7 @@ from adaskip.theory.intervals import Interval, bonferroni, bootstrap_mean
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim with what was measured; ``holds`` is None where the interval does not tell."""
+    """Hold one claim with what was measured; ``holds`` is None where the interval does not tell."""
 
     claim: str
     holds: bool | None

@@ -44,7 +44,7 @@ REJECTED = 0.01
 
 @dataclass(frozen=True)
 class Finding:
-    """One notion of one layer, read against its threshold."""
+    """Hold one notion of one layer, read against its threshold."""
 
     layer: int
     group: str
@@ -75,7 +75,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All findings of one look at the layers."""
+    """Hold all findings of one look at the layers."""
 
     rows: tuple[Finding, ...]
     rank_correlation: dict[str, float]  # Spearman's rho over layers of each cheap notion with the exact cost
@@ -138,7 +138,7 @@ def judge(
 
 @dataclass(frozen=True)
 class SkipFinding:
-    """The verdict on a router's skips of one layer at one look: do they cost more than they may?"""
+    """Hold the verdict on a router's skips of one layer at one look: do they cost more than they may?"""
 
     layer: int
     n: int  # inputs for which the router leaves the layer out
@@ -216,7 +216,7 @@ def rank_correlations(measured: LayerMeasures) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Joint:
-    """The joint cost of the router's real decisions, against the calibrated bound kappa * B."""
+    """Hold the joint cost of the router's real decisions, against the calibrated bound kappa * B."""
 
     kl: float  # mean exact KL(dense || routed), nats per predicted token
     bound: float  # mean kappa * B
@@ -296,7 +296,7 @@ def judge_joint(
 
 @dataclass(frozen=True)
 class Conclusion:
-    """The verdict on a run's real decisions, and the reasons, a sentence each."""
+    """Hold the verdict on a run's real decisions, and the reasons, a sentence each."""
 
     verdict: Conclusive
     reasons: tuple[str, ...]

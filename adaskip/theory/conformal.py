@@ -97,7 +97,7 @@ def beta_binomial_pvalue(
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares of one part of a pool that a conformal quantile of the other part covered, over many random splits."""
+    """Hold the shares of one part of a pool that a conformal quantile of the other part covered, over random splits."""
 
     mean: float  # share covered, over all splits
     expected: float  # what the beta-binomial law says: k / (n_cal + 1)

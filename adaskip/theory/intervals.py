@@ -17,7 +17,7 @@ _REACH = 20  # resamples that a bootstrap quantile must rest on
 
 @dataclass(frozen=True)
 class Interval:
-    """A two-sided confidence interval over n inputs; infinite ends mean that the sample cannot tell."""
+    """Hold a two-sided confidence interval over n inputs; infinite ends mean that the sample cannot tell."""
 
     estimate: float
     low: float

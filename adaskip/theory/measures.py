@@ -123,7 +123,7 @@ def output_change(removed: Tensor, output: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TailCurve:
-    """The whole empirical tail of a sample: delta -> share of values above delta. The proximal notion [P], kept entire.
+    """Hold the whole empirical tail of a sample: delta -> share of values above delta. The proximal notion [P], entire.
 
     An estimator of P(x > delta). Make one with `of`.
 

@@ -22,7 +22,7 @@ from adaskip.theory.similarity import Moments, linear_cka, svcca
 
 
 class _MeanOverInputs(Metric):
-    """Mean over inputs of one number each; ``compute`` raises DataError before any defined input."""
+    """Average over inputs of one number each; ``compute`` raises DataError before any defined input."""
 
     full_state_update = False
     total: Tensor
@@ -52,7 +52,7 @@ class _MeanOverInputs(Metric):
 
 
 class GeometricRedundancy(_MeanOverInputs):
-    """E[1 - cos] of the states around a layer, in [0, 2] [P]; `measures.cosine_distance`.
+    """Measure E[1 - cos] of the states around a layer, in [0, 2] [P]; `measures.cosine_distance`.
 
     >>> metric = GeometricRedundancy()
     >>> h = torch.tensor([[[1.0, 0.0]]])
@@ -67,7 +67,7 @@ class GeometricRedundancy(_MeanOverInputs):
 
 
 class RelativeChange(_MeanOverInputs):
-    """E rho, the norm of a layer's change over that of its result [D]; `measures.relative_change`."""
+    """Measure E rho, the norm of a layer's change over that of its result [D]; `measures.relative_change`."""
 
     def update(self, before: Tensor, after: Tensor, mask: Tensor) -> None:
         """Count (b t d), (b t d), bool (b t)."""
@@ -75,7 +75,7 @@ class RelativeChange(_MeanOverInputs):
 
 
 class FunctionalCost(_MeanOverInputs):
-    """E KL(dense || skipped), nats per predicted token [P]; exact, `costs.compare`."""
+    """Measure E KL(dense || skipped), nats per predicted token [P]; exact, `costs.compare`."""
 
     def update(self, dense: Tensor, skipped: Tensor, supervised: Tensor) -> None:
         """Count (b t v) logits twice; bool (b t-1), whether the next token is scored: `adaskip.Batch.supervised`."""
@@ -83,7 +83,7 @@ class FunctionalCost(_MeanOverInputs):
 
 
 class AttentionMass(_MeanOverInputs):
-    """Mean share of the masked queries' attention on the masked keys, in [0, 1] [P]; `measures.attention_mass`."""
+    """Average the share of masked queries' attention on masked keys, in [0, 1] [P]; `measures.attention_mass`."""
 
     def update(self, attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> None:
         """Count (b h q k), bool (b q), bool (b k)."""
@@ -91,7 +91,7 @@ class AttentionMass(_MeanOverInputs):
 
 
 class ValueWeightedMass(_MeanOverInputs):
-    """Mean a ||v_removed - v_rest|| [D, link 7], in the unit of the values; `measures.value_weighted_mass`."""
+    """Average a ||v_removed - v_rest|| [D, link 7], in the unit of the values; `measures.value_weighted_mass`."""
 
     def update(self, attention: Tensor, values: Tensor, query_mask: Tensor, key_mask: Tensor) -> None:
         """Count (b h q k), (b h k e), bool (b q), bool (b k)."""
@@ -99,7 +99,7 @@ class ValueWeightedMass(_MeanOverInputs):
 
 
 class ProximalTail(Metric):
-    """P(1 - cos > delta) over inputs for every delta of a grid at once: the whole tail [P], estimator.
+    """Measure P(1 - cos > delta) over inputs for every delta of a grid at once: the whole tail [P], estimator.
 
     Args:
         deltas: the grid, ascending; default 129 points from 1e-6 to 2, evenly spaced in the logarithm.
@@ -132,7 +132,7 @@ class ProximalTail(Metric):
 
 
 class StateSimilarity(Metric):
-    """Linear CKA and SVCCA of the states around a layer, from sums over its masked tokens; estimators.
+    """Estimate linear CKA and SVCCA of the states around a layer, from sums over its masked tokens; estimators.
 
     Links 1, 2 and 6b do not hold for them. ``compute`` gives ``{"cka": ..., "svcca": ...}`` and raises DataError on
     too few tokens.
@@ -193,7 +193,7 @@ class _PairedStates(Metric):
 
 
 class UsableInformationLost(_PairedStates):
-    """H_V(Y | H') - H_V(Y | H), nats: what a probe no longer reads when the layer is skipped [D]; estimator.
+    """Estimate H_V(Y | H') - H_V(Y | H), nats: what a probe no longer reads when the layer is skipped [D]; estimator.
 
     Args:
         folds: of the cross-fitting.
@@ -223,7 +223,7 @@ class UsableInformationLost(_PairedStates):
 
 
 class QuantisedEntropy(_PairedStates):
-    """H(Q_l | Q_{l-1}) under a shared k-means quantiser beside Fano's bound [D, link 5]; estimator, biased low.
+    """Measure H(Q_l | Q_{l-1}) under a shared k-means quantiser beside Fano's bound [D, link 5]; estimator, biased low.
 
     Args:
         codes: K.

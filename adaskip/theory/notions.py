@@ -23,7 +23,7 @@ _FOLDS = 10  # groups of inputs in the jackknife
 
 
 class Notions:
-    """The notions of each layer, read off a survey's numbers.
+    """Hold the notions of each layer, read off a survey's numbers.
 
     Args:
         measured: the survey.

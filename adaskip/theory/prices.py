@@ -14,8 +14,9 @@ from adaskip.theory.tables import LayerMeasures
 
 @dataclass(frozen=True)
 class Prices:
-    """Calibrated per-layer constants: a fresh input has ``s_l <= shift[l] * (rho_l + c * mass_l)`` with probability
-    >= 1 - alpha, per layer, if its score is exchangeable with the calibration scores (split conformal); likewise u.
+    """Hold calibrated per-layer constants: a fresh input has ``s_l <= shift[l] * (rho_l + c * mass_l)`` with
+    probability >= 1 - alpha, per layer, if its score is exchangeable with the calibration scores (split conformal);
+    likewise u.
     """
 
     shift: Tensor  # float64 (l): Lambda for s

@@ -82,7 +82,7 @@ def usable_information_lost(loss_skipped: Tensor, loss_full: Tensor, level: floa
 
 @dataclass(frozen=True)
 class CodeEntropy:
-    """Uncertainty of a layer's code given the code before it, for one codebook size."""
+    """Hold the uncertainty of a layer's code given the code before it, for one codebook size."""
 
     codes: int  # K
     entropy: float  # plug-in H(Q_l | Q_{l-1}), nats; biased low by about (K - 1)^2 / 2n

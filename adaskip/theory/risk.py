@@ -84,7 +84,7 @@ def smallest_sample(risk: float, delta: float) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """One threshold of the path, tested."""
+    """Hold one threshold of the path, tested."""
 
     threshold: float
     loss: float  # mean over the calibration inputs
@@ -93,7 +93,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Certificate:
-    """P(risk of the model at `threshold` <= `risk`) >= 1 - `delta` over calibration draws; None means dense."""
+    """Certify P(risk of the model at `threshold` <= `risk`) >= 1 - `delta` over calibration draws; None means dense."""
 
     risk: float
     delta: float

@@ -20,7 +20,7 @@ _PER_DIRECTION = 10  # tokens that each direction compared must rest on
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over n tokens of the states before (x) and after (y) a layer; add two to merge their tokens. float64."""
+    """Hold sums over n tokens of states before (x) and after (y) a layer; add two to merge their tokens. float64."""
 
     n: Tensor  # ()
     x: Tensor  # (d) sum of x

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """Measures that verdicts are drawn from, for the routed token group: a row an input, a column a layer or band."""
+    """Hold the measures that verdicts rest on, for the routed token group: a row an input, a column a layer or band."""
 
     layers: tuple[int, ...]
     cosine: Tensor  # (n l) mean 1 - cos of the states before and after the layer, in [0, 2]
@@ -35,7 +35,7 @@ class LayerMeasures:
 
 @dataclass(frozen=True)
 class Survey:
-    """All measures of n inputs and l layers, for one token group. float64 on the CPU; NaN: not measured there."""
+    """Hold all measures of n inputs and l layers, for one token group. float64 on the CPU; NaN: not measured there."""
 
     group: str
     cosine: Tensor  # (n l) mean 1 - cos of the states around the layer, in [0, 2]

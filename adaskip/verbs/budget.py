@@ -30,7 +30,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Budget:
-    """A goal for the mean keep rate, the rate that was reached, and its threshold.
+    """Hold a goal for the mean keep rate, the rate that was reached, and its threshold.
 
     ``least`` is what these routers keep when all of them skip: nothing below it can be reached on these inputs.
     """
@@ -156,7 +156,7 @@ def lightest(model: RoutedModel, batches: Sequence[Batch], keep: float) -> Budge
 
 @dataclass(frozen=True)
 class _Ran:
-    """One pass over the inputs at a threshold."""
+    """Hold one pass over the inputs at a threshold."""
 
     threshold: float
     keep: float  # mean over inputs

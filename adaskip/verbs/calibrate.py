@@ -39,7 +39,7 @@ class Answered(Batch):
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """A threshold that is certified or not; ``calibration.json`` holds `stored`, and the routers carry it."""
+    """Hold a threshold that is certified or not; ``calibration.json`` holds `stored`, and the routers carry it."""
 
     certificate: Certificate  # its ``threshold`` is None where none is certified: every layer then runs
     keep: tuple[float, ...]  # mean keep rate at each of its steps

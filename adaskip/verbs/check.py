@@ -23,7 +23,7 @@ from adaskip.verbs.splits import records, unfitted
 
 @dataclass(frozen=True)
 class CheckResult:
-    """A verdict on a run's conditions, and what it rests on."""
+    """Hold a verdict on a run's conditions, and what it rests on."""
 
     conclusion: Conclusion  # its verdict: hold, do not hold, or undecided
     look: Look  # the layers, the routers' real skips, and what these cost together

@@ -29,7 +29,7 @@ _Figures = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class KindFigures:
-    """Figures of the dense and the routed model on the inputs of one kind."""
+    """Hold the figures of the dense and the routed model on the inputs of one kind."""
 
     kind: str
     n: int
@@ -51,7 +51,7 @@ class KindFigures:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A split answered by the dense and the routed model; ``evaluation.json`` holds `to_dict`."""
+    """Hold a split answered by the dense and the routed model; ``evaluation.json`` holds `to_dict`."""
 
     split: str
     kinds: tuple[KindFigures, ...]

@@ -15,7 +15,7 @@ from adaskip.verbs.run import router_folder
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A folder that `RoutedModel.from_pretrained` reads."""
+    """Hold a folder that `RoutedModel.from_pretrained` reads."""
 
     folder: Path
     files: tuple[str, ...]

@@ -23,7 +23,7 @@ from adaskip.verbs.prices import write_prices
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of a training run; ``summary.json`` holds `to_dict`.
+    """Hold the outcome of a training run; ``summary.json`` holds `to_dict`.
 
     Where training ``stopped`` at violated conditions, nothing after ``stopped`` is known.
     """

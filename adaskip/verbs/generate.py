@@ -23,7 +23,7 @@ from adaskip.verbs.splits import held_out
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, answered by the routed and the dense model."""
+    """Hold one prompt, answered by the routed and the dense model."""
 
     prompt: str
     answer: str
@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ManyAnswers:
-    """Many prompts, answered by path."""
+    """Hold many prompts, answered by path."""
 
     rows: tuple[dict[str, Any], ...]  # prompt, answer, keep and route of each
     figures: dict[str, Any]  # keep, groups, added, changed, prefill_s, decode_s: see `adaskip.generate.paths.Answers`

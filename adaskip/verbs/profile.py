@@ -26,7 +26,7 @@ _WHY = "a quarter of them calibrates the constants, the rest judges and tests"
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """A profile of a named model, its figures and its picture in a folder."""
+    """Hold a profile of a named model, its figures and its picture in a folder."""
 
     profile: Profile
     model: str

@@ -21,7 +21,7 @@ from adaskip.stages import SILENT, Stages
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, loaded."""
+    """Hold a finished run, loaded."""
 
     folder: Path
     recipe: Recipe

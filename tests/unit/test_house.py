@@ -206,15 +206,17 @@ def test_only_one_module_writes_unfinished_files() -> None:
 
 
 QUESTIONS = {"What", "Whether", "How", "Which", "Where", "Who", "Why", "When"}
+NOUNS = {"The", "A", "An", "One", "Two", "This", "These", "It"}
+TYPES = {"bool", "long", "float", "float32", "float64", "int", "Tensor"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_docstring_begins_with_a_question_word(path: Path) -> None:
-    """A docstring that begins with a verb says what is done; one that begins with What or Whether names a result."""
+def test_no_docstring_begins_with_a_question_word_an_article_or_a_type(path: Path) -> None:
+    """A docstring that begins with a verb says what is done; one that begins with What or The names a result."""
     documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, documented)]
     opening = {f"{node.name}, line {node.lineno}": (ast.get_docstring(node) or "-").split()[0] for node in nodes}
-    wrong = {place: word for place, word in opening.items() if word.strip(",.:;") in QUESTIONS}
+    wrong = {place: word for place, word in opening.items() if word.strip(",.:;") in QUESTIONS | NOUNS | TYPES}
     assert not wrong, f"{path.relative_to(PACKAGE)}: {wrong}; begin with a verb: Return, Read, Hold, Refuse"
 
 
