@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaskip.bench.settings import Path
-from adaskip.errors import AdaSkipError
+from adaskip.errors import AdaSkipError, ConfigError
 from adaskip.policies.learned.features import mean_weights, pool
 from adaskip.runtime.attach import RoutedModel
 
@@ -56,7 +56,11 @@ def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
     Raises:
         AdaSkipError: some router decides otherwise (two rows that look the same to it).
     """
-    assert model.routers is not None
+    if model.routers is None:
+        raise ConfigError(
+            f"bench: rows are made by forcing what learned routers decide, and {type(model.policy).__name__} has none; "
+            "time model.generate yourself, or bench a run of learned routers"
+        )
     spec, threshold = model.spec, model.policy.threshold
     signs = torch.where(keep, _LOGIT, -_LOGIT).to(spec.device)
     seen: dict[int, Tensor] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import adaskip
+from adaskip.bench.forced import force
 from adaskip.bench.subject import stored_subject
 from adaskip.demo.backbone import load
 from adaskip.errors import ConfigError
@@ -128,8 +129,8 @@ class TestContract:
             assert torch.equal(model.generate(**item, max_new_tokens=4, **GREEDY)[0, -4:], answer.tokens)
 
 
-def test_eval_and_bench(tmp_path: Path) -> None:
-    """`adaskip eval` and `adaskip bench` take the folder of a run that holds it, like one of routers."""
+def test_eval_and_what_bench_cannot(tmp_path: Path) -> None:
+    """`adaskip eval` takes the folder of a run that holds it; bench forces learned routers alone, and says so."""
     base, _ = load()
     recipe = load_recipe("digits-vlm", ["data.examples.test=12"])
     (tmp_path / RECIPE).write_text(dump(recipe))
@@ -141,6 +142,9 @@ def test_eval_and_bench(tmp_path: Path) -> None:
     assert type(subject.routed.policy) is Coin
     subject.routed.generate(**subject.batch(2), max_new_tokens=2)
     assert subject.routed.routing.keep.shape[1] == 2
+    keep = torch.ones(len(subject.spec.layers), 2, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="forcing what learned routers decide, and Coin has none"):
+        force(subject.routed, subject.batch(2), keep)
 
 
 @register
