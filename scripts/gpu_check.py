@@ -188,14 +188,13 @@ class Lab:
     def syncs(self, rows: int, seconds: float) -> Rows:
         """Count how often the host waits for the GPU in a prefill and in a decoding step."""
         subject = self.subject("short")
-        layers, inputs, routed = len(subject.spec.layers), subject.batch(rows), subject.routed
+        layers, inputs = len(subject.spec.layers), subject.batch(rows)
         plan = adaskip.SkipPlan.static((~spread_out(layers, 0.5, 1, "uniform")[:, 0]).nonzero().flatten().tolist())
         sides = [("dense", subject.spec.model), ("plan", adaskip.attach(twin(subject.spec), plan))]
-        sides += [(f"routers, {path}", routed) for path in ("uniform", "mixed")[:rows]]
+        for path in ("uniform", "mixed")[:rows]:
+            sides.append((f"routers, {path}", force(subject, spread_out(layers, 0.5, rows, path))))
         found: Rows = []
         for name, model in sides:
-            if model is routed:
-                force(routed, inputs, spread_out(layers, 0.5, rows, name.split()[1]))
             side = Side(model, inputs, 1)
             side.settle()
             for phase, call in (("prefill", side.prefill), ("decode", side.decode_seconds)):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adaskip.bench.forced import check_forced, force, spread_out
+from adaskip.bench.forced import force, spread_out
 from adaskip.bench.rounds import Seconds, bounded_ratio, interleave, ratio, spread
 from adaskip.bench.settings import Path, Phase
 from adaskip.bench.sides import Side, ideal
@@ -76,18 +76,16 @@ def batch_cell(subject: Subject, batch: int, path: Path, rate: float | None, new
     """Make the cell of one batch that is prefilled and decoded as it is, its rows going one path or several.
 
     Raises:
-        AdaSkipError: routers cannot be made to decide, or on a uniform path sides answer differently.
+        AdaSkipError: on a uniform path sides answer differently.
     """
     inputs, routed = subject.batch(batch), subject.routed
     if rate is not None:
         keep = spread_out(len(subject.spec.layers), rate, batch, path)
-        force(routed, inputs, keep)
+        routed = force(subject, keep)
     dense, side = Side(subject.spec.model, inputs, new), Side(routed, inputs, new)
     memory = peaks(subject, side.prefill, dense.prefill)
     side.settle()
     dense.settle()
-    if rate is not None:
-        check_forced(routed.routing.keep, keep)
     prompt = routed.routing
     keep = prompt.keep.cpu()
     # the control is a second copy of the same cut model: their ratio shows how far equal programs differ by chance

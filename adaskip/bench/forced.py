@@ -1,18 +1,20 @@
-"""Decisions made to measure: which layers a skip rate leaves out, and real routers that decide just so."""
+"""Decisions made to measure: which layers a skip rate leaves out, and a policy that decides just so, at full price."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from adaskip.backbone.inspect import BackboneSpec, twin
 from adaskip.bench.settings import Path
-from adaskip.errors import AdaSkipError, ConfigError
-from adaskip.policies.learned.features import mean_weights, pool
-from adaskip.runtime.attach import RoutedModel
+from adaskip.bench.subject import Subject
+from adaskip.policy import Policy
+from adaskip.runtime.attach import RoutedModel, attach
 
-_LOGIT = 4.0
+if TYPE_CHECKING:
+    from adaskip.runtime.request import Request
 
 
 def spread_out(layers: int, rate: float, batch: int, path: Path) -> Tensor:
@@ -46,53 +48,43 @@ def different(layers: int, rate: float, batch: int, count: int) -> Tensor:
     return torch.stack([ways[row % len(ways)] for row in range(batch)], 1)
 
 
-@torch.no_grad()
-def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
-    """Give the routers last weights with which they decide ``keep``, bool (l b), on these very inputs.
+class Forced(Policy):
+    """Do all of another policy's work on one batch, and then decide what was said beforehand.
 
-    Where a layer's rows agree its bias decides; where they differ the weights are fitted to them by least squares. All
-    of a router's work remains: pooling, norm, both linear maps, and the reading of its decision.
+    Its seconds are the other's: it asks it about every layer, and hands on a value of the same kind that was there
+    already, so that it adds nothing to compute, and the wait for a decision is the same too.
 
-    Raises:
-        AdaSkipError: some router decides otherwise (two rows that look the same to it).
+    Args:
+        policy: whose work is to be timed; its held layers hold nothing here.
+        keep: bool (l b), whether each row of the batch runs each layer.
     """
-    if model.routers is None:
-        raise ConfigError(
-            f"bench: rows are made by forcing what learned routers decide, and {type(model.policy).__name__} has none; "
-            "time model.generate yourself, or bench a run of learned routers"
-        )
-    spec, threshold = model.spec, model.policy.threshold
-    signs = torch.where(keep, _LOGIT, -_LOGIT).to(spec.device)
-    seen: dict[int, Tensor] = {}
-    if bool((keep != keep[:, :1]).any()):
-        tokens = model.read_tokens(inputs)
-        weights = mean_weights(tokens.kinds(tokens.valid))
 
-        def observe(index: int, before: Tensor, after: Tensor) -> None:
-            seen[index] = model.routers[index].features(pool(before, weights))  # type: ignore[index, operator]
+    def __init__(self, policy: Policy, keep: Tensor) -> None:
+        super().__init__(policy.target)
+        self.policy, self.choices = policy, keep
 
-        with model.observe(observe):
-            model(**inputs, routing=keep, use_cache=False)
-    for index, head in enumerate(model.routers):
-        outer: Any = head.outer
-        outer.weight.zero_()
-        target = signs[index]
-        if index in seen and bool((target != target[0]).any()):
-            features = seen[index].double()
-            features = features - features.mean(0)
-            outer.weight.copy_((torch.linalg.pinv(features) @ (target - target.mean()).double())[None])
-            outer.bias.fill_(threshold)
-            logits = seen[index] @ outer.weight[0] + outer.bias
-            outer.bias.sub_((logits - threshold - target).mean())
-        else:
-            outer.bias.fill_(threshold + float(target[0]))
+    def build(self, spec: BackboneSpec, seed: int) -> None:
+        """Bring what it decides to the model's device beforehand."""
+        self.choices = self.choices.to(spec.device)
+        self.logits = torch.where(self.choices, 1.0, -1.0)
+
+    def known(self, layers: int) -> Tensor | None:
+        """Return the decisions, bool (l), where the other's are known before any input as well."""
+        return None if self.policy.known(layers) is None else self.choices[:, 0].cpu()
+
+    def start(self, request: Request) -> None:
+        """Let the other policy look at the request."""
+        self.policy.start(request)
+
+    def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
+        """Ask the other policy, and return what was said beforehand: bool or float32 (b), as it answers."""
+        choice = self.policy.decide(layer, states, request)
+        return (self.choices if choice.dtype == torch.bool else self.logits)[layer]
 
 
-def check_forced(decided: Tensor, keep: Tensor) -> None:
-    """Raise AdaSkipError unless decisions (l b) are those that `force` was to make."""
-    if not torch.equal(decided.cpu(), keep):
-        layers = sorted({int(layer) for layer, _ in (decided.cpu() != keep).nonzero()})
-        raise AdaSkipError(
-            f"bench: the routers of layers {layers} did not decide as they were made to; "
-            "two rows look the same to them. Use --path uniform, or another --seed"
-        )
+def force(subject: Subject, keep: Tensor) -> RoutedModel:
+    """Return the subject's model under a policy that decides ``keep``, bool (l b), and works as its own does.
+
+    It is for batches of those b rows, in that order.
+    """
+    return attach(twin(subject.spec), Forced(subject.routed.policy, keep))

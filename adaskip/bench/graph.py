@@ -93,9 +93,9 @@ def graph_row(subject: Subject, batch: int, rate: float, new: int, budget: float
     Raises:
         AdaSkipError: they differ by more than rounding.
     """
-    inputs, dense, routed = subject.batch(batch), subject.spec.model, subject.routed
+    inputs, dense = subject.batch(batch), subject.spec.model
     keep = spread_out(len(subject.spec.layers), rate, batch, "uniform")
-    force(routed, inputs, keep)
+    routed = force(subject, keep)
     plain = cut(routed, keep[:, 0])
     eager = {"dense": Side(dense, inputs, new), "routed": Side(routed, inputs, new), "cut": Side(plain, inputs, new)}
     graphs = {"dense_graph": Graph(dense, inputs, new), "cut_graph": Graph(plain, inputs, new)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaskip.backbone.inspect import twin
 from adaskip.bench.cell import Cell, describe, peaks
-from adaskip.bench.forced import check_forced, different, force
+from adaskip.bench.forced import different, force
 from adaskip.bench.sides import Side, Sides
 from adaskip.bench.subject import Subject
 from adaskip.errors import ConfigError
@@ -54,17 +54,14 @@ def many_cell(subject: Subject, batch: int, count: int, rate: float, new: int) -
     """Make the cell of ``batch`` prompts that go ``count`` different paths, each leaving out the same share of layers.
 
     Raises:
-        AdaSkipError: routers cannot be made to decide.
         ConfigError: inputs that cannot be told apart prompt by prompt.
     """
     inputs = subject.batch(batch)
     keep = different(len(subject.spec.layers), rate, batch, count)
-    force(subject.routed, inputs, keep)
-    many, dense = Many(subject.routed, inputs, new), Side(subject.spec.model, inputs, new)
+    many, dense = Many(force(subject, keep), inputs, new), Side(subject.spec.model, inputs, new)
     memory = peaks(subject, lambda: many.run(1), dense.prefill)
     dense.settle()
     one, more = many.run(1), many.run(1 + new)
-    check_forced(torch.tensor([answer.path for answer in one.answers]).T, keep)
     cut, control = (_groups(subject, inputs, keep, new) for _ in range(2))
     cut.settle()
     control.settle()

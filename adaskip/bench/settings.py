@@ -49,7 +49,7 @@ class BenchSettings(Section):
     image_tokens: int = Field(0, ge=0, description="A picture before them (llava, qwen2_vl).")
     group: Group = Field("all", description="Tokens that leave a layer: all, or vision.")
     skip: Annotated[tuple[Share, ...], Commas] | None = Field(
-        None, description="Shares of layers left out; 0,0.25,0.5 unless said, or what trained routers decide."
+        None, description="Shares of layers left out; 0,0.25,0.5 unless said, or what a run's policy decides."
     )
     batch: Annotated[tuple[Positive, ...], Commas] = Field((1, 8), description="Rows.")
     path: Annotated[tuple[Path, ...], Commas] = Field(

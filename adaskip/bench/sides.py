@@ -125,7 +125,7 @@ def ideal(subject: Subject, inputs: dict[str, Tensor], keep: Tensor, new: int) -
             model = twin(subject.spec, (~row).nonzero().flatten().tolist())
             parts.append(Side(model.base_model, _text_only(subject, inputs), new, share))
     if not parts:
-        raise AdaSkipError("bench: these routers leave out every layer of every row; there is nothing to cut out")
+        raise AdaSkipError("bench: the policy leaves out every layer of every row; there is nothing to cut out")
     return Sides(tuple(parts))
 
 

@@ -24,18 +24,18 @@ from adaskip.verbs.run import Run
 class Subject:
     """Hold a model three times on the same weights, and inputs for it.
 
-    ``spec`` stays untouched: dense runs, and what is cut out of it for ideal ones; ``routed`` carries routers.
+    ``spec`` stays untouched: dense runs, and what is cut out of it for ideal ones; ``routed`` carries a policy.
     """
 
     name: str
     spec: BackboneSpec
     routed: RoutedModel
     batch: Callable[[int], dict[str, Tensor]]  # so many rows of model inputs
-    trained: bool = False  # whether the routers were trained, so that their own decisions mean something
+    trained: bool = False  # whether the policy comes from a run, so that its own decisions mean something
 
 
 def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
-    """Load ``digits-vlm`` with untrained routers, or the folder of a run with its own; inputs are its test questions.
+    """Load ``digits-vlm`` with untrained routers, or a run's folder with its policy; inputs are its test questions.
 
     Raises:
         CheckpointError: there is no such run.

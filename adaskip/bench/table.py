@@ -24,7 +24,7 @@ from adaskip.training.tracking import environment
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of all that is done."""
 _Choice = tuple[int, Path, float | None]
-"""Rows, their paths, and the share of layers they leave out; None: what trained routers decide."""
+"""Rows, their paths, and the share of layers they leave out; None: what the policy itself decides."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Measure every batch size, path and skip rate, prefill and decode apart.
 
-    Dense, routed, ideal and a second ideal (the control) take turns in one process, there and back. Routers pool,
-    think and decide in the routed time; what they decide is laid down beforehand. Seconds that one row does not need
-    are there for the later ones. ``path``: on ``uniform`` all rows leave out the same layers; on ``mixed`` each row
-    others, equally many; on ``many`` the rows are prompts of `generate_many` that go a few different paths, and the
-    ideal decodes each path's prompts as one batch (layers are left out for group ``all``).
+    Dense, routed, ideal and a second ideal (the control) take turns in one process, there and back. The policy does
+    all its work in the routed time; what it decides is laid down beforehand. Seconds that one row does not need are
+    there for the later ones. ``path``: on ``uniform`` all rows leave out the same layers; on ``mixed`` each row others,
+    equally many; on ``many`` the rows are prompts of `generate_many` that go a few different paths, and the ideal
+    decodes each path's prompts as one batch (layers are left out for group ``all``).
 
     Args:
         subject: the model.
@@ -79,7 +79,7 @@ def bench(
 
     Raises:
         ConfigError: something asked for cannot be measured on this model; all faults at once.
-        AdaSkipError: routers cannot be made to decide, or sides compute different things.
+        AdaSkipError: sides compute different things.
     """
     skips = settings.skip
     if skips is None and not subject.trained:
@@ -110,7 +110,7 @@ def _choices(settings: BenchSettings, skips: tuple[float, ...] | None) -> list[_
     choices: list[_Choice] = []
     for batch in settings.batch:
         if skips is None:
-            choices.append((batch, "mixed", None))  # every row of trained routers has its own path
+            choices.append((batch, "mixed", None))  # every row may have a path of its own
             continue
         # a single row has a single path
         paths = cast(tuple[Path, ...], ("uniform",)) if batch == 1 else settings.path
@@ -137,16 +137,19 @@ def _faults(subject: Subject, settings: BenchSettings, skips: tuple[float, ...] 
     routed, layers = subject.routed.runtime, len(subject.spec.layers)
     skipped = {rate: round(rate * layers) for rate in skips or ()}
     faults = [f"--skip {rate:g}: leaves no layer of {layers}" for rate, count in skipped.items() if count == layers]
-    if (routed.scope, routed.unit, routed.kv) != ("prompt", "block", "absent"):
+    target = routed.target
+    if (target.scope, target.unit, target.kv, target.phase) != ("prompt", "block", "absent", "both"):
         faults.append(
-            f"routers of scope {routed.scope!r}, unit {routed.unit!r} and kv {routed.kv!r} leave no layer as a whole, "
-            "so there is no model to cut out for comparison; expected scope prompt, unit block, kv absent. "
-            "`adaskip eval` measures their seconds beside the dense model's"
+            f"a policy of scope {target.scope!r}, unit {target.unit!r}, kv {target.kv!r} and phase {target.phase!r} "
+            "leaves no layer as a whole, so there is no model to cut out for comparison; expected scope prompt, unit "
+            "block, kv absent, phase both. `adaskip eval` measures its seconds beside the dense model's"
         )
+    if routed.known is not None and skips is not None and (other := {*settings.path} - {"uniform"}):
+        faults.append(f"--path {' '.join(sorted(other))}: a plan sends every row the same way; expected --path uniform")
     if "many" not in settings.path:
         return faults
     if skips is None:
-        faults.append("--path many: trained routers go as many paths as they like; say which share --skip leaves")
+        faults.append("--path many: by itself the policy goes as many paths as it likes; say which share --skip leaves")
     if routed.group == "vision":
         faults.append("--path many: without vision no layer is left out of decoding; expected --group all")
     faults += [

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import adaskip
-from adaskip.bench.forced import force
+from adaskip.bench.settings import BenchSettings
 from adaskip.bench.subject import stored_subject
+from adaskip.bench.table import bench
 from adaskip.demo.backbone import load
 from adaskip.errors import ConfigError
 from adaskip.policies import Policy, find, register
@@ -129,8 +130,11 @@ class TestContract:
             assert torch.equal(model.generate(**item, max_new_tokens=4, **GREEDY)[0, -4:], answer.tokens)
 
 
-def test_eval_and_what_bench_cannot(tmp_path: Path) -> None:
-    """`adaskip eval` takes the folder of a run that holds it; bench forces learned routers alone, and says so."""
+def test_eval_and_bench(tmp_path: Path) -> None:
+    """`adaskip eval` and `adaskip bench` take the folder of a run that holds it; catches a verb for routers alone.
+
+    Bench times what it decides by itself, and shares that it is made to leave out, with its own work in either.
+    """
     base, _ = load()
     recipe = load_recipe("digits-vlm", ["data.examples.test=12"])
     (tmp_path / RECIPE).write_text(dump(recipe))
@@ -140,11 +144,17 @@ def test_eval_and_what_bench_cannot(tmp_path: Path) -> None:
     assert 0 < result.mean["keep"] < 1
     subject = stored_subject(str(tmp_path), torch.device("cpu"), 0)
     assert type(subject.routed.policy) is Coin
-    subject.routed.generate(**subject.batch(2), max_new_tokens=2)
-    assert subject.routed.routing.keep.shape[1] == 2
-    keep = torch.ones(len(subject.spec.layers), 2, dtype=torch.bool)
-    with pytest.raises(ConfigError, match="forcing what learned routers decide, and Coin has none"):
-        force(subject.routed, subject.batch(2), keep)
+    size = {"target": str(tmp_path), "batch": (2,), "new": 2, "budget": 0}
+    own, _ = bench(subject, BenchSettings(**size))
+    assert (own["path"], own["batch"]) == ("own", 2)
+    forced = bench(subject, BenchSettings(**size, skip=(0.5,), path=("uniform", "mixed")))
+    assert [(row["phase"], row["path"], row["paths"]) for row in forced] == [
+        ("prefill", "uniform", 1),
+        ("decode", "uniform", 1),
+        ("prefill", "mixed", 2),
+        ("decode", "mixed", 2),
+    ]
+    assert all(0 < row["keep"] < 1 for row in [own, *forced] if row["phase"] == "prefill")
 
 
 @register

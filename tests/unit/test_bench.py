@@ -14,7 +14,7 @@ from transformers import Cache
 from adaskip import cli
 from adaskip.backbone.inspect import inspect_backbone, twin
 from adaskip.bench import table
-from adaskip.bench.forced import check_forced, different, force, spread_out
+from adaskip.bench.forced import different, force, spread_out
 from adaskip.bench.graph import Graph
 from adaskip.bench.many import many_cell
 from adaskip.bench.random_model import Size, random_subject
@@ -22,7 +22,7 @@ from adaskip.bench.rounds import LEAST, interleave, ratio, spread
 from adaskip.bench.settings import BenchSettings, read
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject, stored_subject
-from adaskip.errors import AdaSkipError, ConfigError
+from adaskip.errors import ConfigError
 from adaskip.plan import SkipPlan
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
@@ -87,18 +87,35 @@ def test_so_many_different_ways_to_leave_out_equally_many_layers() -> None:
 
 
 @pytest.mark.parametrize("image_tokens", [0, 4])
-def test_routers_decide_as_they_are_made_to(image_tokens: int) -> None:
+def test_routers_work_in_full_and_then_decide_as_they_are_told(image_tokens: int) -> None:
+    """Every head sees every row of the forced pass; catches decisions that come without the work they should cost."""
     subject = small("llava" if image_tokens else "llama", image_tokens)
     inputs = subject.batch(4)
+    worked: list[int] = []
+    for head in subject.routed.routers:
+        head.register_forward_hook(lambda head, args, logits: worked.append(len(logits)))
     draw = torch.Generator().manual_seed(0)
     for keep in (torch.rand(4, 4, generator=draw) > 0.5, spread_out(4, 0.5, 4, "uniform")):
-        force(subject.routed, inputs, keep)
+        worked.clear()
+        model = force(subject, keep)
         with torch.no_grad():
-            subject.routed(**inputs)
-        check_forced(subject.routed.routing.keep, keep)
-        assert subject.routed.routing.logits is not None
-    with pytest.raises(AdaSkipError, match=r"routers of layers \[0, 1, 2, 3\] did not decide as they were made to"):
-        check_forced(subject.routed.routing.keep, ~keep)
+            model(**inputs)
+        assert torch.equal(model.routing.keep, keep)
+        assert worked == [4] * 4
+        with torch.no_grad():
+            expected = subject.routed(**inputs, routing=keep).logits
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_plan_is_forced_beforehand_and_goes_one_way() -> None:
+    """Its passes know their decisions without a look at the device, as the plan's own do."""
+    subject = small()
+    subject = replace(subject, routed=attach(twin(subject.spec), SkipPlan.static([1])))
+    model = force(subject, spread_out(4, 0.5, 2, "uniform"))
+    assert model.runtime.known_flags == (True, False, True, False)
+    assert [row["keep"] for row in bench(subject, [0.5], [2], ["uniform"], new=2, budget=0)] == [0.5, 0.5]
+    with pytest.raises(ConfigError, match="--path mixed: a plan sends every row the same way; expected --path uniform"):
+        bench(subject, [0.5], [2], ["mixed"], new=2, budget=0)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +189,9 @@ def test_no_cache_but_its_own_counts_as_a_sides_memory(path: str, monkeypatch: p
     assert held == [elsewhere] * 4
 
 
-@pytest.mark.parametrize("router", [{"unit": "mlp"}, {"scope": "token"}, {"group": "vision", "kv": "kept"}])
+@pytest.mark.parametrize(
+    "router", [{"unit": "mlp"}, {"scope": "token"}, {"group": "vision", "kv": "kept"}, {"phase": "decode"}]
+)
 def test_routers_that_leave_no_layer_as_a_whole_have_no_ideal(router: dict[str, str]) -> None:
     subject = small("llava", 4) if "group" in router else small()
     routed = attach(twin(subject.spec), RouterConfig(**router))
@@ -246,15 +265,15 @@ def test_vision_is_cut_out_of_the_layers_it_leaves() -> None:
     subject = small("llava", 9)
     inputs = subject.batch(2)
     keep = spread_out(4, 0.5, 2, "uniform")
-    force(subject.routed, inputs, keep)
+    model = force(subject, keep)
     with torch.no_grad():
-        subject.routed(**inputs)
+        model(**inputs)
     seen, text = ideal(subject, inputs, keep, 2).parts
     assert (len(text.inputs["input_ids"][0]), len(seen.inputs["input_ids"][0])) == (9, 18)
     assert not (text.inputs["input_ids"] == 5).any()
-    cost = subject.routed.runtime.cost
+    cost = model.runtime.cost
     spent = sum(float(cost.chunk(torch.tensor([n]), torch.tensor([0]))[:, 0, 0].sum()) * 2 for n in (9, 18))
-    assert float(subject.routed.routing.executed[0]) == pytest.approx(spent)
+    assert float(model.routing.executed[0]) == pytest.approx(spent)
 
 
 def test_the_embedded_model_decides_with_forced_routers() -> None:
