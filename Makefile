@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 
 install: $(READY) ## make the virtual environment .venv
 
-demo: $(READY) ## train routers for the embedded vision-language model, compare with dense, answer one picture (10 minutes)
+demo: $(READY) ## train routers for the embedded vision-language model, compare with dense, answer one picture (5 minutes)
 	rm -rf $(DEMO)
 	$(BIN)/adaskip train digits-vlm output=$(DEMO)
 	$(BIN)/adaskip eval $(DEMO) --examples 200
