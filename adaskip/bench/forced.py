@@ -48,7 +48,7 @@ def different(layers: int, rate: float, batch: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
-    """Give the routers last weights with which they decide ``keep``, bool (l b), on these very inputs.
+    """Give the routers last weights and a threshold of 0 with which they decide ``keep``, bool (l b), on these inputs.
 
     Where a layer's rows agree its bias decides; where they differ the weights are fitted to them by least squares. All
     of a router's work remains: pooling, norm, both linear maps, and the reading of its decision.
@@ -61,7 +61,8 @@ def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
             f"bench: rows are made by forcing what learned routers decide, and {type(model.policy).__name__} has none; "
             "time model.generate yourself, or bench a run of learned routers"
         )
-    spec, threshold = model.spec, model.policy.threshold
+    spec = model.spec
+    model.set_threshold(0.0)  # a run's own may be that of no certificate, at which every layer runs
     signs = torch.where(keep, _LOGIT, -_LOGIT).to(spec.device)
     seen: dict[int, Tensor] = {}
     if bool((keep != keep[:, :1]).any()):
@@ -81,11 +82,11 @@ def force(model: RoutedModel, inputs: dict[str, Tensor], keep: Tensor) -> None:
             features = seen[index].double()
             features = features - features.mean(0)
             outer.weight.copy_((torch.linalg.pinv(features) @ (target - target.mean()).double())[None])
-            outer.bias.fill_(threshold)
+            outer.bias.zero_()
             logits = seen[index] @ outer.weight[0] + outer.bias
-            outer.bias.sub_((logits - threshold - target).mean())
+            outer.bias.sub_((logits - target).mean())
         else:
-            outer.bias.fill_(threshold + float(target[0]))
+            outer.bias.fill_(float(target[0]))
 
 
 def check_forced(decided: Tensor, keep: Tensor) -> None:

@@ -23,7 +23,7 @@ from adaskip.bench.settings import BenchSettings, read
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject, stored_subject
 from adaskip.errors import AdaSkipError, ConfigError
-from adaskip.plan import SkipPlan
+from adaskip.plan import KEEP_ALL, SkipPlan
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
 from adaskip.runtime.timing import cache_bytes, peak_memory
@@ -97,6 +97,11 @@ def test_routers_decide_as_they_are_made_to(image_tokens: int) -> None:
             subject.routed(**inputs)
         check_forced(subject.routed.routing.keep, keep)
         assert subject.routed.routing.logits is not None
+    subject.routed.set_threshold(KEEP_ALL)  # as `adaskip calibrate` leaves it where it can certify none
+    force(subject.routed, inputs, keep)
+    with torch.no_grad():
+        subject.routed(**inputs)
+    check_forced(subject.routed.routing.keep, keep)
     with pytest.raises(AdaSkipError, match=r"routers of layers \[0, 1, 2, 3\] did not decide as they were made to"):
         check_forced(subject.routed.routing.keep, ~keep)
 
