@@ -48,7 +48,12 @@ def cp(
         target = destination / source.name if destination.is_dir() else destination
         if target.exists() and not force:
             raise ConfigError(f"{target} exists; overwrite it with --force, or name another: adaskip cp {name} DEST")
-        shutil.copyfile(source, target)
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise ConfigError(
+                f"{target}: cannot be written ({error.strerror}); name another: adaskip cp {name} DEST"
+            ) from None
         return {"file": str(target)}
 
     do(work, lambda done: say(f"{done['file']}\nnext: adaskip train {done['file']}"), as_json)
