@@ -18,7 +18,7 @@ from adaskip.ranks import is_first_process, launched
 from adaskip.recipe import Recipe, dump, load
 from adaskip.runfiles import ENVIRONMENT, FIT_ROUTERS, LOCK, METRICS, RECIPE, ROUTER, STARTED, SUMMARY
 from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
-from adaskip.training.tracking import environment
+from adaskip.training.tracking import environment, wandb_mode
 from adaskip.verbs.run import check_writable
 
 _NO_KEY = 3
@@ -173,7 +173,7 @@ def _check_launch(recipe: Recipe) -> None:
 
 def _check_tracking(recipe: Recipe) -> None:
     """Ask for the W&B key before minutes of pricing, not after them."""
-    if recipe.tracking.wandb != "online":
+    if wandb_mode(recipe.tracking.wandb) != "online":
         return
     # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
     answer = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
