@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from adaskip.recipe import load
 from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.export import export
+from adaskip.verbs.generate import Answer, _store
 from adaskip.verbs.profile import profile_model
-from adaskip.verbs.run import check_writable
+from adaskip.verbs.run import Run, check_writable
 from adaskip.verbs.train import train
 
 VERBS: dict[str, Callable[[Path, Path], Any]] = {
@@ -24,6 +26,10 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "profile": lambda run, place: profile_model("digits-vlm", output=place),
     "export": lambda run, place: export(run, place),
 }
+
+
+def no_room(*args: object, **options: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +63,30 @@ def test_a_folder_where_nobody_can_write(run: Path, verb: str) -> None:
 @pytest.mark.parametrize("verb", [evaluate, lambda run: calibrate(run, risk=0.5, delta=0.5)], ids=["eval", "calibrate"])
 def test_a_run_that_cannot_be_written(run: Path, verb: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: an hour of answering, and then no room on the disk for the figures."""
-
-    def refuse(*args: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
     with pytest.raises(CheckpointError, match=rf"{run}: cannot be written to \({run}: No space .* copy the folder"):
         verb(run)
+
+
+def test_an_answer_needs_no_room(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: an answer lost because the report beside it could not be made anew."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "evaluation.json").write_text("{}")
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
+    monkeypatch.setattr("adaskip.verbs.generate.write_json", no_room)
+    result = Answer("w1", "w2", "w2", None, 0.5, (True, False), 4, ())
+    _store(Run(copied, load("digits-vlm"), None, None), result)  # type: ignore[arg-type]
+    assert (copied / "evaluation.json").read_text() == "{}"
+
+
+def test_a_recipe_is_copied_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: an empty recipe on a full disk, which a second attempt then takes for one that exists."""
+    monkeypatch.setattr("os.fsync", no_room)
+    monkeypatch.setattr("shutil._USE_CP_SENDFILE", False)
+    monkeypatch.setattr("shutil.copyfileobj", no_room)
+    with pytest.raises(SystemExit, match="2"):
+        main(["cp", "causal-lm", str(tmp_path / "mine.yaml")])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_looking_leaves_nothing_behind(tmp_path: Path) -> None:
