@@ -77,7 +77,8 @@ def write_with(path: Path, fill: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        error.filename = str(path)  # where a disk is full the system says no name
+        if error.errno is not None:
+            error.filename = str(path)  # where a disk is full the system says no name
         raise
     finally:
         part.unlink(missing_ok=True)
