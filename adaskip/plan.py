@@ -21,8 +21,8 @@ KV = Literal["absent", "kept"]
 Phase = Literal["both", "prefill", "decode"]
 Flags = tuple[bool, ...]
 """Decisions that Python knows: one a row."""
-KEEP_ALL = -1e9
-"""A threshold below any logit: every layer runs."""
+KEEP_ALL = -torch.finfo(torch.float32).max
+"""The threshold at which every layer runs, whatever the logits; its opposite lies above all that are finite."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,10 @@ def write_with(path: Path, fill: Callable[[Path], Any]) -> None:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # where a disk is full the system says no name
+        raise
     finally:
         part.unlink(missing_ok=True)
 

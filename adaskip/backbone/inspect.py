@@ -140,6 +140,17 @@ def size_of(config: PreTrainedConfig) -> tuple[int, int]:
     return text.num_hidden_layers, text.hidden_size
 
 
+def count_positions(config: PreTrainedConfig) -> int | None:
+    """Count the positions that prompt and answer share, as a configuration states them; None where it states none."""
+    text: Any = config.get_text_config(decoder=True)
+    stated: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if stated is None or "factor" not in rope:
+        return stated
+    # stretched positions: some configurations state how many there are then, some how many there were before
+    return max(stated, int(rope["factor"] * (rope.get("original_max_position_embeddings") or stated)))
+
+
 def _pair_flops(config: Any) -> float:
     """Count what a query and a key cost an ordinary attention: the score, and the value's share in the result."""
     heads = config.num_attention_heads

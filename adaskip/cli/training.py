@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from adaskip.cli.shared import Json, Overrides, RecipeName, app
 from adaskip.errors import ConfigError
+from adaskip.runfiles import write
 from adaskip.terminal import do, pairs, say, table, terminal_stages
 
 
@@ -48,7 +48,12 @@ def cp(
         target = destination / source.name if destination.is_dir() else destination
         if target.exists() and not force:
             raise ConfigError(f"{target} exists; overwrite it with --force, or name another: adaskip cp {name} DEST")
-        shutil.copyfile(source, target)
+        try:
+            write(target, source.read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"{target}: cannot be written ({error.strerror}); name another: adaskip cp {name} DEST"
+            ) from None
         return {"file": str(target)}
 
     do(work, lambda done: say(f"{done['file']}\nnext: adaskip train {done['file']}"), as_json)

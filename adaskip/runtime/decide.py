@@ -24,7 +24,7 @@ def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor
             noise = request.noise(index)
             gate = gates.straight_through(choice, request.threshold, request.options.temperature, noise)
             _put(request.logits, index, choice)
-            if index in request.held:
+            if _must_run(request, index):
                 gate = gate + (1.0 - gate).detach()  # runs, and its router goes on learning
     keep = gate.detach() > 0.5
     if request.deciding is None:
@@ -49,7 +49,7 @@ def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
         result = _certain(choice, request, index)
     else:
         result = gates.hard(choice, request.threshold)
-        result = torch.ones_like(result) if index in request.held else result
+        result = torch.ones_like(result) if _must_run(request, index) else result
         _put(request.logits, index, choice)
     if request.deciding is not None:
         _put(request.keep, index, result & request.deciding)
@@ -59,8 +59,13 @@ def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
 
 
 def _certain(kept: Tensor, request: Request, index: int) -> Tensor:
-    """Return a policy's own booleans, or True where the layer is held or every layer is to run."""
-    return torch.ones_like(kept) if index in request.held or request.threshold <= KEEP_ALL else kept
+    """Return a policy's own booleans, or True where the layer must run."""
+    return torch.ones_like(kept) if _must_run(request, index) else kept
+
+
+def _must_run(request: Request, index: int) -> bool:
+    """Return whether a layer runs whatever the policy says: it is held, or every layer is to run."""
+    return index in request.held or request.threshold <= KEEP_ALL
 
 
 def _put(values: list[Tensor], index: int, value: Tensor) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from adaskip.errors import CheckpointError
-from adaskip.runfiles import CHECKPOINTS, write_with
+from adaskip.runfiles import CHECKPOINTS, write
 
 KEPT = 2
 
@@ -33,7 +33,9 @@ class WholeFiles(TorchCheckpointIO):
         """Write the whole file or nothing of it."""
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_with(place, partial(torch.save, checkpoint))
+        content = io.BytesIO()  # routers and their optimiser are small; and torch cannot tell of a disk that is full
+        torch.save(checkpoint, content)
+        write(place, content.getvalue())
 
 
 class RoundsBySteps(lightning.Callback):

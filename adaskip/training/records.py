@@ -62,6 +62,22 @@ def load_records(
     return _read_hub(source, split, limit, reader)
 
 
+def describe_half(source: str, split: str) -> str:
+    """Say which half of the validation split a split is; an empty text where it is one of its own.
+
+    >>> describe_half("digits-vlm", "validation")
+    ''
+    """
+    folder = Path(source).expanduser()
+    if sources.is_shipped(source) or not _is_half(folder, split):
+        return ""
+    which = "first" if split == "validation" else "second"
+    whole, lacks = f"the validation split of {source}", "a calibration split"
+    if folder.is_dir():
+        whole, lacks = str(split_file(folder, "validation")), split_file(folder, "calibration").name
+    return f"{split} is the {which} half of {whole}, which serves validation and calibration, for want of {lacks}"
+
+
 def read_prompts(path: Path) -> list[Record]:
     """Read prompts to answer, one object a line with ``prompt`` and maybe ``image``, a path relative to the file.
 
@@ -87,11 +103,16 @@ def split_file(folder: Path, split: str) -> Path:
 
 
 def _read_folder(folder: Path, split: str, limit: int | None, reader: _Reader) -> list[Record]:
-    shared = split in ("validation", "calibration") and not split_file(folder, "calibration").is_file()
+    shared = _is_half(folder, split)
     path = split_file(folder, "validation" if shared else split)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected {path.name} in {folder}, which holds {_holdings(folder)}")
     return _read_file(path, reader, lambda rows: (_half(rows, split, str(path)) if shared else rows)[:limit])
+
+
+def _is_half(folder: Path, split: str) -> bool:
+    """Return whether validation and calibration share a file; what is read from the hub has no calibration split."""
+    return split in ("validation", "calibration") and not split_file(folder, "calibration").is_file()
 
 
 def _holdings(folder: Path) -> str:
@@ -131,7 +152,7 @@ def _read_hub(source: str, split: str, limit: int | None, reader: _Reader) -> li
         raise DataError(
             f"data.source {source!r} is no folder; to read it as a Hugging Face dataset: pip install 'adaskip[data]'"
         ) from error
-    shared = split in ("validation", "calibration")
+    shared = _is_half(Path(source), split)
     name = "validation" if shared else split
     try:
         table = load_dataset(source, split=name)
@@ -191,7 +212,7 @@ def _row_faults(row: Any, reader: _Reader) -> Iterator[str]:
     if isinstance(row, Repeating) and (repeated := set(row.repeated) & {*reader.names.values(), "images"}):
         yield f"{' and '.join(sorted(repeated))} appears twice; keep one"
         return
-    missing = [name for field in reader.needed if row.get(name := reader.names[field]) is None]
+    missing = [name for field in reader.needed if (name := reader.names[field]) not in row]
     if missing:
         yield f"{reader.lead}expected text in {' and '.join(missing)}, found fields {', '.join(row)}{reader.tail}"
         return

@@ -111,6 +111,17 @@ def environment(seed: int, device: str) -> dict[str, Any]:
     }
 
 
+def wandb_mode(wanted: str) -> str:
+    """Return the quieter of what a recipe wants and what the environment's ``WANDB_MODE`` says, as W&B's users know it.
+
+    Quietest first: disabled, offline, online.
+    """
+    modes = ("disabled", "offline", "online")
+    said = os.environ.get("WANDB_MODE", "").lower()
+    said = "offline" if said == "dryrun" else said  # W&B's own older word
+    return min(wanted, said, key=modes.index) if said in modes else wanted
+
+
 def wandb_logger(
     folder: Path, mode: str, project: str, name: str | None, tags: Iterable[str], config: dict[str, Any]
 ) -> WandbLogger:
@@ -120,7 +131,7 @@ def wandb_logger(
         project=project,
         name=name or folder.name,
         save_dir=str(folder),
-        offline=mode == "offline",
+        mode=mode,  # not Lightning's ``offline``, which sets WANDB_MODE for all that this process does later
         log_model=False,
         id=identity,
         tags=list(tags),

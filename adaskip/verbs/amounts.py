@@ -6,6 +6,7 @@ from adaskip.errors import DataError
 from adaskip.recipe import Recipe
 from adaskip.theory.conditions import LEAST
 from adaskip.theory.conformal import smallest_sample
+from adaskip.training.records import describe_half
 
 
 def fitted(recipe: Recipe) -> int:
@@ -35,7 +36,7 @@ def enough_to_train(recipe: Recipe, validation: int, calibration: int) -> None:
     elif calibration < needed:
         faults.append(
             f"calibration: expected at least {needed} inputs at objective.alpha={alpha:g}, got {calibration}; "
-            f"{_more('calibration')}, or raise objective.alpha"
+            f"{_more(recipe, 'calibration')}, or raise objective.alpha"
         )
     if examples < LEAST:
         faults.append(
@@ -44,7 +45,7 @@ def enough_to_train(recipe: Recipe, validation: int, calibration: int) -> None:
     elif validation < LEAST:
         faults.append(
             f"validation: expected at least {LEAST} inputs to judge the routers' skips on, got {validation}; "
-            f"{_more('validation')}"
+            f"{_more(recipe, 'validation')}"
         )
     if faults:
         raise DataError("\n  ".join(["train: too few inputs, nothing was started", *faults]))
@@ -59,16 +60,18 @@ def enough_to_check(recipe: Recipe, fresh: int, split: str, calibration: int | N
     if fresh < LEAST:
         raise DataError(
             f"check: expected at least {LEAST} inputs that nothing was fitted on, got {fresh} of split {split}; "
-            f"{_more(split)}"
+            f"{_more(recipe, split)}"
         )
     needed = smallest_sample(recipe.objective.alpha)
     if calibration is not None and min(calibration, fitted(recipe)) < needed:
         raise DataError(
             f"check --bands: expected at least {needed} calibration inputs at objective.alpha="
-            f"{recipe.objective.alpha:g}, got {min(calibration, fitted(recipe))}; {_more('calibration')}, or leave "
-            "--bands out"
+            f"{recipe.objective.alpha:g}, got {min(calibration, fitted(recipe))}; {_more(recipe, 'calibration')}, "
+            "or leave --bands out"
         )
 
 
-def _more(split: str) -> str:
-    return f"give {split}.jsonl more lines (or raise data.examples.{split})"
+def _more(recipe: Recipe, split: str) -> str:
+    """Say how a split gets more inputs, and where half of them went."""
+    half = describe_half(recipe.data.source, split)
+    return f"give {split}.jsonl more lines (or raise data.examples.{split}){half and f' ({half})'}"

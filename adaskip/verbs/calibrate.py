@@ -23,7 +23,14 @@ from adaskip.theory.risk import Certificate, learn_then_test, smallest_sample
 from adaskip.training.data import Collator, Record, append_answers, loader, open_image, pictures_of
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.budget import quality
-from adaskip.verbs.lengths import end_tokens, longest_answer, reached_limit, warn_of_cuts
+from adaskip.verbs.lengths import (
+    check_room,
+    end_tokens,
+    longest_answer,
+    reached_limit,
+    tell_if_endless,
+    warn_of_cuts,
+)
 from adaskip.verbs.run import Run, check_writable, read_recipe
 from adaskip.verbs.splits import records
 
@@ -107,7 +114,8 @@ def calibrate(
         stages: hears what is under way, and of answers that were cut.
 
     Raises:
-        ConfigError: risk or delta outside (0, 1), or a generation config that is not greedy.
+        ConfigError: risk or delta outside (0, 1), no room for so long an answer, or a generation config that is not
+            greedy.
         DataError: too few inputs are left for this risk and delta, or the dense model gives no finite logits.
 
     Example:
@@ -120,9 +128,12 @@ def calibrate(
     chosen = fresh_records(recipe, needed, f"a risk of {risk} at delta {delta}")
     loaded = Run.open(folder, stages)
     validation = records(recipe, "validation")
+    collate = Collator(loaded.processor, answers=False)
+    prompts = loader(chosen, collate, recipe.trainer.batch_size)
+    check_room(loaded.model, max_new_tokens, (batch.inputs["input_ids"] for batch in prompts))
     limit = max_new_tokens or longest_answer([*records(recipe, "train"), *validation], loaded.processor)
+    tell_if_endless(loaded.model, limit, stages)
     with stages(f"reading the routers' logits on {len(validation)} validation inputs"):
-        collate = Collator(loaded.processor, answers=False)
         path = threshold_path(loaded.model, validation, collate, recipe.trainer.batch_size)
     batches, unfinished = _dense_answers(loaded, chosen, limit, stages)
     certificate, keep = _test(loaded.model, batches, path, risk, delta, stages)

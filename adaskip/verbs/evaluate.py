@@ -19,7 +19,7 @@ from adaskip.stages import SILENT, Stages
 from adaskip.theory.costs import compare_predicted, per_input, predicted
 from adaskip.training.data import Collator, Record, loader
 from adaskip.verbs.generate import texts
-from adaskip.verbs.lengths import longest_answer, reached_limit, warn_of_cuts
+from adaskip.verbs.lengths import check_room, longest_answer, reached_limit, tell_if_endless, warn_of_cuts
 from adaskip.verbs.run import Run, check_writable, read_recipe
 from adaskip.verbs.splits import check_split, split_of
 
@@ -104,7 +104,7 @@ def evaluate(
 
     Raises:
         CheckpointError: the folder is no finished run, or cannot be written to.
-        ConfigError, DataError: there is no such split.
+        ConfigError, DataError: there is no such split, or no room for so long an answer.
 
     Example:
         ``adaskip.evaluate("runs/digits-vlm", per_kind=200).mean["routed_accuracy"]``
@@ -119,7 +119,10 @@ def evaluate(
     groups = _by_kind(split_of(recipe, split, per_kind), per_kind)
     loaded = Run.open(folder, stages)
     chosen = [record for members in groups.values() for record in members]
+    prompts = loader(chosen, Collator(loaded.processor, answers=False), batch_size)
+    check_room(loaded.model, max_new_tokens, (batch.inputs["input_ids"] for batch in prompts))
     limit = max_new_tokens or longest_answer(chosen, loaded.processor)
+    tell_if_endless(loaded.model, limit, stages)
     rows = _measure(loaded, groups, batch_size, limit, stages)
     counts = {"dense": sum(row.dense_cut for row in rows), "routed": sum(row.routed_cut for row in rows)}
     warnings = warn_of_cuts(counts, len(chosen), limit)

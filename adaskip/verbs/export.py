@@ -10,7 +10,7 @@ from typing import Any
 from adaskip.errors import CheckpointError
 from adaskip.runtime.description import CARD, CONFIG, WEIGHTS, read_config
 from adaskip.runtime.persist import read_weights
-from adaskip.verbs.run import router_folder
+from adaskip.verbs.run import check_writable, router_folder
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,17 @@ def export(run: str | Path, destination: str | Path) -> ExportResult:
     """Copy the routers of a finished run to an empty or new folder: configuration, weights and model card.
 
     Raises:
-        CheckpointError: the run has no whole routers, or the destination holds something else.
+        CheckpointError: the run has no whole routers, or the destination holds something else or cannot be written to.
 
     Example:
         ``adaskip.export("runs/digits-vlm", "my-router")``
     """
     source, destination = router_folder(Path(run)), Path(destination)
-    meta = read_config(source)
-    read_weights(source / WEIGHTS, meta)  # a damaged file is said here, not where it has been shipped to
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination}: already holds something; choose a new or empty folder")
+    check_writable(destination, "the export", "choose another folder")
+    meta = read_config(source)
+    read_weights(source / WEIGHTS, meta)  # a damaged file is said here, not where it has been shipped to
     destination.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS, CARD):
         if (source / name).is_file():  # a model card may have been taken away

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 from adaskip.backbone.load import load_processor
-from adaskip.errors import AdaSkipError, DataError
+from adaskip.errors import AdaSkipError, CheckpointError, DataError
 from adaskip.runfiles import EVALUATION, RECIPE, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
-from adaskip.verbs.lengths import UNKNOWN, longest_answer, reached_limit, warn_of_cuts
-from adaskip.verbs.run import Run, router_folder
+from adaskip.verbs.lengths import UNKNOWN, check_room, longest_answer, reached_limit, tell_if_endless, warn_of_cuts
+from adaskip.verbs.run import Run, check_writable, router_folder
 from adaskip.verbs.splits import held_out
 
 
@@ -86,11 +85,14 @@ def answer(
 
     Raises:
         DataError: neither a prompt nor an example, or one the data does not have.
+        ConfigError: no room for so long an answer.
     """
     model, processor, loaded = _open(Path(run), stages)
     record = _record(loaded, image, prompt, example, processor, model)
     limit = max_new_tokens or _limit(loaded, processor)
     batch = Collator(processor, answers=False)([record]).to(model.spec.device)
+    check_room(model, max_new_tokens, [batch.inputs["input_ids"]])
+    tell_if_endless(model, limit, stages)
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
     width = batch.inputs["input_ids"].shape[1]
     with model.dense():
@@ -127,6 +129,7 @@ def answer_many(
 
     Raises:
         DataError: a line is no such object; says which.
+        ConfigError: no room for so long an answer.
     """
     questions = read_prompts(Path(file))
     model, processor, loaded = _open(Path(run), stages)
@@ -135,6 +138,8 @@ def answer_many(
     placed = [_placed(question, collate, model) for question in questions]
     collate.check(placed)
     items = [collate([record]).to(device).inputs for record in placed]
+    check_room(model, max_new_tokens, (item["input_ids"] for item in items))
+    tell_if_endless(model, limit, stages)
     with stages(f"answering {len(items)} prompts"):
         many = model.generate_many(items, paths=paths, measure=paths is not None, max_new_tokens=limit, do_sample=False)
     rows = tuple(
@@ -174,13 +179,18 @@ def _limit(run: Run | None, processor: Any) -> int:
 
 
 def _store(run: Run, result: Answer) -> None:
-    """Put an example into the evaluation, where there is one, and make the report anew."""
+    """Put an example into the evaluation, where there is one that can be written, and make the report anew."""
     from adaskip import report
 
     path = run.folder / EVALUATION
-    if path.is_file() and os.access(run.folder, os.W_OK):
-        write_json(path, report.read_evaluation(path) | {"example": result.to_dict()}, indent=2)
-        report.write(run.folder)
+    if not path.is_file():
+        return
+    try:
+        check_writable(run.folder, EVALUATION)
+    except CheckpointError:  # the question is answered all the same
+        return
+    write_json(path, report.read_evaluation(path) | {"example": result.to_dict()}, indent=2)
+    report.write(run.folder)
 
 
 def _open(folder: Path, stages: Stages) -> tuple[RoutedModel, Any, Run | None]:

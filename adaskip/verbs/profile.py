@@ -18,6 +18,7 @@ from adaskip.runfiles import PROFILE, PROFILE_PLOT, write_json
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.profile import Profile, profile, smallest_profile
 from adaskip.training.data import Collator, load_records, loader
+from adaskip.training.records import describe_half
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split
 
@@ -74,14 +75,15 @@ def profile_model(
     folder = output or Path("runs") / f"profile-{Path(model).resolve().name}"
     _check(model, data, group, split, examples, folder)
     source = data or model
-    records = load_records(source, split, examples, seed)
+    records, half = load_records(source, split, examples, seed), describe_half(source, split)
     if len(records) < (needed := smallest_profile()):
         raise DataError(
             f"profile: expected at least {needed} inputs, got {len(records)}, which is all that split {split} of "
-            f"{source} holds; {_WHY}"
+            f"{source} holds{half and f' ({half})'}; {_WHY}"
         )
+    if half and len(records) < examples:
+        stages.note(f"profiling {len(records)} inputs: {half}")
     folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder, "the profile")
     with stages(f"loading {model}"):
         processor, base = load.load_processor(model), load.load_backbone(model)
         if torch.cuda.is_available():
@@ -111,6 +113,7 @@ def _check(model: str, data: str | None, group: str | None, split: str, examples
         raise ConfigError(
             f"profile: {folder} is a file; expected a folder for the picture and the figures: --output DIR"
         )
+    check_writable(folder, "the profile", "choose another folder: --output DIR")
 
 
 def summary(values: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:

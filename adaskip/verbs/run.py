@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,23 @@ def load_processor(recipe: Recipe) -> Any:
     )
 
 
-def check_writable(folder: Path, what: str) -> None:
-    """Refuse a folder that files cannot be written into; asked before long work.
+def check_writable(folder: Path, what: str, otherwise: str = "copy the folder first") -> None:
+    """Refuse a folder, made or still to be made, that files cannot be written into; asked before anything is loaded.
+
+    A file without a name is written, and gone at once: permissions alone say nothing of a file where a folder is to be,
+    of a disk that is full, or to root.
 
     Raises:
-        CheckpointError: says what is stored there.
+        CheckpointError: names the place that cannot be written to; says what is stored there, and what to do.
     """
-    if not os.access(folder, os.W_OK):
-        raise CheckpointError(f"{folder}: cannot be written to, and {what} is stored there; copy the folder first")
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            file.write(b"\0")
+    except OSError as error:
+        why = f"{place} is a file" if place.is_file() else f"{place}: {error.strerror}"
+        raise CheckpointError(
+            f"{folder}: cannot be written to ({why}), and {what} is stored there; {otherwise}"
+        ) from error

@@ -18,7 +18,8 @@ from adaskip.ranks import is_first_process, launched
 from adaskip.recipe import Recipe, dump, load
 from adaskip.runfiles import ENVIRONMENT, FIT_ROUTERS, LOCK, METRICS, RECIPE, ROUTER, STARTED, SUMMARY
 from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
-from adaskip.training.tracking import environment
+from adaskip.training.tracking import environment, wandb_mode
+from adaskip.verbs.run import check_writable
 
 _NO_KEY = 3
 _QUESTION = f"import sys, wandb; sys.exit(0 if wandb.login(prompt=False) else {_NO_KEY})"
@@ -35,7 +36,7 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
     Raises:
         ConfigError: the folder holds a run, or another run than this recipe's; W&B has no key; or torchrun has started
             another number of processes than the recipe asks for.
-        CheckpointError: there is no run to go on with.
+        CheckpointError: there is no run to go on with, or the folder cannot be written to.
     """
     _check_launch(recipe)
     if not is_first_process():
@@ -53,6 +54,7 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
             f"{folder}: expected a new or empty folder, found {', '.join(other[:5])}; "
             f"choose another folder: output={folder}-2"
         )
+    check_writable(folder, "the run", "choose another folder: output=DIR")
 
 
 @contextmanager
@@ -171,7 +173,7 @@ def _check_launch(recipe: Recipe) -> None:
 
 def _check_tracking(recipe: Recipe) -> None:
     """Ask for the W&B key before minutes of pricing, not after them."""
-    if recipe.tracking.wandb != "online":
+    if wandb_mode(recipe.tracking.wandb) != "online":
         return
     # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
     answer = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)

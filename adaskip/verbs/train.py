@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from adaskip.verbs.splits import records
 from adaskip.verbs.start import check_start, opened
 from adaskip.verbs.trainer import make_trainer, own_device
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def train(
     recipe: Recipe | str | Path, overrides: Overrides = (), *, resume: bool = False, stages: Stages = SILENT
@@ -55,7 +58,8 @@ def train(
         ``ok`` is False where the compute budget was missed, or where training stopped at violated conditions.
 
     Raises:
-        AdaSkipError: the recipe, the data, the backbone or the run folder does not fit; nothing is overwritten.
+        AdaSkipError: the recipe, the data, the backbone or the run folder does not fit, or the disk is full; nothing is
+            overwritten.
 
     Example:
         ``adaskip.train("digits-vlm", {"objective.keep": 0.5, "output": "runs/half"}).budget.keep``
@@ -85,6 +89,12 @@ def train(
             if not is_lost_process(error):
                 raise
             raise CheckpointError(lost) from error
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise CheckpointError(
+                f"{folder}: {error.strerror}; make room, and go on with: adaskip train {folder / RECIPE} --resume"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,15 @@ from lightning.pytorch.loggers import Logger
 from adaskip.ranks import launched
 from adaskip.recipe import Recipe
 from adaskip.training.checkpoints import WholeFiles, checkpoint_callback
-from adaskip.training.tracking import MetricsFile, wandb_logger
+from adaskip.training.tracking import MetricsFile, wandb_logger, wandb_mode
 
 
 def make_trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> lightning.Trainer:
     """Make the trainer of a run that has done so many steps, with these callbacks and those of every run."""
     section, tracking = recipe.trainer, recipe.tracking
     loggers: list[Logger] = [MetricsFile(folder, step)]
-    if tracking.wandb != "disabled":
-        loggers.append(
-            wandb_logger(folder, tracking.wandb, tracking.project, tracking.name, tracking.tags, recipe.model_dump())
-        )
+    if (mode := wandb_mode(tracking.wandb)) != "disabled":
+        loggers.append(wandb_logger(folder, mode, tracking.project, tracking.name, tracking.tags, recipe.model_dump()))
     callbacks = [*own, checkpoint_callback(folder)]
     # a bar that is not drawn would be silence: where there is no terminal, lines say how far training is
     bar = section.progress and sys.stdout.isatty()

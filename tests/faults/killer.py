@@ -6,10 +6,10 @@ A program of its own, so that Lightning and torchrun can start it as they start 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -20,7 +20,7 @@ from adaskip.cli import main
 from adaskip.training.module import RouterTuner
 
 MOMENT, STEP, VICTIM = os.environ.get("MOMENT"), int(os.environ.get("STEP", 0)), int(os.environ.get("VICTIM", 0))
-train_one, save, validate = RouterTuner.training_step, torch.save, lightning.Trainer.validate
+train_one, write, validate = RouterTuner.training_step, Path.write_bytes, lightning.Trainer.validate
 
 
 def die() -> None:
@@ -37,13 +37,11 @@ def training_step(self: RouterTuner, batch: Any, batch_idx: int) -> torch.Tensor
     return train_one(self, batch, batch_idx)
 
 
-def half_a_file(content: Any, place: Any, *args: Any, **options: Any) -> None:
-    if not dies("in checkpoint") or content.get("global_step") != STEP:
-        return save(content, place, *args, **options)
-    whole = io.BytesIO()
-    save(content, whole)
-    place.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-    return die()
+def half_a_file(self: Path, content: bytes) -> int:
+    if dies("in checkpoint") and self.name.startswith(f"{STEP:08d}.ckpt"):
+        write(self, content[: len(content) // 2])
+        die()
+    return write(self, content)
 
 
 def validate_or_die(self: lightning.Trainer, *args: Any, **options: Any) -> Any:
@@ -59,6 +57,6 @@ def tell(self: RouterTuner) -> None:
 
 
 RouterTuner.training_step, RouterTuner.on_train_end = training_step, tell
-torch.save, lightning.Trainer.validate = half_a_file, validate_or_die
+Path.write_bytes, lightning.Trainer.validate = half_a_file, validate_or_die
 if __name__ == "__main__":
     main(sys.argv[1:])

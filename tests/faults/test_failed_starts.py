@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers.logger import DummyLogger
 
 import adaskip.verbs.train
 import adaskip.verbs.trainer
 from adaskip.errors import CheckpointError, ConfigError, DataError
 from adaskip.recipe import load
+from adaskip.training.tracking import Board, wandb_logger
 from adaskip.verbs.export import export
 from adaskip.verbs.start import opened
 from adaskip.verbs.train import train
@@ -53,7 +56,8 @@ def test_a_start_that_failed_blocks_nothing(tmp_path: Path, resume: bool) -> Non
 
 def test_wandb_online_without_a_key_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: minutes of pricing, then a traceback of W&B, then a folder that is refused."""
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"tracking.wandb: online needs a W&B API key.*wandb login"):
@@ -63,11 +67,52 @@ def test_wandb_online_without_a_key_is_said_at_once(tmp_path: Path, monkeypatch:
 
 def test_a_key_that_wandb_refuses_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: "none is configured" where a key is set, but wrong, or W&B cannot be reached to ask."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "too-short")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"online was refused \(.*API key must have.*tracking.wandb=off"):
         train(recipe(tmp_path / "run", "tracking.wandb=online"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_offline_leaves_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: ``WANDB_MODE`` left behind by a run offline, so that the next one, online, is told it has no key."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logger = wandb_logger(tmp_path, "offline", "adaskip", None, [], {})
+    logger.log_metrics({"loss": 1.0}, 0)
+    Board([logger]).finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert "WANDB_MODE" not in os.environ
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    with pytest.raises(ConfigError, match=r"online was refused \(.*API key must have"):
+        train(recipe(tmp_path / "run", "tracking.wandb=online"))
+
+
+@pytest.mark.usefixtures("starts_only")
+def test_offline_in_the_environment_needs_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: "none is configured" where a cluster's ``WANDB_MODE=offline`` makes every run one without a key."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(Begun):
+        train(recipe(tmp_path / "run", "tracking.wandb=online"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said", "loggers"),
+    [("offline", "disabled", 1), ("online", "disabled", 1), ("disabled", "online", 1), ("offline", "online", 2),
+     ("online", "dryrun", 2), ("offline", "", 2), ("offline", "nonsense", 2)],
+)  # fmt: skip
+def test_the_environment_makes_wandb_quieter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, said: str, loggers: int
+) -> None:
+    """Would catch: ``WANDB_MODE=disabled`` that is overwritten, or a recipe that says no and is made to say yes."""
+    monkeypatch.setenv("WANDB_MODE", said)
+    made: list[str] = []
+    monkeypatch.setattr(adaskip.verbs.trainer, "wandb_logger", lambda _, mode, *__: made.append(mode) or DummyLogger())
+    trainer = adaskip.verbs.trainer.make_trainer(recipe(tmp_path, f"tracking.wandb={wanted}"), tmp_path, 0, [])
+    assert len(trainer.loggers) == loggers
+    assert made == ["offline"] * (loggers - 1)
 
 
 def test_a_run_with_progress_is_kept(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from adaskip.errors import CheckpointError
 from adaskip.recipe import load
 from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
 from adaskip.training.module import RouterTuner
@@ -78,6 +80,27 @@ def test_killed_twice_whenever_it_validates(tmp_path: Path, steps: list[int], se
     assert numbers(folder) == numbers(whole)
     # the two newest, and the one that the last resume went on from; not one more for every resume
     assert [int(path.stem) for path in checkpoints(folder)] == [STEPS, STEPS - EVERY, 8]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_a_disk_that_fills_ends_in_a_sentence(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: a traceback out of torch's file writer, or a good checkpoint that is lost to an unfinished one."""
+    folder, train_one = tmp_path / "full", RouterTuner.training_step
+    monkeypatch.setattr("adaskip.runfiles.uuid.uuid4", lambda: SimpleNamespace(hex="unlucky0"))
+
+    def training_step(self: RouterTuner, batch: dict, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 7:  # the next checkpoint's unfinished file lies on a disk without room
+            (folder / "checkpoints" / "00000008.ckpt.unlucky0.part").symlink_to("/dev/full")
+        return train_one(self, batch, batch_idx)
+
+    with monkeypatch.context() as while_full:
+        while_full.setattr(RouterTuner, "training_step", training_step)
+        with pytest.raises(CheckpointError, match=rf"{folder}: No space left on device; make room, .* --resume$"):
+            train(load("digits-vlm", [*SHORT, f"output={folder}"]))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["00000004.ckpt"]
+    train(load(folder / "recipe.resolved.yaml"), resume=True)
+    expected, resumed = (load_file(run / "router" / "router.safetensors") for run in (whole, folder))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 def test_a_run_keeps_its_two_newest_checkpoints(whole: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from adaskip.errors import CheckpointError, DataError
+from adaskip.backbone.inspect import count_positions
+from adaskip.errors import CheckpointError, ConfigError, DataError
 from adaskip.recipe import load
+from adaskip.runtime.attach import RoutedModel
+from adaskip.stages import LineStages
 from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.generate import answer, answer_many
-from adaskip.verbs.lengths import longest_answer
+from adaskip.verbs.lengths import check_room, longest_answer
 from adaskip.verbs.run import Run
 from adaskip.verbs.train import train
 from tests import toys
@@ -104,6 +111,77 @@ def test_generate_and_calibrate_take_the_length_from_the_data(own: Path, tmp_pat
     assert certified["max_new_tokens"] > SHORTEST
     assert certified["answers_cut"] < certified["n"] == 18
     assert calibrate(copied, risk=0.3, delta=0.3, max_new_tokens=5).answers_cut == 18
+
+
+@pytest.mark.parametrize("tokens", [100000, 2046])
+def test_an_answer_longer_than_the_positions_is_refused(
+    own: Path, tmp_path: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: hours of silent writing past what the backbone can tell apart, for one zero too many."""
+    (tmp_path / "many.jsonl").write_text('{"prompt": "w1 w2 w3"}\n{"prompt": "w3"}\n')
+    for name in ("generate", "generate_many"):
+        monkeypatch.setattr(RoutedModel, name, lambda *_, **__: pytest.fail("an answer was begun"))
+    verbs: list[Callable[..., Any]] = [
+        evaluate,
+        partial(calibrate, risk=0.3, delta=0.3),
+        partial(answer, prompt="w1 w2 w3"),
+        partial(answer_many, file=tmp_path / "many.jsonl"),
+    ]
+    message = (
+        f"--max-new-tokens {tokens}: the backbone has 2048 positions for prompt and answer, and the longest prompt "
+        "takes 3; expected at most 2045"
+    )
+    for verb in verbs:
+        with pytest.raises(ConfigError, match=message):
+            verb(own, max_new_tokens=tokens)
+
+
+def test_what_fits_exactly_is_taken(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: a limit that is one too low, or one for a model that states no number of positions."""
+    model = Run.open(own).model
+    prompts = [torch.zeros(2, 3), torch.zeros(1, 8)]
+    check_room(model, 2040, prompts)
+    with pytest.raises(ConfigError, match="expected at most 2040"):
+        check_room(model, 2041, prompts)
+    with pytest.raises(ConfigError, match="takes 2048; no answer has room behind it, shorten the prompt"):
+        check_room(model, 1, [torch.zeros(1, 2048)])
+    check_room(model, None, [torch.zeros(1, 2048)])
+    assert count_positions(BloomConfig()) is None
+    monkeypatch.setattr("adaskip.verbs.lengths.count_positions", lambda _: None)
+    check_room(model, 100000, prompts)
+
+
+@pytest.mark.parametrize(("stated", "original", "positions"), [(64, None, 256), (64, 64, 256), (256, 64, 256)])
+def test_stretched_positions_count(stated: int, original: int | None, positions: int) -> None:
+    """Would catch: a refusal of what a configuration with rotary scaling allows, in whichever way it states it."""
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    rope |= {} if original is None else {"original_max_position_embeddings": original}
+    config = LlamaConfig(max_position_embeddings=stated, rope_parameters=rope)
+    assert count_positions(config) == positions
+
+
+def test_a_model_that_never_ends_an_answer_is_told(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Would catch: rows that are all written to the limit, without a word of how many tokens that is."""
+    endless = shutil.copytree(own.parent / "llama", tmp_path / "endless")
+    (endless / "generation_config.json").write_text("{}")
+    copied = copy_of(own, tmp_path / "run", spread=1.0)
+    recipe = copied / "recipe.resolved.yaml"
+    recipe.write_text(recipe.read_text().replace(str(own.parent / "llama"), str(endless)))
+    (tmp_path / "many.jsonl").write_text('{"prompt": "w1 w2 w3"}\n')
+    told = "names no end token (eos_token_id): 5 tokens are written for every prompt"
+    verbs: list[Callable[..., Any]] = [
+        evaluate,
+        partial(calibrate, risk=0.3, delta=0.3),
+        partial(answer, prompt="w1 w2 w3"),
+        partial(answer_many, file=tmp_path / "many.jsonl"),
+    ]
+    for verb in verbs:
+        verb(copied, max_new_tokens=5, stages=LineStages())
+        assert capsys.readouterr().err.count(told) == 1
+    answer(own, prompt="w1 w2 w3", max_new_tokens=5, stages=LineStages())
+    assert "end token" not in capsys.readouterr().err
 
 
 def test_no_answer_at_all_has_length_one(own: Path) -> None:

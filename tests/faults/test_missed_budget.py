@@ -11,6 +11,7 @@ import torch
 import adaskip
 from adaskip.batch import Batch
 from adaskip.errors import DataError
+from adaskip.plan import KEEP_ALL
 from adaskip.recipe import load
 from adaskip.report import write
 from adaskip.verbs.budget import Budget, hold_budget, quality
@@ -64,6 +65,34 @@ def test_logits_of_any_scale(scale: float, shift: float, scope: str) -> None:
     assert keep == pytest.approx(found.keep)
     assert 0.7 - 0.06 <= keep <= 0.7 + 1e-9
     assert found.met
+
+
+@pytest.mark.parametrize("scope", ["prompt", "token"])
+@pytest.mark.parametrize("shift", [3e12, -3e12, 3e30, -3e30])
+def test_logits_beyond_any_round_number(shift: float, scope: str) -> None:
+    """Would catch: a threshold for "every layer runs" that such logits pass, and a budget missed for a wrong reason."""
+    model, batches = routed(abs(shift) / 10, shift, scope=scope)
+    for batch in batches:
+        with model.keep_all():
+            model(**batch.arguments())
+        assert model.routing.keep_rate.min() == 1
+    found = hold_budget(model, batches, 0.7)
+    assert found.met
+    assert (found.least, quality(model, batches)[0]) == (0, pytest.approx(found.keep))
+    assert found.keep >= 0.64
+
+
+def test_every_layer_runs_though_its_logit_is_no_number() -> None:
+    """Would catch: `keep_all` as a mere comparison, by which a logit of NaN or -inf leaves the layer out."""
+    model, batches = routed(0.0)
+    with torch.no_grad():
+        for head, bias in zip(model.routers, (float("nan"), float("-inf"), float("inf"), KEEP_ALL), strict=True):
+            head.outer.bias.fill_(bias)
+    with model.keep_all():
+        model(**batches[0].arguments())
+    assert model.routing.keep.all()
+    model(**batches[0].arguments())
+    assert model.routing.keep.float().mean() == 0.25
 
 
 def test_nothing_better_lies_between() -> None:

@@ -11,6 +11,7 @@ import adaskip
 from adaskip.demo.backbone import load as load_demo
 from adaskip.errors import DataError
 from adaskip.recipe import load
+from adaskip.stages import LineStages
 from adaskip.survey.profile import smallest_profile
 from adaskip.theory.conformal import conformal_rank, smallest_sample
 from adaskip.training.data import Collator, loader
@@ -50,6 +51,33 @@ def test_profile_says_how_many_it_needs(no_model: None, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         profile_model("digits-vlm", str(tmp_path), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_half_a_file_says_so(
+    no_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Would catch: 20 inputs, or too few of them, found in a file of 40 rows, and no word of the other half."""
+    source, half = str(tmp_path), f"{tmp_path}/validation.jsonl, which serves validation and calibration, for want of"
+    (tmp_path / "validation.jsonl").write_text(rows(40))
+    for split, which in (("validation", "first"), ("calibration", "second")):
+        with pytest.raises(DataError, match=rf"split {split} of .* \({split} is the {which} half of {half} cal"):
+            profile_model("digits-vlm", source, split=split, output=tmp_path / "out")
+    (tmp_path / "validation.jsonl").write_text(rows(80))
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        profile_model("digits-vlm", source, output=tmp_path / "out", stages=LineStages())
+    told = f"adaskip: profiling 40 inputs: validation is the first half of {half} calibration.jsonl\n"
+    assert told in capsys.readouterr().err
+    (tmp_path / "calibration.jsonl").write_text(rows(9))
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        profile_model("digits-vlm", source, output=tmp_path / "out", stages=LineStages())
+    assert "half" not in capsys.readouterr().err
+
+
+def test_train_tells_of_the_half_as_well(tmp_path: Path) -> None:
+    """Would catch: advice to lengthen a calibration.jsonl that is not there."""
+    (tmp_path / "validation.jsonl").write_text(rows(10))
+    with pytest.raises(DataError, match="calibration is the second half of"):
+        enough_to_train(load("causal-lm", [f"data.source={tmp_path}"]), validation=5, calibration=5)
 
 
 def test_the_python_profile_says_so_as_well() -> None:

@@ -23,7 +23,7 @@ from adaskip.bench.settings import BenchSettings, read
 from adaskip.bench.sides import Side, ideal
 from adaskip.bench.subject import Subject, stored_subject
 from adaskip.errors import ConfigError
-from adaskip.plan import SkipPlan
+from adaskip.plan import KEEP_ALL, SkipPlan
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import attach
 from adaskip.runtime.timing import cache_bytes, peak_memory
@@ -105,6 +105,11 @@ def test_routers_work_in_full_and_then_decide_as_they_are_told(image_tokens: int
         with torch.no_grad():
             expected = subject.routed(**inputs, routing=keep).logits
         assert torch.equal(model(**inputs).logits, expected)
+    subject.routed.set_threshold(KEEP_ALL)  # as `adaskip calibrate` leaves it where it can certify none
+    model = force(subject, keep)
+    with torch.no_grad():
+        model(**inputs)
+    assert torch.equal(model.routing.keep, keep)
 
 
 def test_a_plan_is_forced_beforehand_and_goes_one_way() -> None:

@@ -31,6 +31,16 @@ def test_a_write_that_fails_leaves_the_file_before_it_and_nothing_beside(tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_write_without_room_names_the_file(tmp_path: Path) -> None:
+    """Would catch: "No space left on device" and no word of where, for the system names no file to a writer."""
+
+    def no_room(part: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'a.json'}'"):
+        runfiles.write_with(tmp_path / "a.json", no_room)
+
+
 def test_lines_are_appended_to_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     runfiles.write_lines(path, [{"a": 1}])
