@@ -14,7 +14,7 @@ from adaskip import RoutedModel, RouterConfig, SkipPlan, Target, attach, cut
 from adaskip.errors import ConfigError
 from tests import families
 from tests.families import LAYERS, Toy
-from tests.routing import GREEDY, LENGTHS, decide, masked, real, some_keep
+from tests.routing import GREEDY, LENGTHS, decide, masked, real, some_keep, watched
 
 ANSWER = 3
 """Tokens of the answer that stands behind each prompt in a whole pass; rows are padded on the left."""
@@ -94,7 +94,11 @@ class TestPhase:
         speaks = batch["attention_mask"].bool() & (prompt if target["phase"] == "prefill" else ~prompt)
         if target.get("group") == "vision":
             speaks &= batch["input_ids"] == families.IMAGE
-        skipped = model(**batch, prompt_mask=prompt, routing=keep, use_cache=False).logits
+        with watched(model, unit) as left:
+            skipped = model(**batch, prompt_mask=prompt, routing=keep, use_cache=False).logits
+        for index, gone in left.items():
+            assert torch.equal(real(gone, batch), real(speaks & ~keep[index][:, None], batch))
+        assert len(left) == LAYERS
         if target["phase"] == "decode" or target.get("kv") == "kept" or unit == "mlp":  # nobody misses its keys
             runs = keep[..., None] | ~speaks
             with model.dense(), masked(model, runs, batch, unit, "all"):
