@@ -99,12 +99,13 @@ class TestPhase:
         for index, gone in left.items():
             assert torch.equal(real(gone, batch), real(speaks & ~keep[index][:, None], batch))
         assert len(left) == LAYERS
-        if target["phase"] == "decode" or target.get("kv") == "kept" or unit == "mlp":  # nobody misses its keys
-            runs = keep[..., None] | ~speaks
-            with model.dense(), masked(model, runs, batch, unit, "all"):
-                expected = model.backbone(**batch, use_cache=False).logits
-            if target.get("scope") != "token" or target.get("kv") == "kept":
-                assert (real(expected, batch) - real(skipped, batch)).abs().max() <= 1e-4
+        with model.dense(), masked(model, keep[..., None] | ~speaks, batch, unit, "all"):
+            expected = model.backbone(**batch, use_cache=False).logits
+        gap = (real(expected, batch) - real(skipped, batch)).abs().max()
+        if target["phase"] == "prefill" and target.get("kv") != "kept" and unit != "mlp":  # the answer misses keys
+            assert gap > 1e-3
+        else:
+            assert gap <= 1e-4
         assert torch.equal(model.routing.keep_rate < 1, speaks.any(1) & ~keep.all(0))
         if name in ("mixtral", "falcon", "deepseek_v3") or target.get("scope") == "token":
             return  # what torch counts of their attention depends on the cut, and single tokens are filled up to rows
