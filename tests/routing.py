@@ -125,6 +125,32 @@ def masked(model: RoutedModel, keep: Tensor, batch: dict[str, Tensor], unit: str
             handle.remove()
 
 
+@contextmanager
+def watched(model: RoutedModel, unit: str) -> Iterator[dict[int, Tensor]]:
+    """Which tokens leave each layer's unit, bool (b t) by layer, as its modules show from outside."""
+    left: dict[int, Tensor] = {}
+
+    def watch(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            states = out[0] if isinstance(out, tuple) else out
+            before = args[0] if args else kwargs["hidden_states"]
+            left[index] = (states == (before if unit == "block" else 0.0)).all(-1)
+
+        return hook
+
+    handles = []
+    for index, module in enumerate(model.spec.layers):
+        if unit != "block":
+            parts = model.spec.sublayers[index]
+            module = parts.attention if unit == "attention" else parts.mlp[-1]
+        handles.append(module.register_forward_hook(watch(index), with_kwargs=True))
+    try:
+        yield left
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def check_saving(model: RoutedModel, batch: dict[str, Tensor], keep: Tensor) -> None:
     """The FLOPs that the routing claims to have saved are those that torch no longer counts."""
     with FlopCounterMode(display=False) as dense, model.dense():

@@ -14,7 +14,7 @@ from adaskip import RoutedModel, RouterConfig, SkipPlan, Target, attach, cut
 from adaskip.errors import ConfigError
 from tests import families
 from tests.families import LAYERS, Toy
-from tests.routing import GREEDY, LENGTHS, decide, masked, real, some_keep
+from tests.routing import GREEDY, LENGTHS, decide, masked, real, some_keep, watched
 
 ANSWER = 3
 """Tokens of the answer that stands behind each prompt in a whole pass; rows are padded on the left."""
@@ -94,13 +94,18 @@ class TestPhase:
         speaks = batch["attention_mask"].bool() & (prompt if target["phase"] == "prefill" else ~prompt)
         if target.get("group") == "vision":
             speaks &= batch["input_ids"] == families.IMAGE
-        skipped = model(**batch, prompt_mask=prompt, routing=keep, use_cache=False).logits
-        if target["phase"] == "decode" or target.get("kv") == "kept" or unit == "mlp":  # nobody misses its keys
-            runs = keep[..., None] | ~speaks
-            with model.dense(), masked(model, runs, batch, unit, "all"):
-                expected = model.backbone(**batch, use_cache=False).logits
-            if target.get("scope") != "token" or target.get("kv") == "kept":
-                assert (real(expected, batch) - real(skipped, batch)).abs().max() <= 1e-4
+        with watched(model, unit) as left:
+            skipped = model(**batch, prompt_mask=prompt, routing=keep, use_cache=False).logits
+        for index, gone in left.items():
+            assert torch.equal(real(gone, batch), real(speaks & ~keep[index][:, None], batch))
+        assert len(left) == LAYERS
+        with model.dense(), masked(model, keep[..., None] | ~speaks, batch, unit, "all"):
+            expected = model.backbone(**batch, use_cache=False).logits
+        gap = (real(expected, batch) - real(skipped, batch)).abs().max()
+        if target["phase"] == "prefill" and target.get("kv") != "kept" and unit != "mlp":  # the answer misses keys
+            assert gap > 1e-3
+        else:
+            assert gap <= 1e-4
         assert torch.equal(model.routing.keep_rate < 1, speaks.any(1) & ~keep.all(0))
         if name in ("mixtral", "falcon", "deepseek_v3") or target.get("scope") == "token":
             return  # what torch counts of their attention depends on the cut, and single tokens are filled up to rows

@@ -43,17 +43,24 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("moment", "step", "goes_on_from", "kept"),
     [
         ("in step", 2, 0, []),
+        ("in step", 3, 0, []),
         ("in step", 5, 4, [4]),
         ("in step", 10, 8, [8, 4]),
         ("in checkpoint", 12, 8, [8, 4]),
         ("after training", 16, 16, [16, 12]),
     ],
-    ids=["before the first checkpoint", "early", "between two checkpoints", "while one is written", "after training"],
-)
+    ids=[
+        "before the first number", "before the first checkpoint", "early", "between two checkpoints",
+        "while one is written", "after training",
+    ],
+)  # fmt: skip
 def test_a_run_killed_in_mid_training_goes_on(
     whole: Path, tmp_path: Path, steps: list[int], moment: str, step: int, goes_on_from: int, kept: list[int]
 ) -> None:
-    """Would catch: no checkpoint before the end, one that is half written, draws or batches that a resume repeats."""
+    """Would catch: no checkpoint before the end, one that is half written, draws or batches that a resume repeats.
+
+    Before the first checkpoint: a resume that cannot do without one, and numbers of the lost steps that stay.
+    """
     folder = tmp_path / "killed"
     kill(moment, step, ["train", "digits-vlm", *SHORT, f"output={folder}"])
     assert [int(path.stem) for path in checkpoints(folder)] == kept
