@@ -56,3 +56,20 @@ def says_when_lost(sentence: str) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
+
+
+@contextmanager
+def closes_its_group() -> Iterator[None]:
+    """Close the group of processes that was opened inside, once all is done there.
+
+    The threads of a group that is left open may abort a process on its way out, and a launcher then calls a run lost
+    that is whole. After an error it stays open: closing waits for processes that may be gone.
+    """
+    from torch import distributed
+
+    if not distributed.is_available() or distributed.is_initialized():
+        yield
+        return
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

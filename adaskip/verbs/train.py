@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from adaskip.batch import Batch, count
 from adaskip.errors import CheckpointError
-from adaskip.ranks import is_first_process, is_lost_process, says_when_lost
+from adaskip.ranks import closes_its_group, is_first_process, is_lost_process, says_when_lost
 from adaskip.recipe import Recipe, load
 from adaskip.runfiles import CONDITIONS, RECIPE
 from adaskip.runtime.attach import RoutedModel, attach
@@ -83,7 +83,7 @@ def train(
             f"go on with: adaskip train {folder / RECIPE} --resume"
         )
         try:
-            with says_when_lost(lost):
+            with says_when_lost(lost), closes_its_group():
                 return _Training(recipe, folder, model, collate, splits, laps, stages).run(checkpoint, step)
         except RuntimeError as error:
             if not is_lost_process(error):

@@ -1,10 +1,13 @@
-"""``adaskip`` with a death built in: ``MOMENT`` at ``STEP`` of process ``VICTIM``; every process tells its routers.
+"""``adaskip`` with a death built in: ``MOMENT`` at ``STEP`` of process ``VICTIM``.
+
+Every process tells its routers, and at its end whether it leaves the group of processes open.
 
 A program of its own, so that Lightning and torchrun can start it as they start ``adaskip``.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import signal
@@ -58,5 +61,6 @@ def tell(self: RouterTuner) -> None:
 
 RouterTuner.training_step, RouterTuner.on_train_end = training_step, tell
 Path.write_bytes, lightning.Trainer.validate = half_a_file, validate_or_die
+atexit.register(lambda: os.write(2, f"OPEN {torch.distributed.is_initialized()}\n".encode()))
 if __name__ == "__main__":
     main(sys.argv[1:])

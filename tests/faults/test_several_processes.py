@@ -46,9 +46,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 def test_two_processes_end_with_the_same_routers_and_one_set_of_files(
     whole: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    """Would catch: a second process that finds the folder taken, an in-place reduction, files or results twice."""
+    """Would catch: a second process that finds the folder taken, an in-place reduction, files or results twice.
+
+    And a group of processes that is left open, whose threads now and then abort a process that has done all its work.
+    """
     folder, done = whole
     first, second = routers(done)
+    assert re.findall(r"OPEN (\w+)", done.stderr) == ["False"] * 2
     assert first[1:] == second[1:]
     assert float(first[2]) > 0
     assert json.loads(done.stdout)["steps"] == STEPS  # one JSON object, not one a process
