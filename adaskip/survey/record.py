@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.request import find_routed
 from adaskip.survey.crossmodal import AttentionReading, read_attention
-from adaskip.theory.costs import compare_predicted, predicted
+from adaskip.theory.costs import Reference, predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,11 @@ class Recorded:
 
     def compare(self, logits: Tensor) -> dict[str, Tensor]:
         """Return ``kl``, ``s`` and ``u`` of logits (k v) against the recorded ones, (b) each; see `costs.compare`."""
-        return compare_predicted(self.logits, logits, self.batch.supervised)
+        return self._reference.compare(logits, self.batch.supervised)
+
+    @cached_property
+    def _reference(self) -> Reference:
+        return Reference(self.logits)
 
     def match(self, logits: Tensor) -> Tensor:
         """Return bool (b): whether the argmax of logits (k v) is right at every predicted token of a row."""
