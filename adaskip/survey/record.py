@@ -13,6 +13,7 @@ Kept of the logits are those that predict a supervised token, k of all rows toge
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.request import find_routed
 from adaskip.survey.crossmodal import AttentionReading, read_attention
-from adaskip.theory.costs import Reference, predicted
+from adaskip.theory.costs import WIDE, Reference, predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Recorded:
         return match_predicted(logits, self.batch)
 
     def _run(self, **decisions: Tensor) -> Tensor:
-        return predicted(self.model(**self.batch.arguments(), **decisions).logits, self.batch.supervised)
+        return _predict(self.model, self.batch, **decisions)
 
 
 @torch.no_grad()
@@ -119,12 +120,28 @@ def record(
     reading = read_attention(model, tokens) if attention else nullcontext()
     decided = nullcontext() if routed else model.dense()
     with decided, model.observe(watch) if states else nullcontext(), reading as text:
-        logits = predicted(model(**batch.arguments()).logits, batch.supervised)
+        logits = _predict(model, batch)
     if routed:
         keep = model.routing.keep
     else:
         keep = torch.ones(len(model.spec.layers), len(batch), dtype=torch.bool, device=logits.device)
     return Recorded(model, batch, tokens, logits, keep, [*entered[:1], *after], entered, text)
+
+
+def _predict(model: RoutedModel, batch: Batch, **decisions: Tensor) -> Tensor:
+    """Return the logits (k v) that predict a supervised token.
+
+    A wide head reads nothing before the first of them: over prompts it would take more seconds than many a layer, and
+    most of the memory.
+    """
+    supervised, config = batch.supervised, model.backbone.config.get_text_config(decoder=True)
+    takes = "logits_to_keep" in inspect.signature(type(model.backbone).forward).parameters
+    if not takes or config.vocab_size <= WIDE:
+        return predicted(model(**batch.arguments(), **decisions).logits, supervised)
+    first = int(supervised.any(0).long().argmax())
+    last = supervised.shape[1] + 1 - first
+    logits = model(**batch.arguments(), **decisions, logits_to_keep=last).logits
+    return predicted(logits, supervised[:, first:])
 
 
 def find_group(model: RoutedModel, tokens: Tokens, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from adaskip.errors import DataError
 from adaskip.theory import bounds
 
-_WIDE = 4096
+WIDE = 4096
 """Vocabularies up to here are compared in float64: that costs little there, and keeps every digit."""
 _AT_ONCE = 16
 """Predicted tokens of a wide vocabulary that are compared at once, so that what lies between stays in the caches."""
@@ -93,7 +93,7 @@ class Reference:
 
     def compare(self, routed: Tensor, supervised: Tensor) -> dict[str, Tensor]:
         """Return what `compare_predicted` does, for routed logits (k v)."""
-        if self.logits.shape[-1] <= _WIDE or routed.shape != self.logits.shape:
+        if self.logits.shape[-1] <= WIDE or routed.shape != self.logits.shape:
             return compare_predicted(self.logits, routed, supervised)
         parts = [self._part(routed[start : start + _AT_ONCE], start) for start in range(0, len(routed), _AT_ONCE)]
         kl, s, u = (torch.cat(values) for values in zip(*parts, strict=True)) if parts else routed.new_zeros(3, 0)
