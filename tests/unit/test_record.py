@@ -53,6 +53,20 @@ def test_a_rerun_gives_what_a_whole_pass_gives(name: str, group: str, routed: bo
         assert rate.equal(recorded.model.routing.keep_rate)
 
 
+@pytest.mark.parametrize("name", ["llama", "llava"])
+@torch.no_grad()
+def test_a_wide_head_reads_no_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches logits of whole prompts over a vocabulary of 49,000, most of the memory of a survey."""
+    narrow = prepared(name, "all")
+    monkeypatch.setattr("adaskip.survey.record.WIDE", 0)
+    read: list[int] = []
+    head = narrow.model.backbone.get_output_embeddings()
+    head.register_forward_pre_hook(lambda head, states: read.append(states[0].shape[1]))
+    wide = record(narrow.model, narrow.batch)
+    assert torch.allclose(wide.logits, narrow.logits, atol=1e-5)
+    assert read == [3], "the last prompt token and the two of the answer"
+
+
 @torch.no_grad()
 def test_states_that_a_model_adds_to_between_layers_are_those_that_layers_got() -> None:
     """qwen3_vl adds picture features to the states between its first layers."""
