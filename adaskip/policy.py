@@ -104,6 +104,7 @@ class Settings(Protocol):
 # One line a method. Modules are named, not imported: nobody loads fifteen methods to use one.
 HOMES = {
     "learned": "adaskip.policies.learned.routers:Learned",
+    "path_bank": "adaskip.policies.path_bank:PathBank",
     "static": "adaskip.policies.static:Static",
 }
 _REGISTERED: dict[str, type[Policy]] = {}

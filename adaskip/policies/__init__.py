@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaskip.policies.learned.routers import Learned as Learned
+    from adaskip.policies.path_bank import PathBank as PathBank
     from adaskip.policies.static import Static as Static
     from adaskip.policy import Policy as Policy
     from adaskip.policy import find as find

@@ -52,11 +52,12 @@ class Coin(Policy):
 POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "coin": lambda target: Coin(target=adaskip.Target(**target)),
     "learned": lambda target: adaskip.RouterConfig(**target),
+    "path_bank": lambda target: adaskip.policies.PathBank([[1], [3], [1, 2]], 1, adaskip.Target(**target)),
     "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
 }
 """Every kind of `adaskip.policy.HOMES`, and the one above, for a target."""
 
-GIVES_LOGITS = {"coin": False, "learned": True, "static": False}
+GIVES_LOGITS = {"coin": False, "learned": True, "path_bank": False, "static": False}
 """Whether a kind's `decide` gives logits, which a threshold is compared with; else it gives booleans, or nothing."""
 
 CASES = [
@@ -72,6 +73,8 @@ CASES = [
 def routed(kind: str, name: str, target: dict[str, Any]) -> tuple[families.Toy, adaskip.RoutedModel]:
     toy = families.make(name, "eager")
     model = adaskip.attach(toy.model, POLICIES[kind](target))
+    if kind == "path_bank":  # a predictor that tells prompts apart
+        torch.nn.init.normal_(model.policy.weight, generator=torch.Generator().manual_seed(0))
     return toy, decide(model) if model.routers else model
 
 

@@ -1,0 +1,113 @@
+"""A few fixed paths, and a predictor of what each would cost a prompt: every prompt takes the cheapest.
+
+    layer    0 1 2 | 3 4 5 6 7 ...                      entry = 3
+    path A   # # # | . # # . #                          what a prompt shows before layer 3 says which
+    path B   # # # | # . # # .                          of them it takes; nothing is decided later
+
+Each path is a static subnetwork: prompts that go the same way can be decoded as one batch, or served by a plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adaskip.backbone.inspect import BackboneSpec
+from adaskip.errors import ConfigError
+from adaskip.plan import Target, read_layers
+from adaskip.policy import Policy
+
+if TYPE_CHECKING:
+    from adaskip.runtime.request import Request
+
+
+class PathBank(Policy):
+    """Choose one of several paths for each prompt, by what each is predicted to cost it.
+
+    Made by `adaskip.survey.bank.fit_bank`. As it comes, without a fit, every prompt takes the first path.
+
+    Args:
+        paths: the layers that each path leaves out.
+        entry: the choice falls before this layer; every earlier one runs on all paths.
+        target: its scope is ``prompt``.
+
+    Raises:
+        ConfigError: no path, one that leaves out a layer before the entry, or scope ``token``.
+    """
+
+    kind: ClassVar[str] = "path_bank"
+
+    def __init__(self, paths: Sequence[Sequence[int]], entry: int = 3, target: Target | None = None) -> None:
+        super().__init__(target)
+        try:
+            self.paths = tuple(read_layers(path) for path in paths)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"PathBank: paths: expected a list of layer numbers for each ({error})") from None
+        self.entry = entry
+        faults = [] if self.paths else ["paths: expected at least one, got none"]
+        if early := sorted({layer for path in self.paths for layer in path if layer < entry}):
+            faults.append(f"paths: layers {early} stand before entry={entry}, where every layer runs; lower the entry")
+        if self.target.scope == "token":
+            faults.append("target: expected scope 'prompt', got 'token'; a path is a whole prompt's")
+        if faults:
+            raise ConfigError("PathBank: " + "; ".join(faults))
+
+    def build(self, spec: BackboneSpec, seed: int) -> None:
+        """Make the predictor, which knows nothing yet: all costs are 0, and the first path is taken.
+
+        Raises:
+            ConfigError: a path names a layer that the model does not have, or the entry is not inside it.
+        """
+        layers, features = len(spec.layers), 2 * spec.width
+        wrong = sorted({layer for path in self.paths for layer in path if layer >= layers})
+        if wrong or not 0 <= self.entry < layers:
+            named = f"layers {wrong} of paths" if wrong else f"entry={self.entry}"
+            raise ConfigError(f"PathBank: {named}: the model has {layers} layers, 0 to {layers - 1}")
+        keep = torch.ones(len(self.paths), layers, dtype=torch.bool)
+        for row, path in zip(keep, self.paths, strict=True):
+            row[list(path)] = False
+        self.register_buffer("keep", keep.to(spec.device), persistent=False)
+        self.register_buffer("centre", torch.zeros(features, device=spec.device))
+        self.register_buffer("weight", torch.zeros(features, len(self.paths), device=spec.device))
+        self.register_buffer("bias", torch.zeros(len(self.paths), device=spec.device))
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Return the predicted cost of each path, float32 (b k), from `describe_prompt`'s features (b f)."""
+        costs: Tensor = (features - self.centre) @ self.weight + self.bias
+        return costs
+
+    def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
+        """Return bool (b): what the chosen path says of this layer; the choice falls once a request."""
+        if layer < self.entry:
+            return torch.ones(len(states), dtype=torch.bool, device=states.device)
+        if "path" not in request.memo:
+            request.memo["path"] = self.predict(describe_prompt(states, request.prompt)).argmin(1)
+        runs: Tensor = self.keep[request.memo["path"], layer]
+        return runs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the paths, the entry and the target."""
+        return {"paths": [list(path) for path in self.paths], "entry": self.entry, "target": self.target.to_dict()}
+
+
+def describe_prompt(states: Tensor, prompt: Tensor) -> Tensor:
+    """Return what a predictor sees of each prompt, float32 (b 2d): the mean of its tokens' directions, and the last's.
+
+    Every token is brought to norm 1 before it is averaged, and the first is left out: in many language models the
+    states of the first token are a hundred times larger than the others', and the same for every prompt.
+
+    Args:
+        states: (b t d), any float type; what does not belong to a prompt may be anything, NaN included.
+        prompt: bool (b t).
+    """
+    clean = states.float().masked_fill(~prompt[..., None], 0.0)
+    directions = clean / clean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    place = prompt.cumsum(1)
+    last = prompt & (place == place[:, -1:])
+    rest = prompt & (place > 1)
+    rest = torch.where(rest.any(1, keepdim=True), rest, prompt)  # a prompt of one token
+    mean = (directions * rest[..., None]).sum(1) / rest.sum(1, keepdim=True).clamp(min=1)
+    return torch.cat([mean, (directions * last[..., None]).sum(1)], 1)
