@@ -39,6 +39,10 @@ class PathBank(Policy):
     """
 
     kind: ClassVar[str] = "path_bank"
+    keep: Tensor  # bool (k l)
+    centre: Tensor  # float32 (f), of the features
+    weight: Tensor  # float32 (f k)
+    bias: Tensor  # float32 (k)
 
     def __init__(self, paths: Sequence[Sequence[int]], entry: int = 3, target: Target | None = None) -> None:
         super().__init__(target)
@@ -76,8 +80,7 @@ class PathBank(Policy):
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the predicted cost of each path, float32 (b k), from `describe_prompt`'s features (b f)."""
-        costs: Tensor = (features - self.centre) @ self.weight + self.bias
-        return costs
+        return (features - self.centre) @ self.weight + self.bias
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Return bool (b): what the chosen path says of this layer; the choice falls once a request."""
@@ -85,8 +88,7 @@ class PathBank(Policy):
             return torch.ones(len(states), dtype=torch.bool, device=states.device)
         if "path" not in request.memo:
             request.memo["path"] = self.predict(describe_prompt(states, request.prompt)).argmin(1)
-        runs: Tensor = self.keep[request.memo["path"], layer]
-        return runs
+        return self.keep[request.memo["path"], layer]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the paths, the entry and the target."""
