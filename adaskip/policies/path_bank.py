@@ -79,7 +79,7 @@ class PathBank(Policy):
         self.register_buffer("bias", torch.zeros(len(self.paths), device=spec.device))
 
     def predict(self, features: Tensor) -> Tensor:
-        """Return the predicted cost of each path, float32 (b k), from `describe_prompt`'s features (b f)."""
+        """Return what each path will cost beside the others, float32 (b k), from `describe_prompt`'s features (b f)."""
         return (features - self.centre) @ self.weight + self.bias
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from adaskip.batch import Batch
@@ -36,7 +37,9 @@ Path = tuple[int, ...]
 Price = Callable[[Sequence[Path], Sequence[int]], Tensor]
 """What paths cost inputs, given by number: float (n p), nats per predicted token."""
 
-_FOLDS = 5
+_FOLDS = 10
+_CLEAR = 1.645
+"""Standard errors by which choosing must pay."""
 _FEWEST = 4
 """A group of fewer inputs than this gets no path of its own."""
 
@@ -180,22 +183,25 @@ def greedy_path(price: Price, rows: Sequence[int], single: Tensor, skips: int, w
 def fit_predictor(features: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Regress costs (n k) on features (n f) by ridge; return centre (f), weight (f k), bias (k) and choices (n).
 
-    The choices are cross-fitted: each input's by a predictor that did not see it. Where they cost no less than the
-    first path for all, the weights are 0 and the first path is everybody's.
+    What is regressed is a path's cost beside the mean of all paths: how dear an input is altogether chooses nothing,
+    and varies most. The choices are cross-fitted: each input's by a predictor that did not see it. Unless they cost
+    clearly less than the first path for all (one-sided, 95 %), the weights are 0 and the first path is everybody's.
     """
-    x, y = features.double().numpy(), costs.double().numpy()
-    centre = x.mean(0)
-    ridge = RidgeCV(alphas=np.logspace(-3, 3, 13))
-    guessed = cross_val_predict(ridge, x - centre, y, cv=KFold(_FOLDS, shuffle=True, random_state=0))
-    chosen = torch.from_numpy(guessed).argmin(1)
-    kind: dict[str, Any] = {"dtype": torch.float32}
-    if costs.gather(1, chosen[:, None]).mean() >= costs[:, 0].mean():
-        bias = torch.ones(costs.shape[1])
-        bias[0] = 0.0
-        return torch.tensor(centre, **kind), torch.zeros(x.shape[1], len(bias)), bias, torch.zeros(len(y)).long()
-    ridge.fit(x - centre, y)
-    slopes, level = np.atleast_2d(ridge.coef_).T, np.atleast_1d(ridge.intercept_)
-    return torch.tensor(centre, **kind), torch.tensor(slopes, **kind), torch.tensor(level, **kind), chosen
+    x = features.double().numpy()
+    beside = (costs - costs.mean(1, keepdim=True)).double().numpy()
+    centre, scale = x.mean(0), x.std(0).clip(1e-6)
+    ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(0, 5, 11)))
+    guessed = cross_val_predict(ridge, x, beside, cv=KFold(_FOLDS, shuffle=True, random_state=0))
+    chosen = torch.from_numpy(guessed.reshape(len(x), -1)).argmin(1)
+    slopes, level = np.zeros((x.shape[1], costs.shape[1])), np.ones(costs.shape[1])
+    gain = costs[:, 0] - costs.gather(1, chosen[:, None])[:, 0]
+    if gain.mean() > _CLEAR * gain.std() / len(gain) ** 0.5:
+        fitted = RidgeCV(alphas=np.logspace(0, 5, 11)).fit((x - centre) / scale, beside)
+        slopes, level = fitted.coef_.T / scale[:, None], fitted.intercept_
+    else:
+        chosen, level[0] = torch.zeros(len(x)).long(), 0.0
+    weight, bias = torch.from_numpy(slopes).float(), torch.from_numpy(level).float()
+    return torch.from_numpy(centre).float(), weight, bias, chosen
 
 
 def _group(single: Tensor, count: int, seed: int) -> Tensor:

@@ -85,7 +85,7 @@ def test_where_prompts_tell_nothing_everybody_takes_the_first_path() -> None:
 def test_a_bank_of_a_model(tmp_path) -> None:
     """What it says of each input is what the attached bank costs; saved and loaded it decides alike."""
     toy = toys.make("llama")
-    inputs = toy.batch([6 + i % 5 for i in range(16)])
+    inputs = toy.batch([6 + i % 5 for i in range(24)])
     labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
     labels[:, :-2] = -100
     whole = Batch(inputs, labels, inputs["attention_mask"].bool() & (labels == -100))
@@ -95,7 +95,7 @@ def test_a_bank_of_a_model(tmp_path) -> None:
         chosen = list(rows)
         return [Batch({n: v[chosen] for n, v in inputs.items()}, labels[chosen], whole.prompt_mask[chosen])]
 
-    found = find_bank(model, batches, 16, skips=1, paths=3, entry=1)
+    found = find_bank(model, batches, 24, skips=1, paths=3, entry=1)
     assert all(len(path) == 1 and path[0] >= 1 for path in found.paths)
     assert found.figures["best"] <= found.figures["chosen"] <= found.figures["first"]
     again = adaskip.attach(model.detach(), found.policy())
@@ -115,5 +115,5 @@ def test_what_cannot_be_found_is_told() -> None:
     model = adaskip.attach(toys.make("llama").model, adaskip.SkipPlan())
     with pytest.raises(ConfigError, match="skips: expected 1 to 1, as many as stand behind entry=3, got 2"):
         find_bank(model, lambda rows: [], 40, skips=2)
-    with pytest.raises(DataError, match="expected at least 10 inputs to fit a predictor on, got 3"):
+    with pytest.raises(DataError, match="expected at least 20 inputs to fit a predictor on, got 3"):
         find_bank(model, lambda rows: [], 3, skips=1)
