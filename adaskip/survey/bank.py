@@ -92,7 +92,7 @@ def find_bank(
 
     Args:
         model: attached, of scope ``prompt``; whatever decides in it, only its execution is used.
-        batches: makes batches, on the model's device, of inputs given by number.
+        batches: makes batches, on the model's device, of inputs given by number, in that order.
         inputs: how many there are; nothing else is fitted on them.
         skips: layers that every path leaves out.
         paths: at most so many.

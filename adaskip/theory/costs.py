@@ -72,8 +72,8 @@ def compare_predicted(dense: Tensor, routed: Tensor, supervised: Tensor) -> dict
 class Reference:
     """Hold the dense side of many comparisons, so that it is computed once.
 
-    Over a wide vocabulary the arithmetic is float32, its sums float64, a few tokens at a time: a tenth of the seconds
-    of `compare_predicted`, and nothing of a comparison stays. Relative errors then are below 1e-5 for a KL of a tenth
+    Over a wide vocabulary the arithmetic is float32, its sums float64, a few tokens at a time: much quicker than
+    `compare_predicted`, and nothing of a comparison stays. Relative errors then are below 1e-5 for a KL of a tenth
     of a nat, and 1e-3 for one of 1e-7.
 
     Args:
