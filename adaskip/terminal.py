@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -23,6 +25,8 @@ from adaskip.stages import SILENT, Advance, LineStages, Stages
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+AGAIN = 0.05
+"""Seconds after which a swallowed Ctrl-C is raised again, so that the callback that swallowed it is over."""
 
 
 class Result(Protocol):
@@ -36,7 +40,7 @@ class Result(Protocol):
 def do(work: Callable[[], Result | dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
     """Do a verb's work, then print its result for people or for programs, and turn it into an exit status."""
     try:
-        with _stdout_to_stderr() if as_json else nullcontext():
+        with _keeping_interrupts(), _stdout_to_stderr() if as_json else nullcontext():
             result = work()
             values = result if isinstance(result, dict) else result.to_dict()
     except (AdaSkipError, OSError) as error:
@@ -53,6 +57,23 @@ def do(work: Callable[[], Result | dict[str, Any]], show: Callable[[dict[str, An
         show(values)
     if not values.get("ok", True):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _keeping_interrupts() -> Iterator[None]:
+    """Raise Ctrl-C a second time where Python swallows the first: in ``__del__`` or a weak reference's callback."""
+
+    def hear(swallowed: Any) -> None:
+        if issubclass(swallowed.exc_type, KeyboardInterrupt):
+            threading.Timer(AGAIN, _thread.interrupt_main).start()
+        else:
+            before(swallowed)
+
+    before, sys.unraisablehook = sys.unraisablehook, hear
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _tell(text: str, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Reruns:
 
         Dense passes are remembered too, so that their tensors are not taken for another's. A pass with a cache is not:
         run again it would write the cache twice, so it is no training. Dynamo can trace no weak reference, and needs
-        none: it recomputes its graphs by itself.
+        none: it recomputes its graphs by itself. What forgets a dead tensor is ``dict.pop`` itself, with the dead
+        reference as its default: Ctrl-C that arrives while a callback of Python code runs would be swallowed there.
         """
         if request.cache is not None or not request.learns or torch.compiler.is_dynamo_compiling():
             return
@@ -49,7 +51,7 @@ class Reruns:
             options = replace(request.options, observer=None, replay=())
             request.rerun = again = replace(request, memo={}, options=options)
             number = id(again)
-            self._pending[number] = weakref.ref(again, lambda _: self._pending.pop(number, None))
+            self._pending[number] = weakref.ref(again, partial(self._pending.pop, number))
         own = (request.prompt, request.tokens.valid, request.tokens.vision, request.options.prompt_mask)
         for tensor in _tensors(named):
             key = id(tensor)
@@ -57,8 +59,7 @@ class Reruns:
             # the request's own masks live as long as it does, so they would never let go of it
             if any(tensor is other for other in own) or (entry is not None and entry[1] is request.rerun):
                 continue
-            dead = weakref.ref(tensor, lambda _, key=key: self._by_tensor.pop(key, None))  # type: ignore[misc]
-            self._by_tensor[key] = dead, request.rerun
+            self._by_tensor[key] = weakref.ref(tensor, partial(self._by_tensor.pop, key)), request.rerun
 
     def find(self, named: dict[str, Any], last: Request | None) -> Request | None:
         """Return the request that most of these tensors belong to; where none does, the only one there is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
+import typer
 
 from adaskip import terminal
 from adaskip.cli import main
@@ -29,6 +32,7 @@ from adaskip.verbs.profile import profile_model
 from adaskip.verbs.train import train
 from adaskip.verbs.trainer import make_trainer
 from tests.faults.finished import SHORT, copy_of
+from tests.routing import routed
 
 
 class Heard(Stages):
@@ -161,6 +165,41 @@ def test_ctrl_c_ends_training_with_one_line(tmp_path: Path) -> None:
     resume = rf"go on with: adaskip train {folder}/recipe.resolved.yaml --resume"
     said = rf"^adaskip: interrupted at step \d+ of 4000; {resume}$"
     assert re.search(said, done.stderr, re.M)
+
+
+def test_ctrl_c_that_python_swallows_is_heard_all_the_same() -> None:
+    """It arrived in a weak reference's callback, where Python prints an exception and goes on: training went on."""
+
+    def press(_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+    def work() -> dict[str, object]:
+        thing = Heard()
+        pressed = weakref.ref(thing, press)  # noqa: F841 - it must live for its callback to be called
+        del thing
+        time.sleep(5)
+        return {}
+
+    with pytest.raises(typer.Exit) as ended:
+        terminal.do(work, print, as_json=True)
+    assert ended.value.exit_code == 130
+
+
+def test_forgetting_a_dead_tensor_runs_no_python_code() -> None:
+    """Where Ctrl-C arrived in such code it was swallowed, with every forward pass of training a new chance."""
+    toy, model = routed("llama", "all")
+    seen: list[str] = []
+    loss = model.train()(**toy.batch([3, 5])).logits.sum()
+    assert model.runtime.reruns._by_tensor
+    sys.setprofile(lambda frame, event, _: seen.append(frame.f_code.co_filename))
+    try:
+        del loss
+        gc.collect()
+    finally:
+        sys.setprofile(None)
+    assert not model.runtime.reruns._by_tensor
+    assert not [name for name in seen if name.endswith("rerun.py")]
 
 
 def test_ctrl_c_ends_eval_with_one_line_and_whole_files(run: Path, tmp_path: Path) -> None:
