@@ -28,14 +28,9 @@ from adaskip.plan import Target
 from adaskip.policies.path_bank import PathBank, describe_prompt
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
-from adaskip.survey.plans import plan_costs
+from adaskip.survey.greedy import Path, Price, exact_prices, greedy_paths
 from adaskip.survey.record import record
 from adaskip.survey.skips import measure_skips
-
-Path = tuple[int, ...]
-"""The layers that a path leaves out, ascending."""
-Price = Callable[[Sequence[Path], Sequence[int]], Tensor]
-"""What paths cost inputs, given by number: float (n p), nats per predicted token."""
 
 _FOLDS = 10
 _CLEAR = 1.645
@@ -115,12 +110,7 @@ def find_bank(
         raise DataError(f"find_bank: expected at least {2 * _FOLDS} inputs to fit a predictor on, got {inputs}")
     everyone = range(inputs)
 
-    def price(options: Sequence[Path], rows: Sequence[int]) -> Tensor:
-        keep = torch.ones(len(options), layers, dtype=torch.bool)
-        for row, path in zip(keep, options, strict=True):
-            row[list(path)] = False
-        return plan_costs(model, batches(rows), [*keep]).kl
-
+    price = exact_prices(model, batches)
     with stages(f"pricing {layers - entry} layers on {inputs} inputs", inputs) as advance:
         table = measure_skips(model, batches(everyone), range(entry, layers), progress=advance).kl.double()
     single = torch.cat([torch.full((inputs, entry), torch.inf, dtype=torch.float64), table], 1)
@@ -143,41 +133,20 @@ def find_paths(
     """
     everyone = range(len(single))
     with stages(f"planning {skips} layers for all inputs"):
-        paths = [greedy_path(price, everyone, single.mean(0), skips, width)]
+        paths = [greedy_paths(price, everyone, single.mean(0), skips, width)[-1][0]]
     owners = _group(single, count - 1, seed) if count > 1 else torch.zeros(len(single)).long()
     for _ in range(1 + rounds if count > 1 else 0):
         with stages(f"planning {skips} layers for {len(owners.unique())} groups of inputs"):
             for owner in owners.unique().tolist():
                 rows = (owners == owner).nonzero().flatten()
                 if len(rows) >= _FEWEST:
-                    paths.append(greedy_path(price, rows.tolist(), single[rows].mean(0), skips, width))
+                    paths.append(greedy_paths(price, rows.tolist(), single[rows].mean(0), skips, width)[-1][0])
         paths = [*dict.fromkeys(paths)]
         costs = price(paths, everyone)
         best = _choose(costs, count)
         paths, costs = [paths[index] for index in best], costs[:, best]
         owners = costs.argmin(1)
     return tuple(paths), costs if count > 1 else price(paths, everyone)
-
-
-def greedy_path(price: Price, rows: Sequence[int], single: Tensor, skips: int, width: int) -> Path:
-    """Leave out layer by layer the one that costs these inputs least beside those that are gone already.
-
-    Only ``width`` layers are tried each time, those that cost least when they were last tried; ``single`` (l) is what
-    each costs alone.
-    """
-    marginal = single.clone()
-    path: Path = (int(marginal.argmin()),)
-    before = float(marginal[path[0]])
-    marginal[path[0]] = torch.inf
-    while len(path) < skips:
-        options = marginal.argsort()[:width]
-        options = options[marginal[options].isfinite()]
-        costs = price([tuple(sorted((*path, layer))) for layer in options.tolist()], rows).mean(0)
-        marginal[options] = costs - before
-        chosen = int(options[costs.argmin()])
-        path, before = tuple(sorted((*path, chosen))), float(costs.min())
-        marginal[chosen] = torch.inf
-    return path
 
 
 def fit_predictor(features: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,7 +10,8 @@ import torch
 import adaskip
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
-from adaskip.survey.bank import find_bank, find_paths, fit_predictor, greedy_path
+from adaskip.survey.bank import find_bank, find_paths, fit_predictor
+from adaskip.survey.greedy import greedy_paths
 from tests import toys
 
 LAYERS, INPUTS = 8, 40
@@ -41,9 +42,9 @@ def price_of(single: torch.Tensor, asked: list[int] | None = None):
 def test_a_greedy_path_heeds_what_layers_cost_together() -> None:
     """3 and 5 are cheapest alone and dear together; catches a path that adds up what single layers cost."""
     single = torch.tensor([[0.9, 0.9, 0.9, 0.1, 0.5, 0.2, 0.6, 0.7]], dtype=torch.float64)
-    assert greedy_path(price_of(single), [0], single[0], 3, width=4) == (3, 4, 6)
+    assert greedy_paths(price_of(single), [0], single[0], 3, width=4)[-1][0] == (3, 4, 6)
     asked: list[int] = []
-    assert greedy_path(price_of(single, asked), [0], single[0], 2, width=2) == (3, 4)
+    assert greedy_paths(price_of(single, asked), [0], single[0], 2, width=2)[-1][0] == (3, 4)
     assert asked == [2], "only so many are tried as the width says"
 
 

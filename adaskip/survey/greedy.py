@@ -1,0 +1,65 @@
+"""Plan which layers go: one at a time, always the one that costs least beside those that are gone already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adaskip.batch import Batch
+from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.plans import plan_costs
+
+Path = tuple[int, ...]
+"""The layers that a path leaves out, ascending."""
+Price = Callable[[Sequence[Path], Sequence[int]], Tensor]
+"""What paths cost inputs, given by number: float64 (n p), nats per predicted token."""
+
+
+def greedy_paths(price: Price, rows: Sequence[int], single: Tensor, skips: int, width: int) -> list[tuple[Path, float]]:
+    """Return paths of 1 to ``skips`` layers, each the one before with one more, and their mean costs to these inputs.
+
+    Costs ``width`` paths on the inputs for every layer after the first.
+
+    Args:
+        price: what paths cost inputs.
+        rows: the numbers of the inputs.
+        single: (l) what leaving out each layer alone costs them; inf for one that must stay.
+        skips: so many layers go, or as many as may.
+        width: so many layers are tried each time, those that cost least when they were last tried.
+    """
+    marginal = single.double().clone()
+    path: Path = ()
+    before, found = 0.0, []
+    while len(path) < min(skips, int(single.isfinite().sum())):
+        options = marginal.argsort()[:width]
+        options = options[marginal[options].isfinite()]
+        if path:
+            costs = price([tuple(sorted((*path, layer))) for layer in options.tolist()], rows).double().mean(0)
+        else:
+            costs = marginal[options]  # what they cost alone is known
+        marginal[options] = costs - before
+        chosen = int(options[costs.argmin()])
+        path, before = tuple(sorted((*path, chosen))), float(costs.min())
+        marginal[chosen] = torch.inf
+        found.append((path, before))
+    return found
+
+
+def exact_prices(model: RoutedModel, batches: Callable[[Sequence[int]], Sequence[Batch]]) -> Price:
+    """Return what paths cost exactly: the mean KL of the model under each from the dense one over an input's answer.
+
+    Args:
+        model: attached, of scope ``prompt``; whatever decides in it, only its execution is used.
+        batches: makes batches, on the model's device, of inputs given by number, in that order.
+    """
+    layers = len(model.spec.layers)
+
+    def price(paths: Sequence[Path], rows: Sequence[int]) -> Tensor:
+        keep = torch.ones(len(paths), layers, dtype=torch.bool)
+        for row, path in zip(keep, paths, strict=True):
+            row[list(path)] = False
+        return plan_costs(model, batches(rows), [*keep]).kl
+
+    return price
