@@ -275,6 +275,15 @@ class Answering:
         return [text.partition("\nQuestion:")[0].strip() for text in texts]
 
 
+def is_answered(path: Path, prompts: list[str]) -> bool:
+    """Return whether a file holds answers to just these prompts already, but for rows that got an empty one."""
+    if not path.is_file():
+        return False
+    answered = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rest = iter(prompts)
+    return len(answered) > 0.9 * len(prompts) and all(prompt in rest for prompt in answered)  # in their order
+
+
 def write(path: Path, rows: list[dict[str, str]]) -> str:
     """Write one split, without the rows that got an empty answer; return its SHA-256."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["answer"])
@@ -297,9 +306,12 @@ def main() -> None:
     splits = draw_prompts({split: getattr(options, split) for split in SPLITS}, options.seed)
     answering = Answering(options.model, options.new_tokens)
     for split, rows in splits.items():
+        path = options.folder / f"{split}.jsonl"
+        if is_answered(path, [answering.render(row["prompt"]) for row in rows]):
+            print(f"{path}: there already")
+            continue
         for done in answering.answer(rows, options.batch):
             print(f"\r{split}: {done} of {len(rows)} ", end="", file=sys.stderr)
-        path = options.folder / f"{split}.jsonl"
         print(f"\r{path}: {len(rows)} rows, SHA-256 {write(path, rows)}")
 
 

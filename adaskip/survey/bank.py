@@ -1,17 +1,20 @@
-"""Find a bank of paths, and what tells from a prompt which of them costs it least.
+"""Find a bank of paths, and what tells from a prompt how much each of them costs it.
 
-    price every layer alone          one greedy plan for all          groups of inputs that find the same layers dear
-                                     -> the first path                -> a greedy plan for each
-    price all paths on all inputs    every input moves to its cheapest path, every path is planned anew for its inputs
-    regress the prices on prompts    cross-fitted; kept only where choosing by it is cheaper than the first path alone
+    price every layer alone          nested greedy paths for all      groups of inputs that find the same layers dear
+                                     -> the best static plans         -> nested greedy paths for each
+    price the paths on all inputs    regress the prices on prompts, cross-fitted
+    price of compute                 so high that the paths that prompts choose need as much compute as was asked for
 
-Every price is exact: the mean KL of the routed model from the dense one over an input's answer. No gradient is taken.
+What a path costs varies far more between inputs than between paths of one length. So most is gained by how many layers
+an input leaves out: one plan for all must leave out as many of those who need them. Every cost is exact: the mean KL of
+the routed model from the dense one over an input's answer. No gradient is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 
 import numpy as np
 import torch
@@ -24,47 +27,82 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import Target
+from adaskip.plan import SkipPlan, Target
 from adaskip.policies.path_bank import PathBank, describe_prompt
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
-from adaskip.survey.greedy import Path, Price, exact_prices, greedy_paths
+from adaskip.survey.greedy import Path, exact_prices, greedy_paths
+from adaskip.survey.ledger import Ledger
+from adaskip.survey.plans import plan_costs
 from adaskip.survey.record import record
-from adaskip.survey.skips import measure_skips
 
 _FOLDS = 10
 _CLEAR = 1.645
 """Standard errors by which choosing must pay."""
-_FEWEST = 4
-"""A group of fewer inputs than this gets no path of its own."""
+_FEWEST = 8
+"""A group of fewer inputs than this gets no paths of its own."""
+_ONCE = 32
+"""Inputs priced at once: between two notes in the ledger, and two of the progress."""
+_ROUNDING = 1e-9
+_FLOOR = 1e-3
+"""Nats added before a logarithm is taken: costs far below it are all the same to a predictor."""
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Hold paths, what they cost the inputs that they were found on, and a predictor of that."""
+    """Hold paths, what they cost the inputs that they were found on, and a predictor of that.
 
-    paths: tuple[Path, ...]  # the first is the best found for all inputs together
-    costs: Tensor  # float64 (n k)
+    Without a predictor, where choosing did not pay, there is one path: the best static plan.
+    """
+
+    paths: tuple[Path, ...]
+    costs: Tensor  # float64 (n k) nats per predicted token
+    share: Tensor  # float64 (k) of the dense decoder's FLOPs
+    static: int  # the path that costs least of those that one plan for all may take
+    keep: float  # mean share that was asked for
     entry: int
-    centre: Tensor  # float32 (f): the mean features
-    weight: Tensor  # float32 (f k); all 0 where predicting did not pay
-    bias: Tensor  # float32 (k)
+    predictor: Predictor
+    price: float  # nats for all of the dense FLOPs
     chosen: Tensor  # long (n): the path that each input takes, by a predictor that was fitted without it
 
     @property
     def figures(self) -> dict[str, float]:
-        """Return mean costs, nats per predicted token: of the ``first`` path, as ``chosen``, and at ``best``."""
-        taken = self.costs.gather(1, self.chosen[:, None])
-        means = {"first": self.costs[:, 0], "chosen": taken, "best": self.costs.amin(1)}
-        return {name: float(values.mean()) for name, values in means.items()}
+        """Return means: costs of the ``static`` plan, as ``chosen`` and at ``best``; shares kept of the first two.
+
+        ``best`` is the ceiling: the same bank, chosen by what paths really cost each input.
+        """
+        rows = torch.arange(len(self.costs))
+        ceiling = choose(self.costs, self.share, lowest_price(self.costs, self.share, self.keep))
+        return {
+            "static": float(self.costs[:, self.static].mean()),
+            "chosen": float(self.costs[rows, self.chosen].mean()),
+            "best": float(self.costs[rows, ceiling].mean()),
+            "static_keep": float(self.share[self.static]),
+            "chosen_keep": float(self.share[self.chosen].mean()),
+        }
 
     def policy(self, target: Target | None = None) -> PathBank:
         """Return the policy; attach it, and `load` the predictor into it."""
-        return PathBank(self.paths, self.entry, target)
+        return PathBank(self.paths, self.entry, self.price, target=target)
 
     def load(self, policy: PathBank) -> None:
         """Give an attached policy of these paths the predictor."""
-        policy.load_state_dict({"centre": self.centre, "weight": self.weight, "bias": self.bias})
+        fitted = self.predictor
+        state = {"share": self.share, "centre": fitted.centre, "weight": fitted.weight, "bias": fitted.bias}
+        policy.load_state_dict({name: value.float() for name, value in state.items()} | {"kappa": torch.ones(())})
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predict costs from features, (n f) -> (n k): ``exp((features - centre) @ weight + bias)``."""
+
+    centre: Tensor  # float64 (f)
+    weight: Tensor  # float64 (f k)
+    bias: Tensor  # float64 (k); -inf where a path costs nothing
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return what each path will cost each input."""
+        return ((features.double() - self.centre) @ self.weight + self.bias).exp()
 
 
 def find_bank(
@@ -72,126 +110,208 @@ def find_bank(
     batches: Callable[[Sequence[int]], Sequence[Batch]],
     inputs: int,
     *,
-    skips: int,
-    paths: int = 8,
+    keep: float,
+    paths: int = 12,
+    groups: int = 4,
+    deepest: int | None = None,
     entry: int = 3,
-    width: int = 8,
-    rounds: int = 1,
+    width: int = 6,
+    sample: int = 96,
     seed: int = 0,
+    file: FilePath | None = None,
     stages: Stages = SILENT,
 ) -> Bank:
-    """Find paths that leave out ``skips`` layers each, and how to choose among them.
-
-    Costs a `measure_skips` of the inputs and, for every layer left out, about ``width`` plans on them; twice that with
-    one round.
+    """Find paths, how to choose among them, and the price at which the choices need a mean share of the compute.
 
     Args:
         model: attached, of scope ``prompt``; whatever decides in it, only its execution is used.
         batches: makes batches, on the model's device, of inputs given by number, in that order.
-        inputs: how many there are; nothing else is fitted on them.
-        skips: layers that every path leaves out.
-        paths: at most so many.
+        inputs: how many there are; nothing else may be fitted on them. Neighbours should be of like length.
+        keep: mean share of the dense decoder's FLOPs that may be used.
+        paths: at most so many, beside the dense one and the static plan.
+        groups: so many groups of inputs get paths of their own; 0: none.
+        deepest: layers that a path leaves out at most; default: twice as many as the static plan, and one.
         entry: no path leaves out an earlier layer; the choice falls before this one.
         width: candidates tried for each further layer, those that cost least so far.
-        rounds: how often inputs move to their cheapest path and paths are planned anew.
-        seed: of the first groups.
+        sample: paths are planned on so many of the inputs.
+        seed: of the groups.
+        file: where prices are kept, so that a search that was stopped goes on; None: in memory.
         stages: hears what is under way.
 
     Raises:
-        ConfigError: fewer layers behind the entry than are to be left out.
+        ConfigError: the budget cannot be held behind the entry.
         DataError: too few inputs to fit a predictor on.
+        CheckpointError: the file holds the prices of other inputs.
     """
-    layers = len(model.spec.layers)
-    if not 0 < skips <= layers - entry:
-        raise ConfigError(
-            f"find_bank: skips: expected 1 to {layers - entry}, as many as stand behind entry={entry}, got {skips}"
-        )
     if inputs < 2 * _FOLDS:
         raise DataError(f"find_bank: expected at least {2 * _FOLDS} inputs to fit a predictor on, got {inputs}")
-    everyone = range(inputs)
+    ledger = Ledger(exact_prices(model, batches), inputs, file)
+    rows = [*dict.fromkeys(i * inputs // sample for i in range(sample))]
+    held, layers = model.policy.held, len(model.spec.layers)
+    free = [layer for layer in range(entry, layers) if layer not in held]
+    saved = _saved(model, batches(rows[:_ONCE]))
+    if (least := 1 - float(saved[free].sum())) > keep:
+        raise ConfigError(
+            f"find_bank: keep: expected at least {least:.3f}, what remains when every layer behind entry={entry} that "
+            f"is not held is left out, got {keep:g}"
+        )
 
-    price = exact_prices(model, batches)
-    with stages(f"pricing {layers - entry} layers on {inputs} inputs", inputs) as advance:
-        table = measure_skips(model, batches(everyone), range(entry, layers), progress=advance).kl.double()
-    single = torch.cat([torch.full((inputs, entry), torch.inf, dtype=torch.float64), table], 1)
-    found, costs = find_paths(price, single, skips, paths, width, rounds, seed, stages)
+    text = f"pricing {len(free)} layers on {len(rows)} inputs"
+    single = torch.full((len(rows), layers), torch.inf, dtype=torch.float64)
+    single[:, free] = _priced(ledger, [(layer,) for layer in free], rows, text, stages)
+    common, depth = _common(ledger, rows, single, saved, keep, deepest, width, stages)
+    static = next(path for path in common if _share(saved, path) <= keep + _ROUNDING)
+    lengths = sorted({1, len(static), (len(static) + depth + 1) // 2, depth})
+    options = [common[length - 1] for length in lengths if length <= len(common)]
+    for members in _groups(single[:, free], groups, seed):
+        own = [rows[member] for member in members]
+        with stages(f"planning for a group of {len(own)} inputs"):
+            nested = greedy_paths(ledger, own, single[members].mean(0), depth, width)
+        options += [nested[length - 1][0] for length in lengths if length <= len(nested)]
+
+    options = [*dict.fromkeys([(), static, *options])]
+    trial = _priced(ledger, options, rows, f"pricing {len(options)} paths on {len(rows)} inputs", stages)
+    share = torch.tensor([_share(saved, path) for path in options], dtype=torch.float64)
+    best = _select(trial, share, keep, paths + 2)
+    bank, share = tuple(options[index] for index in best), share[best]
+    costs = _priced(ledger, bank, range(inputs), f"pricing {len(bank)} paths on {inputs} inputs", stages)
     with stages("fitting the predictor"):
-        features = torch.cat([_features(model, batch, entry) for batch in batches(everyone)])
-        centre, weight, bias, chosen = fit_predictor(features, costs)
-    return Bank(found, costs, entry, centre, weight, bias, chosen)
+        features = torch.cat([describe(model, batch, entry) for batch in batches(range(inputs))])
+        predictor, guessed = fit_predictor(features, costs)
+    price = lowest_price(guessed, share, keep)
+    chosen = choose(guessed, share, price)
+    gain = costs[:, 1] - costs.gather(1, chosen[:, None])[:, 0]
+    if gain.mean() <= _CLEAR * gain.std() / inputs**0.5:  # choosing does not clearly pay: one plan for all
+        bank, costs, share, price, chosen = bank[1:2], costs[:, 1:2], share[1:2], 0.0, torch.zeros_like(chosen)
+        predictor = Predictor(predictor.centre, predictor.weight[:, 1:2], predictor.bias[1:2])
+    return Bank(bank, costs, share, bank.index(static), keep, entry, predictor, price, chosen)
 
 
-def find_paths(
-    price: Price, single: Tensor, skips: int, count: int, width: int, rounds: int, seed: int, stages: Stages = SILENT
-) -> tuple[tuple[Path, ...], Tensor]:
-    """Find at most ``count`` paths of ``skips`` layers, the best for all first, and price them on all inputs (n k).
+def fit_predictor(features: Tensor, costs: Tensor) -> tuple[Predictor, Tensor]:
+    """Regress the logarithms of costs (n k) on features (n f) by ridge.
 
-    Args:
-        price: what paths cost inputs.
-        single: float64 (n l), what leaving out one layer costs each input; inf where that is not allowed.
-        skips, count, width, rounds, seed, stages: as in `find_bank`.
+    Returns:
+        The predictor, and what it says of these inputs, float64 (n k), cross-fitted: of each by one that did not see
+        it. Both are scaled so that each path's predictions have the mean of its costs.
     """
-    everyone = range(len(single))
-    with stages(f"planning {skips} layers for all inputs"):
-        paths = [greedy_paths(price, everyone, single.mean(0), skips, width)[-1][0]]
-    owners = _group(single, count - 1, seed) if count > 1 else torch.zeros(len(single)).long()
-    for _ in range(1 + rounds if count > 1 else 0):
-        with stages(f"planning {skips} layers for {len(owners.unique())} groups of inputs"):
-            for owner in owners.unique().tolist():
-                rows = (owners == owner).nonzero().flatten()
-                if len(rows) >= _FEWEST:
-                    paths.append(greedy_paths(price, rows.tolist(), single[rows].mean(0), skips, width)[-1][0])
-        paths = [*dict.fromkeys(paths)]
-        costs = price(paths, everyone)
-        best = _choose(costs, count)
-        paths, costs = [paths[index] for index in best], costs[:, best]
-        owners = costs.argmin(1)
-    return tuple(paths), costs if count > 1 else price(paths, everyone)
+    x, dear = features.double().numpy(), (costs > 0).any(0)
+    logs = (costs[:, dear].double() + _FLOOR).log().numpy()
+    ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(0, 5, 11), alpha_per_target=True))
+    folds = KFold(_FOLDS, shuffle=True, random_state=0)
+    guessed = torch.zeros_like(costs, dtype=torch.float64)
+    weight = torch.zeros(x.shape[1], costs.shape[1], dtype=torch.float64)
+    bias = torch.full((costs.shape[1],), -torch.inf, dtype=torch.float64)
+    if dear.any():
+        raw = torch.from_numpy(cross_val_predict(ridge, x, logs, cv=folds).reshape(logs.shape)).exp()
+        scale = costs[:, dear].double().mean(0) / raw.mean(0)
+        guessed[:, dear] = raw * scale
+        scaler, fitted = ridge.fit(x, logs)[0], ridge[-1]
+        weight[:, dear] = torch.from_numpy(fitted.coef_.reshape(logs.shape[1], -1).T / scaler.scale_[:, None])
+        bias[dear] = torch.from_numpy(np.atleast_1d(fitted.intercept_)) + scale.log()
+    return Predictor(features.double().mean(0), weight, bias), guessed
 
 
-def fit_predictor(features: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Regress costs (n k) on features (n f) by ridge; return centre (f), weight (f k), bias (k) and choices (n).
+def choose(costs: Tensor, share: Tensor, price: float) -> Tensor:
+    """Return the path that each input takes at a price, long (n), given costs (n k) and shares of compute (k)."""
+    return (costs + price * share).argmin(1)
 
-    What is regressed is a path's cost beside the mean of all paths: how dear an input is altogether chooses nothing,
-    and varies most. The choices are cross-fitted: each input's by a predictor that did not see it. Unless they cost
-    clearly less than the first path for all (one-sided, 95 %), the weights are 0 and the first path is everybody's.
+
+def lowest_price(costs: Tensor, share: Tensor, keep: float) -> float:
+    """Return the lowest price at which the choices' mean share is no more than ``keep``; bisected, from above.
+
+    The share that an input takes only falls as the price rises. Raises ConfigError where the lightest path needs more.
     """
-    x = features.double().numpy()
-    beside = (costs - costs.mean(1, keepdim=True)).double().numpy()
-    centre, scale = x.mean(0), x.std(0).clip(1e-6)
-    ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(0, 5, 11)))
-    guessed = cross_val_predict(ridge, x, beside, cv=KFold(_FOLDS, shuffle=True, random_state=0))
-    chosen = torch.from_numpy(guessed.reshape(len(x), -1)).argmin(1)
-    slopes, level = np.zeros((x.shape[1], costs.shape[1])), np.ones(costs.shape[1])
-    gain = costs[:, 0] - costs.gather(1, chosen[:, None])[:, 0]
-    if gain.mean() > _CLEAR * gain.std() / len(gain) ** 0.5:
-        fitted = RidgeCV(alphas=np.logspace(0, 5, 11)).fit((x - centre) / scale, beside)
-        slopes, level = fitted.coef_.T / scale[:, None], fitted.intercept_
-    else:
-        chosen, level[0] = torch.zeros(len(x)).long(), 0.0
-    weight, bias = torch.from_numpy(slopes).float(), torch.from_numpy(level).float()
-    return torch.from_numpy(centre).float(), weight, bias, chosen
+    if float(share.min()) > keep + _ROUNDING:
+        raise ConfigError(f"price: expected a keep of at least {float(share.min()):.3f}, got {keep:g}")
+    low, high = 0.0, 1.0
 
+    def mean(price: float) -> float:
+        return float(share[choose(costs, share, price)].mean())
 
-def _group(single: Tensor, count: int, seed: int) -> Tensor:
-    """Group inputs that find the same layers dear, whatever their level: long (n)."""
-    allowed = single[:, single.isfinite().all(0)]
-    levels = (allowed + 1e-4).log()
-    means = KMeans(min(count, len(single)), n_init=10, random_state=seed)
-    return torch.from_numpy(means.fit_predict((levels - levels.mean(1, keepdim=True)).numpy())).long()
-
-
-def _choose(costs: Tensor, count: int) -> list[int]:
-    """Choose paths (columns) so that the inputs' cheapest among them cost least: the first, then greedily."""
-    chosen = [0]
-    while len(chosen) < min(count, costs.shape[1]):
-        best = torch.minimum(costs[:, chosen].amin(1, keepdim=True), costs).mean(0)
-        best[chosen] = torch.inf
-        chosen.append(int(best.argmin()))
-    return chosen
+    if mean(low) <= keep + _ROUNDING:
+        return low
+    while mean(high) > keep + _ROUNDING:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if mean(middle) <= keep + _ROUNDING else (middle, high)
+    return high
 
 
 @torch.no_grad()
-def _features(model: RoutedModel, batch: Batch, entry: int) -> Tensor:
+def describe(model: RoutedModel, batch: Batch, entry: int) -> Tensor:
+    """Return what a bank's predictor sees of each input, float32 (b f), on the CPU."""
     recorded = record(model, batch)
     return describe_prompt(recorded.entered[entry], batch.prompt_mask & recorded.tokens.valid).cpu()
+
+
+def _priced(ledger: Ledger, paths: Sequence[Path], rows: Sequence[int], text: str, stages: Stages) -> Tensor:
+    with stages(text, len(rows)) as advance:
+        columns = []
+        for start in range(0, len(rows), _ONCE):
+            columns.append(ledger(paths, rows[start : start + _ONCE]))
+            advance(min(start + _ONCE, len(rows)))
+    return torch.cat(columns)
+
+
+def _common(
+    ledger: Ledger,
+    rows: list[int],
+    single: Tensor,
+    saved: Tensor,
+    keep: float,
+    deepest: int | None,
+    width: int,
+    stages: Stages,
+) -> tuple[list[Path], int]:
+    """Plan nested paths for all inputs, at least until the budget is held; return them, and how deep paths go."""
+
+    def plan(skips: int) -> list[Path]:
+        # what was planned for fewer layers is in the ledger, so that it costs nothing to plan it again
+        return [path for path, _ in greedy_paths(ledger, rows, single.mean(0), skips, width)]
+
+    skips = 1
+    with stages(f"planning for {len(rows)} inputs"):
+        while _share(saved, plan(skips)[-1]) > keep + _ROUNDING:
+            skips += 1
+        depth = min(max(deepest or 2 * skips + 1, skips), int(single[0].isfinite().sum()))
+        return plan(depth), depth
+
+
+def _groups(single: Tensor, count: int, seed: int) -> list[list[int]]:
+    """Group inputs that find the same layers dear, whatever their level; groups of a few are left out."""
+    if count < 2:
+        return []
+    levels = (single + _FLOOR).log()
+    means = KMeans(min(count, len(single)), n_init=10, random_state=seed)
+    label = torch.from_numpy(means.fit_predict((levels - levels.mean(1, keepdim=True)).numpy()))
+    groups = [(label == group).nonzero().flatten().tolist() for group in label.unique().tolist()]
+    return [members for members in groups if len(members) >= _FEWEST]
+
+
+def _select(costs: Tensor, share: Tensor, keep: float, count: int) -> list[int]:
+    """Select columns, the first two first, then the one that makes the inputs' best choices cheapest.
+
+    The price at which these choices hold the budget is found anew with every path.
+    """
+    selected = [0, 1]
+    while len(selected) < min(count, len(share)):
+        price = lowest_price(costs[:, selected], share[selected], keep)
+        worth = costs + price * share
+        gain = (worth[:, selected].amin(1, keepdim=True) - worth).clamp(min=0).mean(0)
+        gain[selected] = -1.0
+        if float(gain.max()) <= 0:
+            break
+        selected.append(int(gain.argmax()))
+    return selected
+
+
+def _saved(model: RoutedModel, batches: Sequence[Batch]) -> Tensor:
+    """Return float64 (l): the share of the dense decoder's FLOPs that leaving out each layer saves; they add up."""
+    layers = len(model.spec.layers)
+    alone = [SkipPlan.static([layer]).keep(layers) for layer in range(layers)]
+    return 1 - plan_costs(model, batches, alone).keep.mean(0)
+
+
+def _share(saved: Tensor, path: Path) -> float:
+    return 1 - float(saved[list(path)].sum())

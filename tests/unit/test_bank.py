@@ -10,8 +10,11 @@ import torch
 import adaskip
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
-from adaskip.survey.bank import find_bank, find_paths, fit_predictor
+from adaskip.plan import SkipPlan
+from adaskip.survey import bank
+from adaskip.survey.bank import choose, find_bank, fit_predictor, lowest_price
 from adaskip.survey.greedy import greedy_paths
+from adaskip.survey.plans import plan_costs
 from tests import toys
 
 LAYERS, INPUTS = 8, 40
@@ -48,73 +51,87 @@ def test_a_greedy_path_heeds_what_layers_cost_together() -> None:
     assert asked == [2], "only so many are tried as the width says"
 
 
-def test_each_group_of_inputs_gets_its_path() -> None:
-    single = planted(torch.Generator().manual_seed(0))
-    single[:, :2] = torch.inf  # not allowed
-    paths, costs = find_paths(price_of(single), single, skips=2, count=3, width=6, rounds=1, seed=0)
-    assert {(3, 4), (5, 6)} < {*paths}
-    assert len(paths) == 3
-    assert costs.shape == (INPUTS, 3)
-    assert costs.amin(1).max() < 0.03
-    assert costs[:, 0].mean() > 0.3, "the first path is one for all"
-    only, _ = find_paths(price_of(single), single, skips=2, count=1, width=6, rounds=1, seed=0)
-    assert only == paths[:1]
-
-
-def test_the_predictor_tells_the_groups_apart_and_is_judged_on_inputs_it_has_not_seen() -> None:
+def test_the_predictor_is_judged_on_inputs_it_has_not_seen() -> None:
+    """Costs that follow a feature are predicted, in nats; costs that follow none are not, however many features."""
     draw = torch.Generator().manual_seed(0)
-    group = torch.arange(INPUTS) % 2
-    features = torch.randn(INPUTS, 5, generator=draw)
-    features[:, 2] += 40.0 * group
-    costs = torch.stack([0.5 * torch.ones(INPUTS), 1.0 - group, 0.0 + group], 1).double()
-    centre, weight, bias, chosen = fit_predictor(features, costs)
-    assert torch.equal(chosen, 2 - group)
-    assert torch.equal(((features - centre) @ weight + bias).argmin(1), chosen)
+    features = torch.randn(INPUTS, 10, generator=draw)
+    features[:, 2] = torch.linspace(-30, 30, INPUTS)
+    dear = 0.1 * (0.05 * features[:, 2].double()).exp()
+    noise = torch.rand(INPUTS, generator=draw, dtype=torch.float64)
+    predictor, guessed = fit_predictor(features, torch.stack([torch.zeros(INPUTS).double(), dear, noise], 1))
+    assert not guessed[:, 0].any(), "a path that costs nothing is known to"
+    assert not predictor(features)[:, 0].any()
+    assert torch.corrcoef(torch.stack([guessed[:, 1], dear]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([guessed[:, 2], noise]))[0, 1] < 0.5
+    assert float(guessed[:, 1].mean()) == pytest.approx(float(dear.mean()))
 
 
-def test_where_prompts_tell_nothing_everybody_takes_the_first_path() -> None:
-    """Never worse than the best plan: catches a predictor that fits noise, and is believed."""
-    draw = torch.Generator().manual_seed(0)
-    costs = torch.rand(INPUTS, 4, generator=draw, dtype=torch.float64)
-    costs[:, 0] = 0.45
-    _, weight, bias, chosen = fit_predictor(torch.randn(INPUTS, 30, generator=draw), costs)
-    assert not weight.any()
-    assert not chosen.any()
-    assert int(bias.argmin()) == 0
+def test_the_price_spends_the_budget_where_it_costs_least() -> None:
+    """Half of the inputs pay nothing for three layers: they leave them out, the others none, and the mean holds."""
+    costs = torch.tensor([[0.0, 0.3, 0.9]] * 4 + [[0.0, 0.001, 0.002]] * 4, dtype=torch.float64)
+    share = torch.tensor([1.0, 0.9, 0.8], dtype=torch.float64)
+    price = lowest_price(costs, share, 0.9)
+    chosen = choose(costs, share, price)
+    assert chosen.tolist() == [0] * 4 + [2] * 4
+    assert lowest_price(costs, share, 1.0) == 0.0
+    assert choose(costs, share, lowest_price(costs, share, 0.8)).tolist() == [2] * 8
+    with pytest.raises(ConfigError, match=r"expected a keep of at least 0.800, got 0.5"):
+        lowest_price(costs, share, 0.5)
 
 
-def test_a_bank_of_a_model(tmp_path) -> None:
-    """What it says of each input is what the attached bank costs; saved and loaded it decides alike."""
-    toy = toys.make("llama")
+def two_kinds(toy: toys.Toy):
+    """Prompts of one token repeated, and of random ones, with two tokens to answer; batches of them by number."""
     inputs = toy.batch([6 + i % 5 for i in range(24)])
+    ids = inputs["input_ids"]
+    inputs["input_ids"] = torch.where((torch.arange(24) % 2 == 0)[:, None] & (ids != 0), 7, ids)
     labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
     labels[:, :-2] = -100
-    whole = Batch(inputs, labels, inputs["attention_mask"].bool() & (labels == -100))
-    model = adaskip.attach(toy.model, adaskip.SkipPlan())
+    prompt = inputs["attention_mask"].bool() & (labels == -100)
 
     def batches(rows: Sequence[int]) -> list[Batch]:
         chosen = list(rows)
-        return [Batch({n: v[chosen] for n, v in inputs.items()}, labels[chosen], whole.prompt_mask[chosen])]
+        return [Batch({n: v[chosen] for n, v in inputs.items()}, labels[chosen], prompt[chosen])]
 
-    found = find_bank(model, batches, 24, skips=1, paths=3, entry=1)
-    assert all(len(path) == 1 and path[0] >= 1 for path in found.paths)
-    assert found.figures["best"] <= found.figures["chosen"] <= found.figures["first"]
+    return batches
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_bank_of_a_model(tmp_path, monkeypatch, pays: bool) -> None:
+    """What it says of each input is what the attached bank costs; saved and loaded it decides alike."""
+    monkeypatch.setattr(bank, "_CLEAR", -torch.inf if pays else torch.inf)
+    toy = toys.make("llama")
+    batches, model = two_kinds(toy), adaskip.attach(toy.model, SkipPlan())
+    found = find_bank(model, batches, 24, keep=0.75, paths=3, groups=2, entry=1, file=tmp_path / "prices")
+    assert (len(found.paths) > 2) == pays
+    assert all(layer >= 1 for path in found.paths for layer in path)
+    figures = found.figures
+    assert figures["best"] <= figures["static"]
+    assert max(figures["chosen_keep"], figures["static_keep"]) <= 0.75
+    everyone = batches(range(24))
+    measured = plan_costs(model, everyone, [SkipPlan.static(path).keep(4) for path in found.paths])
+    assert torch.allclose(measured.kl, found.costs, atol=1e-6)
+    assert torch.allclose(measured.keep.mean(0), found.share)
+    expected = choose(found.predictor(bank.describe(model, everyone[0], 1)), found.share, found.price)
+
     again = adaskip.attach(model.detach(), found.policy())
     found.load(again.policy)
     with torch.no_grad():
-        again(**whole.arguments())
+        again(**everyone[0].arguments())
     keep = again.routing.keep
+    assert torch.equal(keep, torch.stack([SkipPlan.static(found.paths[i]).keep(4) for i in expected.tolist()], 1))
     again.save_pretrained(tmp_path)
     loaded = adaskip.RoutedModel.from_pretrained(tmp_path, again.detach())
     with torch.no_grad():
-        loaded(**whole.arguments())
+        loaded(**everyone[0].arguments())
     assert torch.equal(loaded.routing.keep, keep)
-    assert (keep.sum(0) == 3).all()
 
 
 def test_what_cannot_be_found_is_told() -> None:
-    model = adaskip.attach(toys.make("llama").model, adaskip.SkipPlan())
-    with pytest.raises(ConfigError, match="skips: expected 1 to 1, as many as stand behind entry=3, got 2"):
-        find_bank(model, lambda rows: [], 40, skips=2)
+    toy = toys.make("llama")
+    model = adaskip.attach(toy.model, SkipPlan())
+    with pytest.raises(
+        ConfigError, match=r"keep: expected at least 0.750, what remains when every layer behind entry=3"
+    ):
+        find_bank(model, two_kinds(toy), 24, keep=0.5)
     with pytest.raises(DataError, match="expected at least 20 inputs to fit a predictor on, got 3"):
-        find_bank(model, lambda rows: [], 3, skips=1)
+        find_bank(model, lambda rows: [], 3, keep=0.9)

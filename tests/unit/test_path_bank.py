@@ -19,16 +19,37 @@ def test_each_prompt_takes_the_path_predicted_to_cost_least() -> None:
     width = model.spec.width
     bank.weight[0, 0] = bank.weight[1, 1] = 1.0
     states = torch.zeros(2, 3, width)
-    states[0, 1:, 0] = 5.0  # costs (1, 0): path 1
-    states[1, 1:, 1] = 0.1  # costs (0, 1): path 0
+    states[0, 1:, 0] = 5.0  # logarithms of costs (1, 0): path 1
+    states[1, 1:, 1] = 0.1  # (0, 1): path 0
     prompt = torch.ones(2, 3, dtype=torch.bool)
-    assert bank.predict(describe_prompt(states, prompt)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    logs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert torch.allclose(bank.predict(describe_prompt(states, prompt)), logs.exp())
     request = type("Request", (), {"memo": {}, "prompt": prompt})
     assert bank.decide(0, states, request).tolist() == [True, True]
     assert bank.decide(1, states, request).tolist() == [True, False]
     assert bank.decide(2, torch.full_like(states, 9.0), request).tolist() == [False, True], (
         "decided once, before layer 1"
     )
+
+
+def test_a_price_or_what_a_prompt_may_cost_decides_how_far_it_goes() -> None:
+    """Costs by hand of three paths: dense, half, and a third of the compute."""
+    costs = torch.tensor([[0.0, 0.2, 0.3], [0.0, 0.02, 0.9]])
+    toy = toys.make("llama").model
+
+    def chosen(**budget: float) -> list[int]:
+        bank = PathBank([[], [1, 2], [1, 2, 3]], entry=1, **budget)
+        adaskip.attach(toy, bank).detach()
+        bank.share.copy_(torch.tensor([1.0, 0.5, 0.34]))
+        bank.kappa.fill_(2.0)
+        return bank.choose(costs).tolist()
+
+    assert chosen() == [0, 0], "without a price cost alone decides"
+    assert chosen(price=0.1) == [0, 1]
+    assert chosen(price=1.0) == [2, 1]
+    assert chosen(nats=0.05) == [0, 1], "twice what is predicted must be within it"
+    assert chosen(nats=0.5) == [1, 1]
+    assert chosen(nats=2.0) == [2, 2]
 
 
 def test_without_a_fit_every_prompt_takes_the_first_path() -> None:
@@ -61,7 +82,9 @@ def test_a_prompt_of_one_token_has_features() -> None:
         (lambda: PathBank([]), "paths: expected at least one, got none"),
         (lambda: PathBank([[1, 5]], entry=3), r"layers \[1\] stand before entry=3, where every layer runs"),
         (lambda: PathBank(["ab"]), "expected a list of layer numbers for each"),
-        (lambda: PathBank([[4]], 1, adaskip.Target(scope="token")), "expected scope 'prompt', got 'token'"),
+        (lambda: PathBank([[4]], 1, -1.0), "price: expected nats, 0 or more, got -1.0"),
+        (lambda: PathBank([[4]], 1, 1.0, 0.1), "nats: expected 0 or more, and no price beside it, got nats=0.1 and"),
+        (lambda: PathBank([[4]], 1, target=adaskip.Target(scope="token")), "expected scope 'prompt', got 'token'"),
         (lambda: adaskip.attach(toys.make("llama").model, PathBank([[7]])), r"layers \[7\] of paths: the model has 4"),
         (lambda: adaskip.attach(toys.make("llama").model, PathBank([[]], entry=4)), "entry=4: the model has 4 layers"),
     ],

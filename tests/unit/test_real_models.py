@@ -80,3 +80,14 @@ def test_answers_are_the_models_own_greedy_ones(language_model: Path) -> None:
     for row in alone:
         assert [*answering.answer([row], batch=1)] == [1]
     assert rows == alone
+
+
+def test_a_split_that_is_answered_is_left_alone(tmp_path: Path) -> None:
+    """Data of an hour that was stopped goes on; catches a file of other prompts, or of a few, that is believed."""
+    file, prompts = tmp_path / "test.jsonl", [f"p{i}" for i in range(20)]
+    rows = [{"prompt": prompt, "answer": "" if prompt == "p3" else "a"} for prompt in prompts]
+    assert not make_instruct_data.is_answered(file, prompts)
+    make_instruct_data.write(file, rows)
+    assert make_instruct_data.is_answered(file, prompts)
+    assert not make_instruct_data.is_answered(file, [*prompts[1:], "other"])
+    assert not make_instruct_data.is_answered(file, prompts * 2)

@@ -1,0 +1,58 @@
+"""The ledger of prices: what is asked once, what a stopped search finds again, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaskip.errors import CheckpointError
+from adaskip.survey.greedy import greedy_paths
+from adaskip.survey.ledger import Ledger
+
+
+class Meter:
+    """Prices that add up, with a count of what was measured; after ``limit`` of them the machine is switched off."""
+
+    def __init__(self, limit: int = 10**9) -> None:
+        self.count, self.limit = 0, limit
+
+    def __call__(self, paths: Sequence[tuple[int, ...]], rows: Sequence[int]) -> torch.Tensor:
+        self.count += len(paths) * len(rows)
+        if self.count > self.limit:
+            raise KeyboardInterrupt
+        single = torch.arange(1.0, 7.0).double()
+        return torch.tensor([[float(single[list(path)].sum()) + row for path in paths] for row in rows]).double()
+
+
+def test_a_price_is_measured_once() -> None:
+    meter = Meter()
+    ledger = Ledger(meter, inputs=4)
+    assert ledger([(0,), (1, 2)], [3, 0]).tolist() == [[4.0, 8.0], [1.0, 5.0]]
+    assert meter.count == 4
+    assert ledger([(1, 2), (4,), (1, 2)], [0, 1]).tolist() == [[5.0, 5.0, 5.0], [6.0, 6.0, 6.0]]
+    assert meter.count == 7, "(1, 2) for input 1 and (4,) for both were not known"
+
+
+def test_a_search_that_was_stopped_measures_only_what_it_had_not(tmp_path: Path) -> None:
+    """Catches a file that is not read, is written at the end only, or mixes up paths: minutes of pricing were lost."""
+    file, single = tmp_path / "prices", torch.arange(1.0, 7.0)
+    whole = Meter()
+    expected = greedy_paths(Ledger(whole, 4), range(4), single, 4, width=3)
+    with pytest.raises(KeyboardInterrupt):
+        greedy_paths(Ledger(Meter(limit=2 * whole.count // 3), 4, file), range(4), single, 4, width=3)
+    rest = Meter()
+    assert greedy_paths(Ledger(rest, 4, file), range(4), single, 4, width=3) == expected
+    assert 0 < rest.count < whole.count / 2
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "prices"
+    Ledger(Meter(), 3, file)([(0,)], [0])
+    with pytest.raises(CheckpointError, match="expected the prices of 4 inputs, got 3"):
+        Ledger(Meter(), 4, file)
+    file.write_bytes(b"\0" * 40)
+    with pytest.raises(CheckpointError, match=r"cannot be read .* remove it to measure them anew"):
+        Ledger(Meter(), 3, file)
