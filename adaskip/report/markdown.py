@@ -166,9 +166,7 @@ def beside_static(summary: dict[str, Any]) -> list[str]:
         _table(["", "keep rate", "KL to the dense model (nats)", "accuracy"], rows),
         f"The plan costs {number(gap.get('difference'), 3)} nats a token more than the routers (95 %: {ends}, "
         f"n = {_cell(gap.get('n'))}, paired); a negative number is in the plan's favour.",
-        f"**{_cell(found.get('sentence'))}.**"
-        if found.get("router") == "static"
-        else f"{_cell(found.get('sentence'))}.",
+        f"**{sentence}**" if found.get("router") == "static" else sentence,
         _source(runfiles.SUMMARY),
     ]
 

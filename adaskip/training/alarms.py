@@ -116,8 +116,8 @@ def dear(keep: Tensor, costs: Tensor, tolerance: float, held: Sequence[int] = ()
     return Alarm(
         "dear",
         tuple(layers),
-        f"{_layers(layers)} {named} never run{'s' * (len(layers) == 1)}, for none of {keep.shape[1]} inputs, at more "
-        f"than {DEAR:g} tolerances ({DEAR * tolerance:.3g} nats) of cost",
+        f"never run on {keep.shape[1]} inputs: {_layers(layers)} {named}, though skipping one costs more than "
+        f"{DEAR:g} tolerances ({DEAR * tolerance:.3g} nats)",
     )
 
 

@@ -27,14 +27,13 @@ class Dear:
         """Name the layers in one line; empty where there are none."""
         parts = []
         if self.costs:
-            named, each = _name(self.costs)
-            parts.append(f"holding {named} from the start, {each} more than {self.limit:.3g} nats when skipped alone")
-        if self.released:
-            named, each = _name(self.released)
-            verb = "is" if len(self.released) == 1 else "are"
+            each = "which costs" if len(self.costs) == 1 else "each of which costs"
             parts.append(
-                f"{named} {verb} not held, though {each} as much, because objective.keep could not be reached then"
+                f"holding {_name(self.costs)} from the start, {each} more than {self.limit:.3g} nats when skipped alone"
             )
+        if self.released:
+            verb = "costs as much and is" if len(self.released) == 1 else "cost as much and are"
+            parts.append(f"{_name(self.released)} {verb} not held, for objective.keep could not be reached otherwise")
         return "; ".join(parts)
 
 
@@ -73,8 +72,7 @@ def find_dear(
     return Dear(costs, {layer: float(means[layer]) for layer in sorted(released)}, limit)
 
 
-def _name(costs: dict[int, float]) -> tuple[str, str]:
-    """Return the layers with their costs, and the beginning of a sentence about each."""
+def _name(costs: dict[int, float]) -> str:
+    """Name layers with their costs."""
     listed = ", ".join(f"{layer} ({cost:.3g} nats)" for layer, cost in costs.items())
-    one = len(costs) == 1
-    return f"layer{'' if one else 's'} {listed}", "which costs" if one else "each of which costs"
+    return f"layer{'s' * (len(costs) != 1)} {listed}"
