@@ -154,10 +154,9 @@ class Contest:
         sides = [f"{self.figures(side)['kl']:.3g}" for side in (0, 1)]
         text = f"routers: {sides[0]} nats a token, the best static plan ({name_layers(self.skip)}) {sides[1]}: "
         if self.winner == "static":
-            beaten = -gap.estimate
-            if beaten < 0:
+            if self.figures(0)["keep"] > self.budget + ROUNDING:
                 return f"{text}the routers miss the budget, which the plan holds"
-            return f"{text}the routers do not beat it, they cost {_range(beaten, -gap.high, -gap.low)} more"
+            return f"{text}the routers do not beat it, they cost {_range(-gap.estimate, -gap.high, -gap.low)} more"
         clear = "" if gap.low > 0 else ", which may be chance"
         if gap.estimate == 0:
             return f"{text}they cost the same"

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from adaskip.theory.intervals import bonferroni, bootstrap_mean
 
+ROOM = 1.25
+"""The layers that are not held can save so many times what the budget takes: with less there is nothing to choose."""
+
 
 @dataclass(frozen=True)
 class Dear:
@@ -33,7 +36,9 @@ class Dear:
             )
         if self.released:
             verb = "costs as much and is" if len(self.released) == 1 else "cost as much and are"
-            parts.append(f"{_name(self.released)} {verb} not held, for objective.keep could not be reached otherwise")
+            parts.append(
+                f"{_name(self.released)} {verb} not held, for objective.keep leaves the routers no room otherwise"
+            )
         return "; ".join(parts)
 
 
@@ -49,14 +54,15 @@ def find_dear(
     """Find the layers whose exact cost is clearly above ``times`` tolerances, as many as the budget leaves room for.
 
     A layer is dear where the lower end of the interval of its mean cost lies above that (estimator; all intervals hold
-    at once). Where the others cannot save enough, the cheapest dear ones are released until they can.
+    at once). Where the others cannot save enough, and a quarter more so that there is something to choose, the cheapest
+    dear ones are released until they can.
 
     Args:
         kl: (n l) exact cost of skipping each layer alone.
         tolerance: nats per predicted token that one skipped layer may cost.
         times: so many tolerances are far too much.
         saved: (m l) what leaving out each layer saves, as `adaskip.survey.static.layer_savings` says.
-        keep: the mean keep rate that must stay reachable.
+        keep: the mean keep rate that must stay within reach.
         held: layers that are held already, and stay so.
         level: that all intervals hold at once.
     """
@@ -65,8 +71,8 @@ def find_dear(
     free = [layer for layer in range(kl.shape[1]) if layer not in held]
     dear = [layer for layer in free if bootstrap_mean(kl[:, layer], each).low > limit]
     dear.sort(key=lambda layer: float(means[layer]))
-    saves, released = saved.mean(0), []
-    while dear and 1 - float(saves[[layer for layer in free if layer not in dear]].sum()) > keep:
+    saves, released, needed = saved.mean(0), [], ROOM * (1 - keep)
+    while dear and float(saves[[layer for layer in free if layer not in dear]].sum()) < needed:
         released.append(dear.pop(0))
     costs = {layer: float(means[layer]) for layer in sorted(dear)}
     return Dear(costs, {layer: float(means[layer]) for layer in sorted(released)}, limit)

@@ -99,6 +99,9 @@ def finish(
     if plan is not None:
         with stages("comparing with the best static plan"):
             contest = compare(model, batches, plan, recipe.objective.keep)
+        for logger in trainer.loggers:
+            beside = {f"val/static_{name}": value for name, value in contest.figures(1).items()}
+            logger.log_metrics(beside, step=trainer.global_step)
         model.facts = _facts(recipe, figures, look, contest)
         if contest.winner == "static" and recipe.static.fallback:
             exported = "static"

@@ -67,7 +67,7 @@ def prepare(
 
 def _hold_dear(recipe: Recipe, model: RoutedModel, measured: LayerMeasures, saved: Tensor, stages: Stages) -> None:
     section, held = recipe.conditions, model.policy.held
-    if section.hold_above is None:
+    if section.hold_above is None or not section.nats:  # of no tolerance at all, no layer costs ten times as much
         return
     found = find_dear(measured.kl, section.nats, section.hold_above, saved, recipe.objective.keep, held, section.level)
     if found.sentence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -172,6 +173,14 @@ def test_a_router_that_skips_the_dearest_layer_is_alarmed(
     assert numbers.logged["router/paths"] == [1, 1, 1]
     assert numbers.logged["router/alarms"] == [len(look["alarms"]) for look in looks]
     assert len(numbers.logged["router/logit_std"]) == 3
+
+
+def test_an_alarm_goes_to_every_wandb_run() -> None:
+    sent: list[dict[str, str]] = []
+    board = Board([])
+    board.runs = [SimpleNamespace(alert=lambda **alert: sent.append(alert))]
+    board.alarm("dear", "step 2: ...")
+    assert sent == [{"title": "routers: dear", "text": "step 2: ..."}]
 
 
 def test_hold_recovers_from_it(tmp_path: Path) -> None:

@@ -206,16 +206,19 @@ def test_dear_layers_are_named_with_what_they_cost() -> None:
     found = find_dear(costs_of(3.0, 0.01, 0.51, 0.2), 0.05, 10, SAVED, 0.5)
     assert [*found.costs] == [0]
     assert found.sentence.startswith("holding layer 0 (2.96 nats) from the start, which costs more than 0.5 nats")
-    assert find_dear(costs_of(3.0, 0.01, 0.02, 2.0), 0.05, 10, SAVED, 0.5, held=[0]).costs.keys() == {3}
+    assert find_dear(costs_of(3.0, 0.01, 0.02, 2.0), 0.05, 10, SAVED, 0.6, held=[0]).costs.keys() == {3}
     assert not find_dear(costs_of(0.3, 0.01, 0.02, 0.1), 0.05, 10, SAVED, 0.5).sentence
 
 
 def test_the_cheapest_dear_layers_are_released_for_the_budget() -> None:
-    """Three dear layers of four, and half of the work is to go: one of them has to be skipped after all."""
-    found = find_dear(costs_of(3.0, 0.01, 5.0, 2.0), 0.05, 10, SAVED, 0.5)
+    """Three dear layers of four: one is released where the free ones are too few, or leave nothing to choose."""
+    costs = costs_of(3.0, 0.01, 5.0, 2.0)
+    found = find_dear(costs, 0.05, 10, SAVED, 0.6)
     assert ([*found.costs], [*found.released]) == ([0, 2], [3])
     assert found.sentence.endswith(
-        "layer 3 (1.95 nats) costs as much and is not held, for objective.keep could not be reached otherwise"
+        "layer 3 (1.95 nats) costs as much and is not held, for objective.keep leaves the routers no room otherwise"
     )
-    every = find_dear(costs_of(3.0, 0.01, 5.0, 2.0), 0.05, 10, SAVED, 0.5, held=[1])
+    assert [*find_dear(costs, 0.05, 10, SAVED, 0.8).released] == []
+    assert [*find_dear(costs, 0.05, 10, SAVED, 0.75).released] == [3]  # it could be met, without any choice
+    every = find_dear(costs, 0.05, 10, SAVED, 0.6, held=[1])
     assert ([*every.costs], [*every.released]) == ([2], [0, 3])
