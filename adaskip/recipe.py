@@ -85,11 +85,20 @@ class ConditionsSection(Section):
     points: float | None = Field(None, ge=0, le=100)  # instead: points of sampled accuracy; a bound makes nats of them
     on_violation: Literal["warn", "hold", "stop"] = "warn"  # when the router's skips of a layer clearly cost more
     level: float = Field(0.95, gt=0, lt=1)  # confidence of the intervals
+    hold_above: float | None = Field(10, gt=0)  # layers that cost so many tolerances alone run; None: none is held
 
     @property
     def nats(self) -> float:
         """Return what one skip may cost, in nats per predicted token."""
         return self.tolerance if self.points is None else float(kl_for_accuracy(self.points))
+
+
+class StaticSection(Section):
+    """Set what is done with the best static plan of the budget, which the routers must beat."""
+
+    width: Count = 6  # layers tried each time one more goes; 0: no plan is sought, nothing is compared
+    start: bool = False  # the routers begin at the plan, and the budget holds from the first step, without a warm-up
+    fallback: bool = True  # where the routers do not beat the plan, router/ holds the plan
 
 
 class TrackingSection(Section):
@@ -114,6 +123,7 @@ class Recipe(Section):
     fit: Fit = Fit()  # of method from-bounds
     trainer: TrainerSection
     conditions: ConditionsSection = ConditionsSection()
+    static: StaticSection = StaticSection()
     tracking: TrackingSection = TrackingSection()
     output: Text = "runs/recipe"
 
@@ -122,6 +132,11 @@ class Recipe(Section):
         if self.method == "end-to-end" and not self.trainer.steps:
             raise ConfigError(
                 "Recipe: trainer.steps: expected an integer >= 1 (only method from-bounds can do without), got 0"
+            )
+        if self.static.start and (self.method != "end-to-end" or not self.static.width):
+            raise ConfigError(
+                "Recipe: static.start: expected false with method from-bounds, whose first round surveys the dense "
+                "model, and with static.width 0, which seeks no plan; got true"
             )
         if not self.trainer.steps and self.conditions.on_violation != "warn":
             raise ConfigError(

@@ -22,6 +22,7 @@ PRICES = "prices.json"
 KEEP_RATES = "keep_rates.json"
 SUMMARY = "summary.json"
 ROUTER = "router"  # the folder that `export` copies
+LEARNED = "router-learned"  # the learned routers, where `router` holds a static plan that they do not beat
 REPORT, PLOTS = "report.md", "plots"
 EVALUATION = "evaluation.json"
 CALIBRATION = "calibration.json"
@@ -31,7 +32,7 @@ STARTED = (RECIPE, ENVIRONMENT, METRICS, CONDITIONS, LOCK, CHECKPOINTS, WANDB)
 """What a start leaves in a folder before its first step."""
 
 NAMES = frozenset(
-    {*STARTED, FIT, FIT_ROUTERS, PRICES, KEEP_RATES, SUMMARY, ROUTER, REPORT, PLOTS, EVALUATION, CALIBRATION}
+    {*STARTED, FIT, FIT_ROUTERS, PRICES, KEEP_RATES, SUMMARY, ROUTER, LEARNED, REPORT, PLOTS, EVALUATION, CALIBRATION}
     | {PROFILE, PROFILE_PLOT}
 )
 """All of them."""

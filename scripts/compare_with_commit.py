@@ -55,7 +55,8 @@ def train(tree: Path, output: Path, overrides: list[str]) -> None:
 
 def routers(run: Path) -> dict[str, Tensor]:
     """Return a run's routers by layer and weight, as every file format since the first calls them."""
-    weights = load_file(run / "router" / "router.safetensors")
+    learned = run / "router-learned"  # where routers trained so briefly did not beat a static plan
+    weights = load_file((learned if learned.is_dir() else run / "router") / "router.safetensors")
     return {name.removeprefix("heads."): w for name, w in weights.items() if not name.startswith("backbone.")}
 
 

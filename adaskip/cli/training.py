@@ -95,11 +95,16 @@ def train(
         return train(read, resume=resume, stages=terminal_stages(bars=False))
 
     def show(done: dict[str, Any]) -> None:
+        beside = done.get("static", {}).get("sentence")
         pairs(done)
         if not done.get("ok", True):
+            if beside:
+                say(beside)
             say(done.get("stopped") or done.get("budget_sentence", ""))
             return
         say(f"next: adaskip eval {done['folder']}, adaskip check {done['folder']}")
+        if beside:
+            say(beside)
 
     do(work, show, as_json)
 

@@ -48,9 +48,11 @@ def write(run: str | Path) -> Path:
     sections = [
         markdown.trained(recipe, files.environment, files.summary),
         markdown.result(files.summary, files.evaluation),
+        markdown.beside_static(files.summary),
         markdown.keep_by_kind(rates, draw(keep_heat_map, rates, "keep_by_layer.png") if rates else None),
         markdown.training(curves, draw(training_plot, curves, "training.png") if curves else None),
         markdown.conditions(looks, recipe, draw(conditions_plot, looks[-1], "conditions.png") if looks else None),
+        markdown.alarms(looks),
     ]
     report = run / runfiles.REPORT
     runfiles.write_text(report, "\n\n".join(chain.from_iterable(sections)) + "\n")

@@ -148,6 +148,52 @@ def conditions(looks: Sequence[dict[str, Any]], recipe: dict[str, Any], picture:
     return body
 
 
+def beside_static(summary: dict[str, Any]) -> list[str]:
+    """Show the routers and the best static plan of their budget on the same inputs; nothing where none was sought."""
+    found = summary.get("static")
+    if not isinstance(found, dict) or not found:
+        return []
+    routers, gap = found.get("routers") or {}, found.get("comparison") or {}
+    skip = ", ".join(map(str, found.get("skip") or [])) or "no layer"
+    rows = [
+        [_cell(name), number(side.get("keep")), number(side.get("kl")), share(side.get("accuracy"))]
+        for name, side in (("routers", routers), (f"static: without {skip}", found))
+    ]
+    ends = f"{number(gap.get('low'), 3)} to {number(gap.get('high'), 3)}"
+    sentence = f"{_cell(found.get('sentence'))}."
+    return [
+        "## Routers and the best static plan",
+        _table(["", "keep rate", "KL to the dense model (nats)", "accuracy"], rows),
+        f"The plan costs {number(gap.get('difference'), 3)} nats a token more than the routers (95 %: {ends}, "
+        f"n = {_cell(gap.get('n'))}, paired); a negative number is in the plan's favour.",
+        f"**{sentence}**" if found.get("router") == "static" else sentence,
+        _source(runfiles.SUMMARY),
+    ]
+
+
+def alarms(looks: Sequence[dict[str, Any]]) -> list[str]:
+    """Show, look by look, how much the routers' decisions depend on the input, and which alarms they raised."""
+    told = [look for look in looks if isinstance(look.get("routers"), dict)]
+    if not told:
+        return []
+    rows = [
+        [
+            f"{look['step']}{' (end)' if look.get('final') else ''}",
+            number(look["routers"].get("paths")),
+            number(look["routers"].get("logit_std")),
+            "; ".join(_cell(alarm.get("sentence")) for alarm in look.get("alarms") or []) or "none",
+        ]
+        for look in told
+    ]
+    return [
+        "## Do the routers look at their input?",
+        "Distinct paths over the inputs looked at, and how far a layer's logits differ between them (standard "
+        "deviation, mean over the layers that are not held). Routers that have collapsed raise an alarm.",
+        _table(["step", "paths", "logits", "alarms"], rows),
+        _source(runfiles.CONDITIONS),
+    ]
+
+
 def _verdicts(look: dict[str, Any]) -> str:
     found = {(row["layer"], row["notion"]): row for row in look["findings"]}
     notions = [notion for notion in UNITS if any(key[1] == notion for key in found)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaskip.backbone.inspect import BackboneSpec, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import KV, Flags, Group, Routing, Scope, Unit, host
+from adaskip.plan import KEEP_ALL, KV, Flags, Group, Routing, Scope, Unit, host
 from adaskip.policy import Policy
 from adaskip.runtime import decide
 from adaskip.runtime.attentions import Source, WeightRecord
@@ -288,12 +288,23 @@ class Runtime:
         if options.fixed is None:
             if self.known is None:
                 return None, None
-            return self.known[:, None].expand(-1, batch), tuple((keeps,) * batch for keeps in self.known_flags)
+            known, flags = self._sure(options)
+            return known[:, None].expand(-1, batch), tuple((keeps,) * batch for keeps in flags)
         repeats, rest = divmod(batch, options.fixed.shape[1])
         if rest:
             raise ConfigError(f"routing: expected decisions for {batch} rows, got {options.fixed.shape[1]}")
         fixed = options.fixed.repeat_interleave(repeats, 1)
         return fixed, host(fixed) if self.scope == "prompt" else None
+
+    def _sure(self, options: Options) -> tuple[Tensor, Flags]:
+        """Return what the policy knows beforehand, bool (l), with the layers that run whatever it says."""
+        assert self.known is not None
+        threshold = self.policy.threshold if options.threshold is None else options.threshold
+        must = range(len(self.known)) if threshold <= KEEP_ALL else self.policy.held
+        if not must:
+            return self.known, self.known_flags
+        flags = tuple(keeps or layer in must for layer, keeps in enumerate(self.known_flags))
+        return torch.tensor(flags, device=self.known.device), flags
 
     # -- one layer ---------------------------------------------------------------------------------------------------
 

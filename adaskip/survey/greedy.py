@@ -17,7 +17,14 @@ Price = Callable[[Sequence[Path], Sequence[int]], Tensor]
 """What paths cost inputs, given by number: float64 (n p), nats per predicted token."""
 
 
-def greedy_paths(price: Price, rows: Sequence[int], single: Tensor, skips: int, width: int) -> list[tuple[Path, float]]:
+def greedy_paths(
+    price: Price,
+    rows: Sequence[int],
+    single: Tensor,
+    skips: int,
+    width: int,
+    enough: Callable[[Path], bool] = lambda path: False,
+) -> list[tuple[Path, float]]:
     """Return paths of 1 to ``skips`` layers, each the one before with one more, and their mean costs to these inputs.
 
     Costs ``width`` paths on the inputs for every layer after the first.
@@ -28,6 +35,7 @@ def greedy_paths(price: Price, rows: Sequence[int], single: Tensor, skips: int, 
         single: (l) what leaving out each layer alone costs them; inf for one that must stay.
         skips: so many layers go, or as many as may.
         width: so many layers are tried each time, those that cost least when they were last tried.
+        enough: whether a path leaves out enough, so that it is the last one.
     """
     marginal = single.double().clone()
     path: Path = ()
@@ -44,6 +52,8 @@ def greedy_paths(price: Price, rows: Sequence[int], single: Tensor, skips: int, 
         path, before = tuple(sorted((*path, chosen))), float(costs.min())
         marginal[chosen] = torch.inf
         found.append((path, before))
+        if enough(path):
+            break
     return found
 
 

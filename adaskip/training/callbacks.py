@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from adaskip.survey.skips import measure_skips
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
+from adaskip.training.alarms import Alarm, describe, find_alarms
 from adaskip.training.inputs import from_rank_zero
 from adaskip.training.looks import DenseLogits, Look, describe_skip, joint_cost
 from adaskip.training.module import RouterTuner
@@ -42,7 +44,8 @@ class ConditionCheck(lightning.Callback):
     measured once, before the first step. Every look then judges what does change, the routers' own decisions: their
     joint cost against the calibrated bound, the share of them that lies on admissible layers, and each layer anew on
     those inputs for which the routers leave it out. A layer whose skips clearly cost more than they may violates the
-    conditions; the intervals are corrected for all layers, notions and looks of the run.
+    conditions; the intervals are corrected for all layers, notions and looks of the run. Alarms tell routers that have
+    collapsed (`adaskip.training.alarms`), each once until it is over.
 
     What is judged was never fitted on: of the inputs, those that the tuner's prices were calibrated on are left out.
     Where the tuner has no prices (``Objective(bound_weight=0)`` and no ``calibration``), every second input calibrates
@@ -109,6 +112,7 @@ class ConditionCheck(lightning.Callback):
         self._prices: Prices | None = None
         self._step = 0  # the global step when this micro-batch began
         self._warned: set[int] = set()
+        self._alarmed: set[tuple[str, tuple[int, ...]]] = set()
         self._held: frozenset[int] = frozenset()  # by this callback, beside those of the routers' configuration
         self._fixed: frozenset[int] = frozenset()
         self._dense = DenseLogits()
@@ -121,7 +125,7 @@ class ConditionCheck(lightning.Callback):
         self._fixed = frozenset(tuner.model.policy.held) - self._held
         if self._held:
             tuner.model.hold(self._fixed | self._held)
-        self.look, self.stopped, self._warned = None, None, set()
+        self.look, self.stopped, self._warned, self._alarmed = None, None, set(), set()
         self.looks = self._count_looks(trainer)
         unpriced = tuner.prices is None and tuner.calibration is None
         if unpriced:
@@ -201,7 +205,8 @@ class ConditionCheck(lightning.Callback):
     def _look(self, trainer: lightning.Trainer, tuner: RouterTuner) -> None:
         assert self._prices is not None  # on_train_start made sure
         with evaluating(tuner.model):
-            look = self.inspect(tuner.model, self._prices, trainer.global_step)
+            settled = tuner.target() <= tuner.objective.keep + 1e-9  # before that the budget is still on its way
+            look = self.inspect(tuner.model, self._prices, trainer.global_step, settled)
         # processors of different make round differently; every rank has to act alike
         self.look = trainer.strategy.broadcast(look) if trainer.world_size > 1 else look
         self._act(trainer, tuner.model, self.look)
@@ -215,19 +220,26 @@ class ConditionCheck(lightning.Callback):
             "theory/admissible_layers": sum(v == "admissible" for v in self.look.findings.layers.values()),
             "theory/violations": len(self.look.violations),
             "theory/held_layers": len(tuner.model.policy.held),
+            "router/alarms": len(self.look.alarms),
         }
+        if self.look.routers is not None:
+            numbers |= {"router/logit_std": self.look.routers.logit_std, "router/paths": self.look.routers.paths}
         for logger in trainer.loggers:  # under the number that Lightning gives what it logs of this very step
             logger.log_metrics(numbers, step=max(0, trainer.global_step - 1))
+        new = self._new_alarms(self.look)
         if not trainer.is_global_zero:
             return
-        record = self.look.to_dict()
-        Board(trainer.loggers).conditions(record)
+        record, board = self.look.to_dict(), Board(trainer.loggers)
+        board.conditions(record)
+        for alarm in new:
+            _log.warning("step %d: %s", self.look.step, alarm.sentence)
+            board.alarm(alarm.name, f"step {self.look.step}: {alarm.sentence}")
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             append_line(self.folder / CONDITIONS, record)
 
-    def inspect(self, model: RoutedModel, prices: Prices, step: int) -> Look:
-        """Look once at a model's current decisions.
+    def inspect(self, model: RoutedModel, prices: Prices, step: int, settled: bool = True) -> Look:
+        """Look once at a model's current decisions; ``settled``: the budget is asked for in full.
 
         Raises:
             ConfigError: there are no inputs to look at.
@@ -249,7 +261,13 @@ class ConditionCheck(lightning.Callback):
         skips = judge_skips(
             measured, costs["requested"], prices, model.target.group, self.tolerance, self.level, self.looks
         )
-        return Look(step, model.target.group, self.tolerance, self.findings, joint, skips, model.policy.held)
+        held, logits = model.policy.held, costs.get("logits")
+        look = Look(step, model.target.group, self.tolerance, self.findings, joint, skips, held)
+        if logits is None:  # a plan, or another policy that decides without any
+            return look
+        exact, threshold = measured.kl.double().mean(0), model.policy.threshold
+        alarms = find_alarms(logits, costs["keep"], exact, self.tolerance, held, threshold, settled)
+        return replace(look, routers=describe(logits, costs["keep"], held), alarms=alarms)
 
     def _prepare(self, model: RoutedModel) -> LayerMeasures:
         """Measure, once, what each layer is worth to each input."""
@@ -271,6 +289,12 @@ class ConditionCheck(lightning.Callback):
         return {name: self._split.judged_columns(values) for name, values in costs.items()}
 
     # -- acting ------------------------------------------------------------------------------------------------------
+
+    def _new_alarms(self, look: Look) -> list[Alarm]:
+        """Return the alarms of a look that the one before did not raise."""
+        known = self._alarmed
+        self._alarmed = {(alarm.name, alarm.layers) for alarm in look.alarms}
+        return [alarm for alarm in look.alarms if (alarm.name, alarm.layers) not in known]
 
     def _act(self, trainer: lightning.Trainer, model: RoutedModel, look: Look) -> None:
         """Warn of the layers whose skips clearly cost more than they may, hold them, or stop training."""

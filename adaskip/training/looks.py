@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from adaskip.theory.bounds import redundancy_bound
 from adaskip.theory.conditions import Findings, Joint, SkipFinding
 from adaskip.theory.costs import compare_predicted, predicted
 from adaskip.theory.prices import Prices
+from adaskip.training.alarms import Alarm, Routers
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Look:
     joint: Joint
     skips: dict[int, SkipFinding]  # of each layer that the routers leave out, on the inputs for which they do
     held: tuple[int, ...] = ()  # layers that were forced to keep when looking
+    routers: Routers | None = None  # how much decisions depend on the input; None where no logits tell
+    alarms: tuple[Alarm, ...] = ()  # what shows that routers have collapsed
 
     @property
     def violations(self) -> dict[int, SkipFinding]:
@@ -48,6 +51,8 @@ class Look:
             "joint": self.joint.to_dict(),
             "skips": [skip.to_dict() for skip in self.skips.values()],
             "held": list(self.held),
+            "routers": None if self.routers is None else asdict(self.routers),
+            "alarms": [alarm.to_dict() for alarm in self.alarms],
         }
 
 
@@ -84,7 +89,8 @@ def joint_cost(
 ) -> dict[str, Tensor]:
     """Measure what the routers' decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), ``keep`` (l n).
 
-    ``requested`` (l n) is what the routers would do if no layer were held. Under scope token an input counts as keeping
+    ``requested`` (l n) is what the routers would do if no layer were held, ``logits`` (l n) are theirs, where the
+    policy has any, and under scope token the means over an input's tokens. Under scope token an input counts as keeping
     a layer if most of its tokens do (a heuristic), and its bound is computed from the share of them that skip.
 
     Args:
@@ -95,7 +101,7 @@ def joint_cost(
         dense: the memory of the same batches; None: they are looked at once.
     """
     dense = dense or DenseLogits(limit=0)
-    kl, keep, requested = [], [], []
+    kl, keep, requested, logits = [], [], [], []
     for index, batch in enumerate(batches):
         before, supervised = dense(model, index, batch), batch.supervised
         routed = model(**batch.arguments()).logits
@@ -105,10 +111,14 @@ def joint_cost(
         # `keep` has held layers as kept; the logits tell what the router itself asks for
         decisions = routing.keep if routing.logits is None else hard(routing.logits, model.policy.threshold)
         requested.append(routing.per_row(decisions).cpu() > 0.5)
+        if routing.logits is not None:
+            logits.append(routing.per_row(routing.logits).cpu())
     s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
     bound = redundancy_bound(kept.T, s, u, prices.correlation)
     rows = {"keep": kept > 0.5, "share": kept, "requested": torch.cat(requested, 1)}
+    if logits:
+        rows["logits"] = torch.cat(logits, 1)
     return {"kl": torch.cat(kl), "bound": bound, **rows}
 
 

@@ -191,7 +191,8 @@ class RouterTuner(lightning.LightningModule):
 
     def target(self) -> float:
         """Return the keep rate asked for at this step: it falls from 1 to the objective's over the warm-up."""
-        ramp = min(1.0, self.global_step / max(1.0, self.objective.warmup * self._length))
+        over = self.objective.warmup * self._length
+        ramp = min(1.0, self.global_step / max(1.0, over)) if over else 1.0
         return 1.0 + ramp * (self.objective.keep - 1.0)
 
     def _noise(self, stream: int = 0) -> torch.Generator:

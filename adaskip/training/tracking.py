@@ -169,6 +169,11 @@ class Board:
         for run in self.runs:
             run.log({"conditions": wandb.Table(columns=columns, data=rows)})
 
+    def alarm(self, name: str, text: str) -> None:
+        """Send an alarm, which W&B mails or shows as its user wants it."""
+        for run in self.runs:
+            run.alert(title=f"routers: {name}", text=text)
+
     def keep_rates(self, rates: dict[str, list[float]], figure: Figure) -> None:
         """Send the heat map layer x kind, as a picture and as a table."""
         if not self.runs:

@@ -219,7 +219,8 @@ def fresh_records(recipe: Recipe, needed: int, purpose: str) -> list[Record]:
 def threshold_path(model: RoutedModel, validation: list[Record], collate: Collator, size: int) -> list[float]:
     """List thresholds, conservative to aggressive: quantiles of the logits on validation prompts, all layers run.
 
-    They depend on the routers and on validation inputs alone, so that calibration inputs find them fixed.
+    They depend on the routers and on validation inputs alone, so that calibration inputs find them fixed. A policy
+    without logits, such as a static plan, has one: 0, at which it decides as it does.
 
     Raises:
         ConfigError: the routers' logits do not vary, so no threshold tells inputs or layers apart.
@@ -228,6 +229,8 @@ def threshold_path(model: RoutedModel, validation: list[Record], collate: Collat
     logits = []
     for batch in loader(validation, collate, size):
         model(**batch.to(model.spec.device).inputs, use_cache=False)
+        if model.routing.logits is None:
+            return [0.0]
         logits.append(model.runtime.routing.decided.cpu())  # type: ignore[union-attr]
     ordered = torch.cat(logits).double().sort().values  # `quantile` refuses more than 16 million values
     places = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)[:-1] * (len(ordered) - 1)

@@ -11,14 +11,18 @@ from torch.utils.data import DataLoader
 
 from adaskip import report
 from adaskip.recipe import Recipe
-from adaskip.runfiles import CONDITIONS, KEEP_RATES, ROUTER, SUMMARY, append_line, write_json
+from adaskip.runfiles import CONDITIONS, KEEP_RATES, LEARNED, ROUTER, SUMMARY, append_line, write_json
+from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import Stages
+from adaskip.survey.greedy import Path as Plan
+from adaskip.survey.static import Contest, compare
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.looks import Look
 from adaskip.training.module import RouterTuner
 from adaskip.training.tracking import Board, Laps
 from adaskip.verbs.budget import Budget, hold_budget
 from adaskip.verbs.prices import write_prices
+from adaskip.verbs.static import attach_plan, describe
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,11 @@ class TrainResult:
     stopped: str | None = None  # why
     parts: dict[str, dict[str, float]] = field(default_factory=dict)  # part -> seconds, processor_s
     budget: Budget | None = None
-    validation: dict[str, float] = field(default_factory=dict)  # accuracy, kl, keep
-    look: Look | None = None  # the last one at the conditions
+    validation: dict[str, float] = field(default_factory=dict)  # accuracy, kl, keep of what ``router/`` holds
+    look: Look | None = None  # the last one at its conditions
+    contest: Contest | None = None  # of the routers with the best static plan; None: there is none, or none was sought
+    exported: str = "routers"  # what ``router/`` holds: routers or static
+    alarms: tuple[str, ...] = ()  # that the finished routers raise
 
     @property
     def ok(self) -> bool:
@@ -53,11 +60,13 @@ class TrainResult:
             "threshold": self.budget.threshold,
             **self.budget.to_dict(),
             "val": self.validation,
+            **describe(self.contest, self.exported),
             "conditions": {
                 "layers": look["layers"],
                 "joint": look["joint"],
                 "violations": sorted(self.look.violations),
                 "held": look["held"],
+                "alarms": list(self.alarms),
             },
         }
 
@@ -70,8 +79,9 @@ def finish(
     validation: DataLoader[Any],
     laps: Laps,
     stages: Stages,
+    plan: Plan | None = None,
 ) -> TrainResult:
-    """Find the threshold, validate, check, and leave a complete run folder."""
+    """Find the threshold, validate, check, compare with a static ``plan``, and leave a complete run folder."""
     model = tuner.model.eval()
     with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
         batches = [batch.to(model.spec.device) for batch in validation]
@@ -85,17 +95,56 @@ def finish(
     rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
     laps.lap("check")
     figures = {name: logged[f"val/{name}"] for name in ("accuracy", "kl", "keep")}
-    model.facts = _facts(recipe, figures, look)
-    result = TrainResult(Path(recipe.output), trainer.global_step, None, laps.parts, budget, figures, look)
+    contest, exported, alarms = None, "routers", tuple(alarm.sentence for alarm in look.alarms)
+    if plan is not None:
+        with stages("comparing with the best static plan"):
+            contest = compare(model, batches, plan, recipe.objective.keep)
+        for logger in trainer.loggers:
+            beside = {f"val/static_{name}": value for name, value in contest.figures(1).items()}
+            logger.log_metrics(beside, step=trainer.global_step)
+        model.facts = _facts(recipe, figures, look, contest)
+        if contest.winner == "static" and recipe.static.fallback:
+            exported = "static"
+            model, look, rates = _give_way(recipe, tuner, conditions, trainer, contest, rates)
+            figures = {name: contest.figures(1)[name] for name in figures}
+        laps.lap("compare")
+    for sentence in alarms:
+        stages.note(sentence)
+    model.facts = _facts(recipe, figures, look, contest)
+    result = TrainResult(
+        Path(recipe.output), trainer.global_step, None, laps.parts, budget, figures, look, contest, exported, alarms
+    )
     if trainer.is_global_zero:
-        _write(result, tuner, rates)
-        _report(result, tuner, rates, Board(trainer.loggers))
+        _write(result, model, tuner, rates)
+        _report(result, model, rates, Board(trainer.loggers))
     return result
 
 
-def _facts(recipe: Recipe, figures: dict[str, float], look: Look) -> dict[str, Any]:
+def _give_way(
+    recipe: Recipe,
+    tuner: RouterTuner,
+    conditions: ConditionCheck,
+    trainer: lightning.Trainer,
+    contest: Contest,
+    rates: dict[str, list[float]],
+) -> tuple[RoutedModel, Look, dict[str, list[float]]]:
+    """Put the routers aside and the plan in their place; return its model, the conditions of its skips, and its rates.
+
+    The tuner's model routes nothing from here on.
+    """
+    assert tuner.prices is not None
+    if trainer.is_global_zero:
+        tuner.model.save_pretrained(Path(recipe.output) / LEARNED)
+    model = attach_plan(tuner.model, contest.skip)
+    look = conditions.inspect(model, tuner.prices, trainer.global_step)
+    share = [0.0 if layer in contest.skip else 1.0 for layer in range(len(model.spec.layers))]
+    return model, look, dict.fromkeys(rates, share)
+
+
+def _facts(recipe: Recipe, figures: dict[str, float], look: Look, contest: Contest | None) -> dict[str, Any]:
     """Say what the model card says of the run."""
     joint = look.joint.to_dict()
+    beside = {} if contest is None else {"beside_the_best_static_plan": contest.sentence}
     return {
         "target_keep": recipe.objective.keep,
         "validation_keep": round(figures["keep"], 4),
@@ -103,25 +152,26 @@ def _facts(recipe: Recipe, figures: dict[str, float], look: Look) -> dict[str, A
         "validation_kl_nats": round(figures["kl"], 5),
         "bound_kappa": joint["kappa"],
         "bound_coverage": joint["coverage"],
+        **beside,
     }
 
 
-def _write(result: TrainResult, tuner: RouterTuner, rates: dict[str, list[float]]) -> None:
+def _write(result: TrainResult, model: RoutedModel, tuner: RouterTuner, rates: dict[str, list[float]]) -> None:
     assert result.look is not None
     assert tuner.prices is not None
-    tuner.model.save_pretrained(result.folder / ROUTER)
+    model.save_pretrained(result.folder / ROUTER)
     write_json(result.folder / KEEP_RATES, rates)
     write_prices(result.folder, tuner.prices)
     append_line(result.folder / CONDITIONS, result.look.to_dict() | {"final": True})
     write_json(result.folder / SUMMARY, result.to_dict(), indent=2)
 
 
-def _report(result: TrainResult, tuner: RouterTuner, rates: dict[str, list[float]], board: Board) -> None:
+def _report(result: TrainResult, model: RoutedModel, rates: dict[str, list[float]], board: Board) -> None:
     """Send what is no number to W&B, if it is used, and write the report from the files."""
     assert result.look is not None
     board.conditions(result.look.to_dict())
     if rates:  # the data may name no kinds
         board.keep_rates(rates, report.keep_heat_map(rates))
-    board.router(result.folder / ROUTER, tuner.model.facts)
+    board.router(result.folder / ROUTER, model.facts)
     board.finish()
     report.write(result.folder)

@@ -28,6 +28,7 @@ from adaskip.training.checkpoints import RoundsBySteps
 from adaskip.training.data import Collator, Record, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
+from adaskip.training.objective import Objective
 from adaskip.training.steps import StepCount
 from adaskip.training.tracking import Laps, truncate_lines
 from adaskip.verbs.amounts import enough_to_train, fitted
@@ -36,6 +37,7 @@ from adaskip.verbs.finish import TrainResult, finish
 from adaskip.verbs.run import load_model, load_processor
 from adaskip.verbs.splits import records
 from adaskip.verbs.start import check_start, opened
+from adaskip.verbs.static import prepare
 from adaskip.verbs.trainer import make_trainer, own_device
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -120,7 +122,8 @@ class _Training:
         measured, prices = _price(
             self.model, looked_at, self._batches("calibration", fitted(recipe)), recipe, self.stages
         )
-        tuner = self._tuner(prices)
+        start = prepare(recipe, self.model, measured, looked_at, self._batches("validation", None), self.stages)
+        tuner = self._tuner(prices, start.objective)
         conditions = ConditionCheck(
             recipe.conditions.every,
             tolerance=recipe.conditions.nats,
@@ -150,17 +153,17 @@ class _Training:
                 f"{self.folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
                 f"go on with: adaskip train {self.folder / RECIPE} --resume"
             )
-        return finish(recipe, trainer, tuner, conditions, validation, self.laps, self.stages)
+        return finish(recipe, trainer, tuner, conditions, validation, self.laps, self.stages, start.plan)
 
-    def _batches(self, split: str, limit: int) -> list[Batch]:
+    def _batches(self, split: str, limit: int | None) -> list[Batch]:
         return [*loader(self.splits[split][:limit], self.collate, self.recipe.trainer.batch_size)]
 
-    def _tuner(self, prices: Prices) -> RouterTuner:
+    def _tuner(self, prices: Prices, objective: Objective) -> RouterTuner:
         recipe = self.recipe
         kinds = {str(record["kind"]) for record in self.splits["validation"] if record.get("kind") not in (None, "")}
         return RouterTuner(
             self.model,
-            recipe.objective,
+            objective,
             prices,
             learning_rate=recipe.trainer.learning_rate,
             steps=recipe.trainer.steps or None,  # 0: nothing is tuned after a fit from bounds

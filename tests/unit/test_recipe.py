@@ -110,7 +110,7 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
         ("tracking.tags=[a, 1]", "tracking.tags.1: expected a valid string, got 1"),
         (
             "conditions=",
-            "conditions: expected a mapping of keys (every, examples, tolerance, points, on_violation, level), got",
+            "conditions: expected a mapping of keys (every, examples, tolerance, points, on_violation, level, ",
         ),
         ("backbone.path=''", "backbone.path: expected at least 1 character, got ''"),
         ("trainer.steps=0", "trainer.steps: expected an integer >= 1 (only method from-bounds can do without), got 0"),

@@ -305,3 +305,28 @@ def test_needs_neither_torch_nor_pyplot():
         "import sys, adaskip.report; sys.exit(any(m in sys.modules for m in ('torch', 'wandb', 'matplotlib.pyplot')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_the_plan_and_the_alarms_are_told():
+    """Catches a report that shows the routers alone, and one that keeps a collapse to itself."""
+    from adaskip.report.markdown import alarms, beside_static
+
+    comparison = {"difference": -0.01, "low": None, "high": -0.005, "n": 60, "winner": "static"}
+    found = {"skip": [4, 5], "keep": 0.58, "kl": 0.02, "accuracy": 0.9, "comparison": comparison, "router": "static"}
+    found |= {"routers": {"keep": 0.6, "kl": 0.03, "accuracy": 0.8}, "sentence": "the routers do not beat it"}
+    text = "\n".join(beside_static({"static": found}))
+    assert "| static: without 4, 5 | 0.58 | 0.02 | 90.0 % |" in text
+    assert "| routers | 0.6 | 0.03 | 80.0 % |" in text
+    assert "The plan costs -0.01 nats a token more than the routers (95 %: n/a to -0.005, n = 60, paired)" in text
+    assert "**the routers do not beat it.**" in text
+    assert beside_static({}) == []
+    look = {
+        "step": 200,
+        "findings": [],
+        "routers": {"paths": 1, "logit_std": 0.0},
+        "alarms": [{"sentence": "one path"}],
+    }
+    text = "\n".join(alarms([look, {"step": 400, "final": True, "routers": {"paths": 9, "logit_std": 2.0}}]))
+    assert "| 200 | 1 | 0 | one path |" in text
+    assert "| 400 (end) | 9 | 2 | none |" in text
+    assert alarms([{"step": 200, "findings": []}]) == []
