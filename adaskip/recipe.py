@@ -61,7 +61,7 @@ class DataSection(Section):
 class TrainerSection(Section):
     """Set how long, how fast and on which hardware the routers train."""
 
-    steps: Count  # optimiser steps; with method from-bounds those of the tuning after the fit, 0: no tuning
+    steps: Count  # optimiser steps; from-bounds: of the tuning after the fit, 0: none; path-bank: 0
     batch_size: Positive  # examples a step and device
     learning_rate: float = Field(gt=0)
     temperature: float = Field(1.0, gt=0)  # of the routers' gates
@@ -93,6 +93,18 @@ class ConditionsSection(Section):
         return self.tolerance if self.points is None else float(kl_for_accuracy(self.points))
 
 
+class BankSection(Section):
+    """Set how a bank of paths is found, and how much of the data that takes."""
+
+    examples: Annotated[int, Field(strict=True, ge=20)] = 320  # training inputs that the predictor is fitted on
+    sample: Positive = 96  # of these, what paths are planned on
+    paths: Count = 12  # at most, beside the dense one and the static plan
+    groups: Count = 4  # of inputs, that get paths of their own
+    deepest: Positive | None = None  # layers that a path leaves out at most; None: one more than twice the static plan
+    entry: Count = 3  # the choice falls before this layer
+    width: Positive = 6  # layers tried each time one more goes
+
+
 class StaticSection(Section):
     """Set what is done with the best static plan of the budget, which the routers must beat."""
 
@@ -119,8 +131,9 @@ class Recipe(Section):
     router: RouterConfig = RouterConfig()
     data: DataSection
     objective: Objective = Objective()
-    method: Literal["end-to-end", "from-bounds"] = "end-to-end"
+    method: Literal["end-to-end", "from-bounds", "path-bank"] = "end-to-end"
     fit: Fit = Fit()  # of method from-bounds
+    bank: BankSection = BankSection()  # of method path-bank
     trainer: TrainerSection
     conditions: ConditionsSection = ConditionsSection()
     static: StaticSection = StaticSection()
@@ -129,9 +142,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _something_trains(self) -> Recipe:
+        if self.method == "path-bank" and (self.trainer.steps or self.router.scope == "token"):
+            raise ConfigError(
+                "Recipe: method path-bank: expected trainer.steps 0 (it takes no gradient) and router.scope prompt, "
+                f"got {self.trainer.steps} and {self.router.scope}"
+            )
         if self.method == "end-to-end" and not self.trainer.steps:
             raise ConfigError(
-                "Recipe: trainer.steps: expected an integer >= 1 (only method from-bounds can do without), got 0"
+                "Recipe: trainer.steps: expected an integer >= 1 (methods from-bounds and path-bank do without), got 0"
             )
         if self.static.start and (self.method != "end-to-end" or not self.static.width):
             raise ConfigError(

@@ -18,6 +18,7 @@ CONDITIONS = "conditions.jsonl"
 CHECKPOINTS = "checkpoints"
 WANDB = "wandb"
 FIT, FIT_ROUTERS = "fit.jsonl", "fit.safetensors"  # of method from-bounds: its rounds, and the routers after the last
+BANK_PRICES = "bank-prices.safetensors"  # of method path-bank: what paths cost inputs, as far as it was measured
 PRICES = "prices.json"
 KEEP_RATES = "keep_rates.json"
 SUMMARY = "summary.json"
@@ -32,7 +33,21 @@ STARTED = (RECIPE, ENVIRONMENT, METRICS, CONDITIONS, LOCK, CHECKPOINTS, WANDB)
 """What a start leaves in a folder before its first step."""
 
 NAMES = frozenset(
-    {*STARTED, FIT, FIT_ROUTERS, PRICES, KEEP_RATES, SUMMARY, ROUTER, LEARNED, REPORT, PLOTS, EVALUATION, CALIBRATION}
+    {
+        *STARTED,
+        FIT,
+        FIT_ROUTERS,
+        BANK_PRICES,
+        PRICES,
+        KEEP_RATES,
+        SUMMARY,
+        ROUTER,
+        LEARNED,
+        REPORT,
+        PLOTS,
+        EVALUATION,
+        CALIBRATION,
+    }
     | {PROFILE, PROFILE_PLOT}
 )
 """All of them."""

@@ -89,10 +89,15 @@ def find_static(
 
 def as_plan(skip: Path, target: Target) -> SkipPlan:
     """Return the plan that leaves these layers out, for the same tokens and units as the routers of a target."""
+    return SkipPlan(skip=skip, **whole_rows(target))
+
+
+def whole_rows(target: Target) -> dict[str, Any]:
+    """Return which tokens and units a target speaks of, as settings of a policy that decides for whole rows at once."""
     settings: dict[str, Any] = {name: getattr(target, name) for name in ("unit", "group", "kv", "phase")}
     if target.group == "all" and target.phase != "prefill":
         settings["kv"] = "absent"  # where the whole row leaves a layer, nothing is there to read its keys
-    return SkipPlan(skip=skip, **settings)
+    return settings
 
 
 def start_logits(skip: Path, held: Sequence[int], layers: int) -> Tensor:

@@ -10,12 +10,15 @@ import lightning
 from torch.utils.data import DataLoader
 
 from adaskip import report
+from adaskip.batch import Batch
 from adaskip.recipe import Recipe
 from adaskip.runfiles import CONDITIONS, KEEP_RATES, LEARNED, ROUTER, SUMMARY, append_line, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import Stages
+from adaskip.survey.certificate import Certificate
 from adaskip.survey.greedy import Path as Plan
 from adaskip.survey.static import Contest, compare
+from adaskip.theory.prices import Prices
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.looks import Look
 from adaskip.training.module import RouterTuner
@@ -42,6 +45,7 @@ class TrainResult:
     contest: Contest | None = None  # of the routers with the best static plan; None: there is none, or none was sought
     exported: str = "routers"  # what ``router/`` holds: routers or static
     alarms: tuple[str, ...] = ()  # that the finished routers raise
+    certificate: Certificate | None = None  # of a bank of paths
 
     @property
     def ok(self) -> bool:
@@ -61,6 +65,7 @@ class TrainResult:
             **self.budget.to_dict(),
             "val": self.validation,
             **describe(self.contest, self.exported),
+            **({} if self.certificate is None else {"certificate": self.certificate.to_dict()}),
             "conditions": {
                 "layers": look["layers"],
                 "joint": look["joint"],
@@ -92,53 +97,82 @@ def finish(
         logged = trainer.validate(tuner, validation, verbose=False)[0]
         assert tuner.prices is not None
         look = conditions.inspect(model, tuner.prices, trainer.global_step)
-    rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
     laps.lap("check")
     figures = {name: logged[f"val/{name}"] for name in ("accuracy", "kl", "keep")}
-    contest, exported, alarms = None, "routers", tuple(alarm.sentence for alarm in look.alarms)
-    if plan is not None:
-        with stages("comparing with the best static plan"):
-            contest = compare(model, batches, plan, recipe.objective.keep)
-        for logger in trainer.loggers:
-            beside = {f"val/static_{name}": value for name, value in contest.figures(1).items()}
-            logger.log_metrics(beside, step=trainer.global_step)
-        model.facts = _facts(recipe, figures, look, contest)
-        if contest.winner == "static" and recipe.static.fallback:
-            exported = "static"
-            model, look, rates = _give_way(recipe, tuner, conditions, trainer, contest, rates)
-            figures = {name: contest.figures(1)[name] for name in figures}
-        laps.lap("compare")
-    for sentence in alarms:
-        stages.note(sentence)
-    model.facts = _facts(recipe, figures, look, contest)
-    result = TrainResult(
-        Path(recipe.output), trainer.global_step, None, laps.parts, budget, figures, look, contest, exported, alarms
+    rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
+    return Ending(recipe, trainer, tuner.prices, conditions, laps, stages).end(
+        model, batches, budget, figures, look, rates, plan
     )
-    if trainer.is_global_zero:
-        _write(result, model, tuner, rates)
-        _report(result, model, rates, Board(trainer.loggers))
-    return result
 
 
-def _give_way(
-    recipe: Recipe,
-    tuner: RouterTuner,
-    conditions: ConditionCheck,
-    trainer: lightning.Trainer,
-    contest: Contest,
-    rates: dict[str, list[float]],
-) -> tuple[RoutedModel, Look, dict[str, list[float]]]:
-    """Put the routers aside and the plan in their place; return its model, the conditions of its skips, and its rates.
+@dataclass(frozen=True)
+class Ending:
+    """End a run whose routers are made: the better of them and the static plan goes into a complete folder."""
 
-    The tuner's model routes nothing from here on.
-    """
-    assert tuner.prices is not None
-    if trainer.is_global_zero:
-        tuner.model.save_pretrained(Path(recipe.output) / LEARNED)
-    model = attach_plan(tuner.model, contest.skip)
-    look = conditions.inspect(model, tuner.prices, trainer.global_step)
-    share = [0.0 if layer in contest.skip else 1.0 for layer in range(len(model.spec.layers))]
-    return model, look, dict.fromkeys(rates, share)
+    recipe: Recipe
+    trainer: lightning.Trainer
+    prices: Prices
+    conditions: ConditionCheck
+    laps: Laps
+    stages: Stages
+
+    def end(
+        self,
+        model: RoutedModel,
+        batches: list[Batch],
+        budget: Budget,
+        figures: dict[str, float],
+        look: Look,
+        rates: dict[str, list[float]],
+        plan: Plan | None,
+        certificate: Certificate | None = None,
+    ) -> TrainResult:
+        """Compare with the plan, and write.
+
+        Args:
+            model: with the routers, at their threshold; a plan that is better takes their place.
+            batches: the validation data, on the model's device.
+            budget: what was asked for, and what is kept.
+            figures: the routers' accuracy, kl and keep on validation.
+            look: at their conditions.
+            rates: their keep rates by kind and layer.
+            plan: the static one; None: none was sought, or none keeps so little.
+            certificate: of a bank of paths.
+        """
+        recipe, step = self.recipe, self.trainer.global_step
+        contest, exported, alarms = None, "routers", tuple(alarm.sentence for alarm in look.alarms)
+        if plan is not None:
+            with self.stages("comparing with the best static plan"):
+                contest = compare(model, batches, plan, recipe.objective.keep)
+            for logger in self.trainer.loggers:
+                beside = {f"val/static_{name}": value for name, value in contest.figures(1).items()}
+                logger.log_metrics(beside, step=step)
+            model.facts = _facts(recipe, figures, look, contest)
+            if contest.winner == "static" and recipe.static.fallback:
+                exported = "static"
+                model, look, rates = self._give_way(model, contest, rates)
+                figures = {name: contest.figures(1)[name] for name in figures}
+            self.laps.lap("compare")
+        for sentence in alarms:
+            self.stages.note(sentence)
+        model.facts = _facts(recipe, figures, look, contest)
+        folder, parts = Path(recipe.output), self.laps.parts
+        result = TrainResult(folder, step, None, parts, budget, figures, look, contest, exported, alarms, certificate)
+        if self.trainer.is_global_zero:
+            _write(result, model, self.prices, rates)
+            _report(result, model, rates, Board(self.trainer.loggers))
+        return result
+
+    def _give_way(
+        self, model: RoutedModel, contest: Contest, rates: dict[str, list[float]]
+    ) -> tuple[RoutedModel, Look, dict[str, list[float]]]:
+        """Put the routers aside and the plan in their place; return its model, conditions and keep rates."""
+        if self.trainer.is_global_zero:
+            model.save_pretrained(Path(self.recipe.output) / LEARNED)
+        model = attach_plan(model, contest.skip)
+        look = self.conditions.inspect(model, self.prices, self.trainer.global_step)
+        share = [0.0 if layer in contest.skip else 1.0 for layer in range(len(model.spec.layers))]
+        return model, look, dict.fromkeys(rates, share)
 
 
 def _facts(recipe: Recipe, figures: dict[str, float], look: Look, contest: Contest | None) -> dict[str, Any]:
@@ -156,12 +190,11 @@ def _facts(recipe: Recipe, figures: dict[str, float], look: Look, contest: Conte
     }
 
 
-def _write(result: TrainResult, model: RoutedModel, tuner: RouterTuner, rates: dict[str, list[float]]) -> None:
+def _write(result: TrainResult, model: RoutedModel, prices: Prices, rates: dict[str, list[float]]) -> None:
     assert result.look is not None
-    assert tuner.prices is not None
     model.save_pretrained(result.folder / ROUTER)
     write_json(result.folder / KEEP_RATES, rates)
-    write_prices(result.folder, tuner.prices)
+    write_prices(result.folder, prices)
     append_line(result.folder / CONDITIONS, result.look.to_dict() | {"final": True})
     write_json(result.folder / SUMMARY, result.to_dict(), indent=2)
 

@@ -16,7 +16,7 @@ from adaskip import runfiles
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.ranks import is_first_process, launched
 from adaskip.recipe import Recipe, dump, load
-from adaskip.runfiles import ENVIRONMENT, FIT_ROUTERS, LOCK, METRICS, RECIPE, ROUTER, STARTED, SUMMARY
+from adaskip.runfiles import BANK_PRICES, ENVIRONMENT, FIT_ROUTERS, LOCK, METRICS, RECIPE, ROUTER, STARTED, SUMMARY
 from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
 from adaskip.training.tracking import environment, wandb_mode
 from adaskip.verbs.run import check_writable
@@ -96,7 +96,12 @@ def has_progress(folder: Path) -> bool:
     """Return whether a run in this folder has got as far as a step, a fitted round or a result."""
     metrics = folder / METRICS
     stepped = metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1
-    made = (folder / FIT_ROUTERS).is_file() or (folder / ROUTER).is_dir() or (folder / SUMMARY).is_file()
+    made = (
+        (folder / FIT_ROUTERS).is_file()
+        or (folder / BANK_PRICES).is_file()
+        or (folder / ROUTER).is_dir()
+        or (folder / SUMMARY).is_file()
+    )
     return stepped or made or bool(checkpoints(folder))
 
 

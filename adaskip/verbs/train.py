@@ -20,6 +20,7 @@ from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.sections import Overrides
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.calibration import price_layers
+from adaskip.survey.greedy import Path as Plan
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
@@ -32,8 +33,9 @@ from adaskip.training.objective import Objective
 from adaskip.training.steps import StepCount
 from adaskip.training.tracking import Laps, truncate_lines
 from adaskip.verbs.amounts import enough_to_train, fitted
+from adaskip.verbs.bank import bank_model, finish_bank
 from adaskip.verbs.budget import lightest
-from adaskip.verbs.finish import TrainResult, finish
+from adaskip.verbs.finish import Ending, TrainResult, finish
 from adaskip.verbs.run import load_model, load_processor
 from adaskip.verbs.splits import records
 from adaskip.verbs.start import check_start, opened
@@ -123,7 +125,6 @@ class _Training:
             self.model, looked_at, self._batches("calibration", fitted(recipe)), recipe, self.stages
         )
         start = prepare(recipe, self.model, measured, looked_at, self._batches("validation", None), self.stages)
-        tuner = self._tuner(prices, start.objective)
         conditions = ConditionCheck(
             recipe.conditions.every,
             tolerance=recipe.conditions.nats,
@@ -135,6 +136,9 @@ class _Training:
         )
         if is_first_process():
             truncate_lines(self.folder / CONDITIONS, step)
+        if recipe.method == "path-bank":
+            return self._find_bank(conditions, prices, start.plan)
+        tuner = self._tuner(prices, start.objective)
         size, every = recipe.trainer.batch_size, recipe.trainer.checkpoint_every
         batches = training_loader(
             self.splits["train"], self.collate, size, every * size, recipe.seed, recipe.trainer.workers
@@ -154,6 +158,15 @@ class _Training:
                 f"go on with: adaskip train {self.folder / RECIPE} --resume"
             )
         return finish(recipe, trainer, tuner, conditions, validation, self.laps, self.stages, start.plan)
+
+    def _find_bank(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
+        trainer = make_trainer(self.recipe, self.folder, 0, [])
+        self.laps.lap("price")
+        model = bank_model(self.recipe, self.folder, self.model, self.splits["train"], self.collate, self.stages)
+        self.laps.lap("bank")
+        ending = Ending(self.recipe, trainer, prices, conditions, self.laps, self.stages)
+        calibration = self._batches("calibration", fitted(self.recipe))
+        return finish_bank(ending, model, self._batches("validation", None), calibration, plan)
 
     def _batches(self, split: str, limit: int | None) -> list[Batch]:
         return [*loader(self.splits[split][:limit], self.collate, self.recipe.trainer.batch_size)]
