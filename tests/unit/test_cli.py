@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -208,11 +209,36 @@ def test_eval(adaskip, fake, folder):
     assert (status, parsed(out)["kinds"]) == (0, [row])
     ((name, args, options),) = calls
     assert (name, args, options["split"], options["per_kind"]) == ("evaluate", (folder,), "validation", 7)
-    assert options["max_new_tokens"] is None
+    assert (options["max_new_tokens"], options["static"]) == (None, None)
     status, out, _ = adaskip("eval", folder)
     assert status == 0
     for word in ("routed", "accuracy", "0.875", "sum", "mean", "prefill.speedup", "1.5"):
         assert word in out
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_eval_shows_every_figure_whole(adaskip, fake, folder, static):
+    """Would catch: a figure that no table shows, or one cut off at the screen's edge; columns without a plan."""
+    from adaskip.verbs.evaluate import KindFigures
+
+    names = [field.name for field in dataclasses.fields(KindFigures)]
+    counts, shares = ("n", "cut"), ("accuracy", "agreement", "keep", "saved")
+    row = {name: 0.0001234 + i * 1e-7 for i, name in enumerate(names)}
+    row |= {name: 0.5 + i / 1000 for i, name in enumerate(names) if name.endswith(shares)}
+    row |= {name: 0.01234 + i / 1000 for i, name in enumerate(names) if name.endswith("_s")}
+    row |= {name: 100 + i for i, name in enumerate(names) if name.endswith(counts)}
+    row |= {"kind": "arithmetic"} | ({} if static else {name: None for name in names if name.startswith("static_")})
+    duel = {"skip": [4, 5], "source": "--static", "kl_difference": {}, "sentence": "routed - static: " + "far " * 30}
+    fake("adaskip.verbs.evaluate", evaluate={"kinds": [row], "mean": row, "static": duel if static else None})
+    status, out, _ = adaskip("eval", folder, *(["--static", "4,5"] if static else []))
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 100
+    assert "…" not in out
+    cells = out.split()
+    for name, value in row.items():
+        assert value is None or cells.count("arithmetic" if name == "kind" else f"{value:.4g}") >= 1, name
+    assert ("static" in out) is static
+    assert ("the static plan leaves out layers 4, 5 (--static)" in out) is static
 
 
 @pytest.mark.parametrize(
