@@ -16,6 +16,7 @@ from adaskip.survey.firstorder import logit_tangent, score_products
 from adaskip.survey.record import find_group, record
 from adaskip.theory import bounds, measures
 from adaskip.theory.costs import per_input
+from adaskip.theory.sinks import Sinks, norm_ratios
 from adaskip.theory.tables import Survey
 
 _SLACK = 1e-9  # of the larger side: what float64 may lose in a chain of a dozen operations
@@ -49,25 +50,33 @@ def survey_layers(
     """
     parts: list[dict[str, Tensor]] = []
     chain: dict[str, tuple[int, int]] = {}
+    sinks = Sinks(len(model.spec.layers))
     done = 0
     for batch in batches:
-        part = _Batch(model, batch, tokens, seed + done, chain).measure(tangents - done)
+        part = _Batch(model, batch, tokens, seed + done, chain, sinks).measure(tangents - done)
         parts.append({name: value.cpu() for name, value in part.items()})
         done += len(part["kl"])
         if progress is not None:
             progress(done)
     if not parts:
         raise DataError("profile: expected at least one batch, got none")
-    return Survey(model.target.group, **{name: torch.cat([p[name] for p in parts]) for name in parts[0]}, chain=chain)
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Survey(model.target.group, **columns, chain=chain, sinks=sinks)
 
 
 class _Batch:
     """Hold one batch on its way through the measures."""
 
     def __init__(
-        self, model: RoutedModel, batch: Batch, tokens: int, seed: int, chain: dict[str, tuple[int, int]]
+        self,
+        model: RoutedModel,
+        batch: Batch,
+        tokens: int,
+        seed: int,
+        chain: dict[str, tuple[int, int]],
+        sinks: Sinks,
     ) -> None:
-        self.batch, self.seed, self.chain = batch, seed, chain
+        self.batch, self.seed, self.chain, self.sinks = batch, seed, chain, sinks
         self.supervised = batch.supervised
         self.vision = model.target.group == "vision"
         self.group = find_group(model, model.read_tokens(batch.inputs), batch)
@@ -87,7 +96,7 @@ class _Batch:
         """Measure everything; forward-mode products for the first ``tangents`` inputs only."""
         recorded = self.recorded
         columns, shifts = self._skips()
-        columns = self._geometry() | columns
+        columns = self._geometry() | self._lengths() | columns
         columns["score"] = score_products(recorded, shifts, seed=self.seed) / 2
         columns["tangent"] = self._tangents(shifts, tangents)
         samples = [self._sample(state) for state in recorded.states]
@@ -109,6 +118,16 @@ class _Batch:
             "rho": torch.stack([measures.relative_change(*pair, self.group) for pair in around], 1),
             "mass": nothing if text is None else text.mass,
             "moved": nothing if text is None else text.moved,
+        }
+
+    def _lengths(self) -> dict[str, Tensor]:
+        """Count the sinks among the group, and return how long its first and its longest state are, (b l) each."""
+        ratios = [norm_ratios(state, self.group) for state in self.recorded.states[1:]]
+        self.sinks.count(ratios, self.recorded.tokens.valid)
+        first = self.group.long().argmax(1, keepdim=True)
+        return {
+            "first": torch.cat([ratio.gather(1, first) for ratio in ratios], 1),
+            "longest": torch.stack([ratio.amax(1) for ratio in ratios], 1),
         }
 
     def _skips(self) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -198,8 +198,7 @@ def _measure(
     total, done, device = sum(map(len, groups.values())), 0, run.model.spec.device
     skip = None if rival is None else rival.skip
     rows, read = [], []
-    sides = "dense and routed" if rival is None else "dense, routed and static"
-    with stages(f"answering {total} inputs, {sides}", total) as advance:
+    with stages(f"answering {total} inputs, side by side", total) as advance:
         for kind, members in groups.items():
             figures: _Figures = {}
             # prompts alone, for an answer behind a prompt would be read as a part of it

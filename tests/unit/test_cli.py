@@ -241,6 +241,22 @@ def test_eval_shows_every_figure_whole(adaskip, fake, folder, static):
     assert ("the static plan leaves out layers 4, 5 (--static)" in out) is static
 
 
+def test_profile_says_what_ranks_where_sinks_are_and_what_is_to_gain(adaskip, fake, tmp_path):
+    """Would catch: an option that does not arrive, a table that is cut off, or a sentence that is not said."""
+    groups = {"all": {"ranks": "ranks layers: cosine .73", "sinks": "sinks after layers 12 to 29"}}
+    found = {"groups": groups, "chain_violations": 0, "picture": "p.png", "oracle": {"sentence": "oracle, group all"}}
+    calls = fake("adaskip.verbs.profile", profile_model=found, summary=[[{"": "undecided", "claim": "x" * 80}], []])
+    status, out, _ = adaskip("profile", "m", "--data", "d", "--oracle", 4, "--keep", "0.8")
+    assert status == 0
+    options = calls[0][2]
+    assert (options["oracle"], options["keep"], options["batch_size"]) == (4, 0.8, 32)
+    for said in ("group all: ranks layers: cosine .73", "group all: sinks after layers 12", "oracle, group all"):
+        assert said in out
+    assert "x" * 80 in out
+    fake("adaskip.verbs.profile", profile_model=found | {"oracle": None}, summary=[])
+    assert adaskip("profile", "m", "--data", "d", "--oracle", 0)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("verdict", "status", "text"),
     [
