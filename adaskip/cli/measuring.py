@@ -52,6 +52,9 @@ def profile(
     examples: Annotated[int, typer.Option("--examples", min=1, help="Inputs to measure.")] = 256,
     tolerance: Annotated[float, typer.Option("--tolerance", help="Nats per token that one skip may cost.")] = 0.05,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs at once.")] = 32,
+    tangents: Annotated[
+        int, typer.Option("--tangents", min=0, help="So many inputs get first-order products, the slowest; 0: none.")
+    ] = 64,
     oracle: Annotated[
         int, typer.Option("--oracle", min=0, help="So many inputs also get a plan of their own; 0: none.")
     ] = 16,
@@ -66,7 +69,7 @@ def profile(
 
         return profile_model(
             model, data, group, split=split, examples=examples, tolerance=tolerance, batch_size=batch_size,
-            oracle=oracle, keep=keep, output=output, stages=terminal_stages(),
+            tangents=tangents, oracle=oracle, keep=keep, output=output, stages=terminal_stages(),
         )  # fmt: skip
 
     def show(result: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from adaskip.theory.costs import per_input
 from adaskip.theory.sinks import Sinks, norm_ratios
 from adaskip.theory.tables import Survey
 
+_AT_ONCE = 2**20
+"""Logits that are compared in float64 at once: of a wide vocabulary a few tokens, so that no copy of all is made."""
 _SLACK = 1e-9  # of the larger side: what float64 may lose in a chain of a dozen operations
 
 
@@ -147,14 +149,24 @@ class _Batch:
 
             with recorded.model.observe(watch):
                 skipped = recorded.rerun(recorded.skipping([layer]))
-            shift, kl = bounds.logit_shift(recorded.logits, skipped), bounds.kl_exact(recorded.logits, skipped)
-            self._check_links(recorded.logits, skipped, shift, kl)
+            kl, s, u = self._compare(skipped)
             columns["kl"].append(self._per_input(kl, "mean"))
-            columns["s"].append(self._per_input(shift.s, "max"))
-            columns["u"].append(self._per_input(shift.u, "max"))
+            columns["s"].append(self._per_input(s, "max"))
+            columns["u"].append(self._per_input(u, "max"))
             columns["hit"].append(recorded.match(skipped).double())
             columns["removal"].append(self._remove_keys(layer))
         return {name: torch.stack(values, 1) for name, values in columns.items()}, shifts
+
+    def _compare(self, skipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return exact KL, s and u of every predicted token, float64 (k) each, and check the links there."""
+        tokens = max(1, _AT_ONCE // skipped.shape[-1])
+        parts = []
+        for before, after in zip(self.recorded.logits.split(tokens), skipped.split(tokens), strict=True):
+            shift, kl = bounds.logit_shift(before, after), bounds.kl_exact(before, after)
+            self._check_links(before, after, shift, kl)
+            parts.append(torch.stack([kl, shift.s, shift.u]))
+        kl, s, u = torch.cat(parts, 1)
+        return kl, s, u
 
     def _remove_keys(self, layer: int) -> Tensor:
         """Return the exact KL (b) of hiding vision from the text at one layer; 0 for group all."""

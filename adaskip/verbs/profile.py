@@ -60,6 +60,7 @@ def profile_model(
     tolerance: float = 0.05,
     batch_size: int = 32,
     seed: int = 0,
+    tangents: int = 64,
     oracle: int = 16,
     keep: float = 0.9,
     output: Path | None = None,
@@ -76,6 +77,7 @@ def profile_model(
         tolerance: nats per predicted token that one skipped layer may cost.
         batch_size: inputs at once.
         seed: of the draws.
+        tangents: so many of the inputs get forward-mode products (first order), which cost more than the exact reruns.
         oracle: so many of the inputs also get a plan of their own, beside the best for all of them; 0: none.
         keep: share of the layers that these plans keep; at least one layer goes.
         output: the folder; default ``runs/profile-NAME``.
@@ -86,7 +88,7 @@ def profile_model(
     """
     folder = output or Path("runs") / f"profile-{Path(model).resolve().name}"
     _check(model, data, group, split, examples, folder)
-    _check_numbers(examples, tolerance, batch_size, oracle, keep)
+    _check_numbers(examples, tolerance, batch_size, tangents, oracle, keep)
     source = data or model
     records, half = load_records(source, split, examples, seed), describe_half(source, split)
     if len(records) < (needed := smallest_profile()):
@@ -103,7 +105,7 @@ def profile_model(
             torch.nn.Module.cuda(base)
         batches = [batch.to(base.device) for batch in loader(records, Collator(processor), batch_size)]
     groups = None if group is None else (cast(Group, group),)
-    measured = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages)
+    measured = profile(base, batches, groups, tolerance=tolerance, tangents=tangents, seed=seed, stages=stages)
     found = None
     if oracle:
         chosen = attach(base, SkipPlan(group=cast(Group, measured.groups[-1].group)))
@@ -136,12 +138,14 @@ class _Batches:
         return [batch.to(self.device) for run in runs for batch in loader(run, self.collate, self.batch_size)]
 
 
-def _check_numbers(examples: int, tolerance: float, batch_size: int, oracle: int, keep: float) -> None:
+def _check_numbers(examples: int, tolerance: float, batch_size: int, tangents: int, oracle: int, keep: float) -> None:
     """Refuse sizes that cannot be meant."""
     if not 1 <= batch_size <= examples:
         raise ConfigError(
             f"profile: expected --batch-size of 1 to {examples}, as many as there are --examples, got {batch_size}"
         )
+    if tangents < 0:
+        raise ConfigError(f"profile: expected --tangents of 0 (none) or more inputs, got {tangents}")
     if not 0 <= oracle <= examples:
         raise ConfigError(f"profile: expected --oracle of 0 to {examples}, some of the --examples, got {oracle}")
     if not 0 < keep < 1:

@@ -22,6 +22,7 @@ from tests import toys
     [
         ({"batch_size": 0}, "expected --batch-size of 1 to 256, as many as there are --examples, got 0"),
         ({"batch_size": 41, "examples": 40}, "expected --batch-size of 1 to 40, .* got 41"),
+        ({"tangents": -1}, r"expected --tangents of 0 \(none\) or more inputs, got -1"),
         ({"oracle": -1}, "expected --oracle of 0 to 256, some of the --examples, got -1"),
         ({"oracle": 41, "examples": 40}, "expected --oracle of 0 to 40, .* got 41"),
         ({"keep": 1.0}, "expected --keep between 0 and 1, the share of the layers that stay, got 1"),

@@ -75,7 +75,7 @@ def test_norms_count_the_masked_tokens_alone() -> None:
     states = torch.tensor([[[3.0], [1.0], [2.0], [torch.nan]], [[0.0], [0.0], [0.0], [0.0]]])
     mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
     assert norm_ratios(states, mask).tolist() == [[1.5, 0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
-    half = torch.full((1, 2, 4096), 200.0, dtype=torch.float16)
+    half = torch.full((1, 2, 4096), 2000.0, dtype=torch.float16)
     assert norm_ratios(half, torch.ones(1, 2).bool()).tolist() == [[1.0, 1.0]], "a norm that float16 cannot hold"
 
 
