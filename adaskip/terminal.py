@@ -25,6 +25,8 @@ from adaskip.stages import SILENT, Advance, LineStages, Stages
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+WIDTH = 100
+"""Columns of a table that is written to a file or a pipe."""
 AGAIN = 0.05
 """Seconds after which a swallowed Ctrl-C is raised again, so that the callback that swallowed it is over."""
 
@@ -152,7 +154,7 @@ def say(text: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], hidden: Sequence[str] = (), shown: Sequence[str] | None = None) -> None:
-    """Print rows as a table that fits 80 columns; the first row names the columns, ``shown`` some of them."""
+    """Print rows as a table that fits 100 columns; the first row names the columns, ``shown`` some of them."""
     names = [name for name in (rows[0] if rows else ()) if name not in hidden and (shown is None or name in shown)]
     if len(names) < 2 and shown is not None:
         return
@@ -160,7 +162,9 @@ def table(rows: list[dict[str, Any]], hidden: Sequence[str] = (), shown: Sequenc
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
-    Console(markup=False, highlight=False).print(table)
+    # without a terminal there is no edge to cut figures off at; rich would take 80 columns for one
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
+    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def pairs(values: dict[str, Any], prefix: str = "") -> None:

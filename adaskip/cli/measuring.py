@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +52,13 @@ def profile(
     examples: Annotated[int, typer.Option("--examples", min=1, help="Inputs to measure.")] = 256,
     tolerance: Annotated[float, typer.Option("--tolerance", help="Nats per token that one skip may cost.")] = 0.05,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs at once.")] = 32,
+    tangents: Annotated[
+        int, typer.Option("--tangents", min=0, help="So many inputs get first-order products, the slowest; 0: none.")
+    ] = 64,
+    oracle: Annotated[
+        int, typer.Option("--oracle", min=0, help="So many inputs also get a plan of their own; 0: none.")
+    ] = 16,
+    keep: Annotated[float, typer.Option("--keep", help="Share of the layers that these plans keep.")] = 0.9,
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the picture and the figures.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -61,15 +69,21 @@ def profile(
 
         return profile_model(
             model, data, group, split=split, examples=examples, tolerance=tolerance, batch_size=batch_size,
-            output=output, stages=terminal_stages(),
+            tangents=tangents, oracle=oracle, keep=keep, output=output, stages=terminal_stages(),
         )  # fmt: skip
 
     def show(result: dict[str, Any]) -> None:
         from adaskip.verbs.profile import summary
 
         for rows in summary(result):
-            table(rows)
-            say("")
+            if rows:
+                table(rows)
+                say("")
+        for name, group in result["groups"].items():
+            say(fill(f"group {name}: {group['ranks']}", 98))
+            say(fill(f"group {name}: {group['sinks']}", 98))
+        if oracle := result["oracle"]:
+            say(fill(oracle["sentence"], 98))
         say(f"chain of bounds violated {result['chain_violations']} times\npicture: {result['picture']}")
 
     do(work, show, as_json)

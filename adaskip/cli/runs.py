@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import typer
@@ -18,25 +19,45 @@ def evaluate(
     examples: Annotated[int, typer.Option("--examples", min=1, help="At most so many of each kind.")] = 200,
     split: Annotated[str, typer.Option("--split", help="validation, calibration or test.")] = "test",
     max_new_tokens: Longest = None,
+    static: Annotated[
+        str | None,
+        typer.Option("--static", help="Layers that the static plan leaves out, as 4,5,6; default: training's."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy, agreement, keep rate and seconds of the routed model beside the dense one, by kind."""
-    seconds = ("dense_s", "routed_s", "prefill_dense_s", "prefill_routed_s")
-    forced = ("kl", "dense_log_likelihood", "routed_log_likelihood")
+    """Measure the routed model beside the dense one and the best static plan, by kind of input."""
+    sides = ("dense", "routed", "static")
+    spent = (*(f"{side}_{name}" for name in ("cut", "s") for side in sides), "prefill_dense_s", "prefill_routed_s")
+    forced = ("kl", "static_kl", "token_agreement", "static_token_agreement")
+    likely = tuple(f"{side}_{name}" for name in ("perplexity", "log_likelihood") for side in sides)
 
     def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.evaluate import evaluate
 
-        return evaluate(folder, split=split, per_kind=examples, max_new_tokens=max_new_tokens, stages=terminal_stages())
+        return evaluate(
+            folder, split=split, per_kind=examples, max_new_tokens=max_new_tokens, static=static,
+            stages=terminal_stages(),
+        )  # fmt: skip
 
     def show(result: dict[str, Any]) -> None:
         rows = [*result["kinds"], {"kind": "mean", **result["mean"]}]
-        table(rows, hidden=(*forced, *seconds))
-        table(rows, shown=("kind", "keep", *seconds))
-        table(rows, shown=("kind", *forced))
-        say("above: generated answers, and seconds; below: the data's own answers, teacher-forced, nats per token")
-        pairs({name: value for name, value in result.items() if name not in ("kinds", "mean", "warnings")})
+        unknown = [name for name in rows[0] if all(row.get(name) is None for row in rows)]  # no static plan
+        tables = {
+            "generated answers": [name for name in rows[0] if name not in (*spent, *forced, *likely, "flops_saved")],
+            "answers that were cut, and seconds": ("kind", *spent, "flops_saved"),
+            "the data's own answers, teacher-forced; KL to the dense model in nats per token": ("kind", *forced),
+            "their perplexity, and log-likelihood in nats per token": ("kind", *likely),
+        }
+        for title, names in tables.items():
+            if len(shown := [name for name in names if name in rows[0] and name not in unknown]) > 1:
+                say(title)
+                table(rows, shown=shown)
+                say("")
+        if duel := result.get("static"):
+            say(fill(duel["sentence"], 98))
+            say(f"the static plan leaves out layers {', '.join(map(str, duel['skip']))} ({duel['source']})\n")
+        pairs({k: value for k, value in result.items() if k not in ("kinds", "mean", "warnings", "static")})
 
     do(work, show, as_json)
 

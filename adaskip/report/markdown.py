@@ -15,11 +15,27 @@ import numpy as np
 from adaskip import runfiles
 
 UNITS = {"functional": "nats", "geometric": "1 − cos", "proximal": "share moved", "cross-modal": "attention mass"}
-READ = {
+GENERATED = {
+    "dense_accuracy": "dense accuracy",
+    "routed_accuracy": "routed accuracy",
+    "static_accuracy": "static accuracy",
     "agreement": "agreement",
+    "static_agreement": "static agreement",
+    "keep": "keep rate",
+    "static_keep": "static keep rate",
+    "flops_saved": "FLOPs saved",
+}
+READ = {
     "kl": "KL(dense, routed)",
+    "static_kl": "KL(dense, static)",
+    "token_agreement": "token agreement",
+    "static_token_agreement": "static token agreement",
+    "dense_perplexity": "dense perplexity",
+    "routed_perplexity": "routed perplexity",
+    "static_perplexity": "static perplexity",
     "dense_log_likelihood": "dense log-likelihood",
     "routed_log_likelihood": "routed log-likelihood",
+    "static_log_likelihood": "static log-likelihood",
 }
 MARKS = {"admissible": "✓", "inadmissible": "✗", "undecided": "?"}
 
@@ -58,23 +74,52 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
         return [*body, _missing(runfiles.EVALUATION)]
     if isinstance(mean, dict):
         kinds = [*kinds, {"n": ""} | mean | {"kind": "**mean**"}]
-    head = ["kind", "n", "dense accuracy", "routed accuracy", "keep rate", "FLOPs saved", "answer (s)", "prefill (s)"]
-    cells = [("kind", _cell), ("n", number), ("dense_accuracy", share), ("routed_accuracy", share), ("keep", number)]
-    cells.append(("flops_saved", share))
-    rows = [[*(show(row.get(key)) for key, show in cells), _pair(row, ""), _pair(row, "prefill_")] for row in kinds]
-    body += ["Seconds: dense → routed, and their ratio.", _table(head, rows)]
-    if any(row.get("kl") is not None for row in kinds):
-        head, keys = ["kind", *READ.values()], READ
-        body += [
-            "Agreement: the share of routed answers that are the dense model's. The rest is teacher-forced on the "
-            "data's own answers, in nats per predicted token.",
-            _table(head, [[_cell(row.get("kind")), *(number(row.get(key)) for key in keys)] for row in kinds]),
+    source = _source(runfiles.EVALUATION, part=f"split {evaluation.get('split', 'unknown')}")
+    numbers = ("keep", "static_keep")
+    shown = {key: name for key, name in GENERATED.items() if _known(key, kinds)}
+    rows = [
+        [
+            *(_cell(row.get("kind")), number(row.get("n"))),
+            *((number if key in numbers else share)(row.get(key)) for key in shown),
+            *(_pair(row, ""), _pair(row, "prefill_")),
         ]
+        for row in kinds
+    ]
+    body += [
+        "Generated answers. Agreement: the share that are the dense model's. Seconds: dense → routed, and their ratio.",
+        _table(["kind", "n", *shown.values(), "answer (s)", "prefill (s)"], rows),
+        source,
+    ]
+    if _known("kl", kinds):
+        keys = {key: name for key, name in READ.items() if _known(key, kinds)}
+        body += [
+            "The data's own answers, teacher-forced. KL and log-likelihood: nats per predicted token, mean over inputs;"
+            " token agreement: the share of predicted tokens whose likeliest value is the dense model's; perplexity: "
+            "exp of the mean negative log-likelihood of a token, its mean over kinds geometric.",
+            _table(
+                ["kind", *keys.values()],
+                [[_cell(row.get("kind")), *(number(row.get(key)) for key in keys)] for row in kinds],
+            ),
+            source,
+        ]
+    if isinstance(static := evaluation.get("static"), dict) and static:
+        body.append(
+            f"{_cell(static.get('sentence'))}. The static plan leaves out layers {_layers(static.get('skip'))} "
+            f"({_cell(static.get('source'))})."
+        )
     body += [_cell(text) for text in evaluation.get("warnings") or []]
-    body.append(_source(runfiles.EVALUATION, part=f"split {evaluation.get('split', 'unknown')}"))
     if isinstance(example := evaluation.get("example"), dict) and example:
         body += ["### One input", _example(example), _source(runfiles.EVALUATION)]
     return body
+
+
+def _known(key: str, rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether any row holds a figure; an evaluation without a static plan has none of one."""
+    return any(row.get(key) is not None for row in rows)
+
+
+def _layers(skip: Any) -> str:
+    return ", ".join(map(str, skip)) if isinstance(skip, list) else _cell(skip)
 
 
 def _budget(summary: dict[str, Any]) -> list[str]:

@@ -16,8 +16,11 @@ from adaskip.survey.firstorder import logit_tangent, score_products
 from adaskip.survey.record import find_group, record
 from adaskip.theory import bounds, measures
 from adaskip.theory.costs import per_input
+from adaskip.theory.sinks import Sinks, norm_ratios
 from adaskip.theory.tables import Survey
 
+_AT_ONCE = 2**20
+"""Logits that are compared in float64 at once: of a wide vocabulary a few tokens, so that no copy of all is made."""
 _SLACK = 1e-9  # of the larger side: what float64 may lose in a chain of a dozen operations
 
 
@@ -49,25 +52,33 @@ def survey_layers(
     """
     parts: list[dict[str, Tensor]] = []
     chain: dict[str, tuple[int, int]] = {}
+    sinks = Sinks(len(model.spec.layers))
     done = 0
     for batch in batches:
-        part = _Batch(model, batch, tokens, seed + done, chain).measure(tangents - done)
+        part = _Batch(model, batch, tokens, seed + done, chain, sinks).measure(tangents - done)
         parts.append({name: value.cpu() for name, value in part.items()})
         done += len(part["kl"])
         if progress is not None:
             progress(done)
     if not parts:
         raise DataError("profile: expected at least one batch, got none")
-    return Survey(model.target.group, **{name: torch.cat([p[name] for p in parts]) for name in parts[0]}, chain=chain)
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Survey(model.target.group, **columns, chain=chain, sinks=sinks)
 
 
 class _Batch:
     """Hold one batch on its way through the measures."""
 
     def __init__(
-        self, model: RoutedModel, batch: Batch, tokens: int, seed: int, chain: dict[str, tuple[int, int]]
+        self,
+        model: RoutedModel,
+        batch: Batch,
+        tokens: int,
+        seed: int,
+        chain: dict[str, tuple[int, int]],
+        sinks: Sinks,
     ) -> None:
-        self.batch, self.seed, self.chain = batch, seed, chain
+        self.batch, self.seed, self.chain, self.sinks = batch, seed, chain, sinks
         self.supervised = batch.supervised
         self.vision = model.target.group == "vision"
         self.group = find_group(model, model.read_tokens(batch.inputs), batch)
@@ -87,7 +98,7 @@ class _Batch:
         """Measure everything; forward-mode products for the first ``tangents`` inputs only."""
         recorded = self.recorded
         columns, shifts = self._skips()
-        columns = self._geometry() | columns
+        columns = self._geometry() | self._lengths() | columns
         columns["score"] = score_products(recorded, shifts, seed=self.seed) / 2
         columns["tangent"] = self._tangents(shifts, tangents)
         samples = [self._sample(state) for state in recorded.states]
@@ -111,6 +122,16 @@ class _Batch:
             "moved": nothing if text is None else text.moved,
         }
 
+    def _lengths(self) -> dict[str, Tensor]:
+        """Count the sinks among the group, and return how long its first and its longest state are, (b l) each."""
+        ratios = [norm_ratios(state, self.group) for state in self.recorded.states[1:]]
+        self.sinks.count(ratios, self.recorded.tokens.valid)
+        first = self.group.long().argmax(1, keepdim=True)
+        return {
+            "first": torch.cat([ratio.gather(1, first) for ratio in ratios], 1),
+            "longest": torch.stack([ratio.amax(1) for ratio in ratios], 1),
+        }
+
     def _skips(self) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Rerun each layer's suffix without the group, and without vision's keys.
 
@@ -128,14 +149,24 @@ class _Batch:
 
             with recorded.model.observe(watch):
                 skipped = recorded.rerun(recorded.skipping([layer]))
-            shift, kl = bounds.logit_shift(recorded.logits, skipped), bounds.kl_exact(recorded.logits, skipped)
-            self._check_links(recorded.logits, skipped, shift, kl)
+            kl, s, u = self._compare(skipped)
             columns["kl"].append(self._per_input(kl, "mean"))
-            columns["s"].append(self._per_input(shift.s, "max"))
-            columns["u"].append(self._per_input(shift.u, "max"))
+            columns["s"].append(self._per_input(s, "max"))
+            columns["u"].append(self._per_input(u, "max"))
             columns["hit"].append(recorded.match(skipped).double())
             columns["removal"].append(self._remove_keys(layer))
         return {name: torch.stack(values, 1) for name, values in columns.items()}, shifts
+
+    def _compare(self, skipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return exact KL, s and u of every predicted token, float64 (k) each, and check the links there."""
+        tokens = max(1, _AT_ONCE // skipped.shape[-1])
+        parts = []
+        for before, after in zip(self.recorded.logits.split(tokens), skipped.split(tokens), strict=True):
+            shift, kl = bounds.logit_shift(before, after), bounds.kl_exact(before, after)
+            self._check_links(before, after, shift, kl)
+            parts.append(torch.stack([kl, shift.s, shift.u]))
+        kl, s, u = torch.cat(parts, 1)
+        return kl, s, u
 
     def _remove_keys(self, layer: int) -> Tensor:
         """Return the exact KL (b) of hiding vision from the text at one layer; 0 for group all."""

@@ -17,14 +17,16 @@ from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.stages import SILENT, Advance, Stages
 from adaskip.survey.layers import survey_layers
 from adaskip.survey.plans import PlanCosts, band_plans, plan_costs
+from adaskip.survey.sizes import check_sizes
 from adaskip.theory import bounds
 from adaskip.theory.claims import Claim, judge_claims
 from adaskip.theory.conditions import Findings, judge
 from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.intervals import bonferroni, bootstrap_mean, clopper_pearson
 from adaskip.theory.notions import PER_LAYER, Notions, plain
-from adaskip.theory.prediction import rank_over_inputs, rank_over_layers
+from adaskip.theory.prediction import describe_ranks, rank_over_inputs, rank_over_layers
 from adaskip.theory.prices import calibrate_prices
+from adaskip.theory.sinks import describe_sinks
 from adaskip.theory.tables import Survey
 
 Progress = Callable[[str, int], None]
@@ -43,6 +45,8 @@ class GroupProfile:
     claims: list[Claim]
     chain: dict[str, tuple[int, int]]  # link -> times checked, times violated
     undecided: dict[str, str]  # notion -> why it could not be measured
+    ranks: str  # which notions rank layers, and which inputs, in a sentence
+    sinks: str  # where states are many times as long as the others', in a sentence
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Profile:
                     "claims": [claim.to_dict() for claim in group.claims],
                     "chain": {k: {"checked": a, "violated": b} for k, (a, b) in group.chain.items()},
                     "undecided": group.undecided,
+                    "ranks": group.ranks,
+                    "sinks": group.sinks,
                 }
                 for group in self.groups
             },
@@ -162,6 +168,7 @@ def profile(
                     if progress is not None:
                         progress(group, done)
 
+                check_sizes(model, kept)
                 measured = survey_layers(model, kept, tangents, seed=seed, progress=tick)
             with stages(f"judging the notions and running late entries and early exits, group {group}"):
                 profiles.append(_Judge(measured, tolerance, level, alpha, seed).profile(model, kept))
@@ -218,19 +225,30 @@ class _Judge:
         notions = Notions(measured, bound, self.level, self.seed)
         predictors = notions.predictors()
         single = {name: values for name, values in predictors.items() if name not in PER_LAYER}
+        over_layers = {
+            name: rank_over_layers(values, measured.kl, self.level, seed=self.seed)
+            for name, values in predictors.items()
+        }
+        over_inputs = {name: rank_over_inputs(values, measured.kl) for name, values in single.items()}
+        rows = [self._row(layer, notions, findings) for layer in range(self.n_layers)]
+        lengths = [row["sinks"] for row in rows]
         return GroupProfile(
             group=measured.group,
-            layers=[self._row(layer, notions, findings) for layer in range(self.n_layers)],
-            rank_correlation={
-                name: plain(rank_over_layers(values, measured.kl, self.level, seed=self.seed))
-                for name, values in predictors.items()
-            },
-            rank_correlation_inputs={name: rank_over_inputs(values, measured.kl) for name, values in single.items()},
+            layers=rows,
+            rank_correlation={name: plain(rho) for name, rho in over_layers.items()},
+            rank_correlation_inputs=over_inputs,
             late_entry=self._curve(late_entry),
             early_exit=self._curve(early_exit),
             claims=claims,
             chain=measured.chain | notions.state_links(),
             undecided=notions.undecided,
+            ranks=describe_ranks(
+                {name: None if rho is None else rho.estimate for name, rho in over_layers.items()}, over_inputs
+            ),
+            sinks=describe_sinks(
+                [row["longest"] for row in lengths],
+                [[place["position"] for place in row["positions"]] for row in lengths],
+            ),
         )
 
     def _sets(self, findings: Findings) -> dict[str, list[bool]]:

@@ -67,6 +67,11 @@ class Notions:
             "score": mean(measured.score[:, layer]),
             "bound": mean(self.bound[:, layer]),
         }
+        row["sinks"] = {
+            "first": float(measured.first[:, layer].median()),
+            "longest": float(measured.longest[:, layer].median()),
+            "positions": measured.sinks.at(layer),
+        }
         if measured.group == "vision":
             row["attention_mass"] = mean(measured.mass[:, layer])
             row["value_weighted_mass"] = mean(measured.moved[:, layer])

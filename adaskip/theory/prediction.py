@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from adaskip.theory.intervals import Interval
 from adaskip.theory.measures import spearman
+
+RANKS = 0.7
+"""The rank correlation from which on a notion is said to rank."""
+
+
+def describe_ranks(layers: Mapping[str, float | None], inputs: Mapping[str, float | None]) -> str:
+    """Say in a sentence which notions rank layers, and which rank inputs, by the cut `RANKS`.
+
+    Args:
+        layers: notion -> rho over layers with the exact cost; None or NaN: undecided.
+        inputs: notion -> mean rho over inputs at one layer.
+
+    >>> describe_ranks({"cosine": 0.731, "rho": 0.47}, {"cosine": 0.1, "rho": 0.3})
+    'ranks layers: cosine .73; none ranks inputs (best: rho .30); cut: .70'
+    """
+    return f"{_ranking('layers', layers)}; {_ranking('inputs', inputs)}; cut: {_short(RANKS)}"
+
+
+def _ranking(what: str, notions: Mapping[str, float | None]) -> str:
+    known = {name: rho for name, rho in notions.items() if rho is not None and math.isfinite(rho)}
+    ordered = sorted(known, key=known.__getitem__, reverse=True)
+    good = [f"{name} {_short(known[name])}" for name in ordered if known[name] >= RANKS]
+    if good:
+        return f"ranks {what}: {', '.join(good)}"
+    best = f"best: {ordered[0]} {_short(known[ordered[0]])}" if ordered else "undecided"
+    return f"none ranks {what} ({best})"
+
+
+def _short(rho: float) -> str:
+    """Write two digits, without the 0 before the point."""
+    return f"{rho:.2f}".replace("0.", ".", 1)
 
 
 def rank_over_layers(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from adaskip.theory.sinks import Sinks
+
 
 @dataclass(frozen=True)
 class LayerMeasures:
@@ -51,9 +53,12 @@ class Survey:
     score: Tensor  # (n l) half of (grad log p(Y*) . dh)^2 per predicted token, nats: one backward pass
     dense_hit: Tensor  # (n) as `hit`, nothing skipped
     drawn: Tensor  # long (n) label drawn from the dense model at the first predicted token
+    first: Tensor  # (n l) norm of the group's first state after the layer over its median token's
+    longest: Tensor  # (n l) the same of its longest state
     pooled: Tensor  # float32 (n l+1 d) mean state of the group before layer 0 and after every layer
     tokens: Tensor  # float32 (n m l+1 d) states of m tokens of the group
     chain: dict[str, tuple[int, int]]  # link -> how often it was checked, how often violated
+    sinks: Sinks  # where states are many times as long as the others'
 
     def __len__(self) -> int:
         return len(self.kl)

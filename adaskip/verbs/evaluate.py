@@ -1,27 +1,29 @@
-"""`adaskip eval`: what a trained run is worth beside the dense model: accuracy, agreement, keep rate, seconds."""
+"""`adaskip eval`: what a run is worth beside the dense model and the best static plan: answers, KL, keep, seconds."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adaskip.batch import Batch
+from adaskip.plan import SkipPlan
 from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
 from adaskip.stages import SILENT, Stages
-from adaskip.theory.costs import compare_predicted, per_input, predicted
 from adaskip.training.data import Collator, Record, loader
 from adaskip.verbs.generate import texts
 from adaskip.verbs.lengths import check_room, longest_answer, reached_limit, tell_if_endless, warn_of_cuts
+from adaskip.verbs.rival import Duel, Rival, duel, find_rival, missing
 from adaskip.verbs.run import Run, check_writable, read_recipe
 from adaskip.verbs.splits import check_split, split_of
+from adaskip.verbs.teacher import Forced, join, read_answers, rows_at_once
 
 _Figures = dict[str, list[float]]
 """Numbers by name: one an input, and of seconds and cut answers one a batch."""
@@ -29,42 +31,58 @@ _Figures = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class KindFigures:
-    """Hold the figures of the dense and the routed model on the inputs of one kind."""
+    """Hold the figures of the dense model, the routed one and a static plan on the inputs of one kind.
+
+    Those of the static plan are None where there is none.
+    """
 
     kind: str
     n: int
     dense_accuracy: float  # share of generated answers that are the data's own, word for word
     routed_accuracy: float
+    static_accuracy: float | None
     agreement: float  # share of routed answers that are the dense ones
+    static_agreement: float | None
     dense_cut: int  # answers that ran into the limit
     routed_cut: int
+    static_cut: int | None
     keep: float  # executed over dense decoder FLOPs, mean over inputs
+    static_keep: float | None
     dense_s: float  # seconds of generation, sum over the kind's batches
     routed_s: float
+    static_s: float | None
     prefill_dense_s: float  # seconds of reading the prompts
     prefill_routed_s: float
-    kl: float  # nats per predicted token of the data's own answers, which are read by teacher forcing
+    kl: float  # routed; nats per predicted token of the data's own answers, which are read by teacher forcing
+    static_kl: float | None
+    token_agreement: float  # share of predicted tokens whose argmax, routed, is the dense model's
+    static_token_agreement: float | None
     dense_log_likelihood: float
     routed_log_likelihood: float
+    static_log_likelihood: float | None
+    dense_perplexity: float  # exp of the mean negative log-likelihood of a token
+    routed_perplexity: float
+    static_perplexity: float | None
     flops_saved: float
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Hold a split answered by the dense and the routed model; ``evaluation.json`` holds `to_dict`."""
+    """Hold a split answered by all sides; ``evaluation.json`` holds `to_dict`."""
 
     split: str
     kinds: tuple[KindFigures, ...]
     batch_size: int
     max_new_tokens: int
+    static: Duel | None = None  # the routers beside the static plan, if there is one
     warnings: tuple[str, ...] = ()  # of answers that were cut
     example: dict[str, Any] | None = None  # one that `generate --example` has put there before
 
     @property
-    def mean(self) -> dict[str, float]:
-        """Average each figure over the kinds."""
+    def mean(self) -> dict[str, float | None]:
+        """Average each figure over the kinds; perplexities, which multiply, by their geometric mean."""
         names = [field.name for field in fields(KindFigures) if field.name not in ("kind", "n")]
-        return {name: statistics.fmean(getattr(row, name) for row in self.kinds) for name in names}
+        return {name: _mean(name, [getattr(row, name) for row in self.kinds]) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -74,6 +92,7 @@ class EvaluationResult:
             "mean": self.mean,
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
+            "static": None if self.static is None else asdict(self.static) | {"skip": list(self.static.skip)},
             "warnings": list(self.warnings),
         }
         return values | ({"example": self.example} if self.example else {})
@@ -86,13 +105,14 @@ def evaluate(
     per_kind: int | None = None,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
+    static: str | Sequence[int] | None = None,
     stages: Stages = SILENT,
 ) -> EvaluationResult:
-    """Answer a split with the dense and the routed model, kind by kind, interleaved in one process.
+    """Answer a split with the dense model, the routed one and along a static plan, interleaved in one process.
 
-    Every batch holds one kind of question, so that seconds can be told apart by kind. Dense and routed runs of the same
-    batch follow one another, in alternating order. The result is written into the run's folder, and its report made
-    anew.
+    Every batch holds one kind of question, so that seconds can be told apart by kind. The runs of the same batch follow
+    one another, in alternating order. Then every side reads the data's own answers by teacher forcing. The result is
+    written into the run's folder, and its report made anew.
 
     Args:
         run: the run's folder.
@@ -100,11 +120,13 @@ def evaluate(
         per_kind: at most so many inputs of each kind.
         batch_size: inputs at once.
         max_new_tokens: longest answer; default: the longest of the inputs' own, with its end token.
-        stages: hears what is under way, and of answers that were cut.
+        static: layers that the static plan leaves out, as ``4,5,6`` or a list; default: the plan that training found
+            (``static.skip`` of ``summary.json``); without one nothing static is measured.
+        stages: hears what is under way, of answers that were cut, and of a static plan that is missing.
 
     Raises:
         CheckpointError: the folder is no finished run, or cannot be written to.
-        ConfigError, DataError: there is no such split, or no room for so long an answer.
+        ConfigError, DataError: there is no such split, no room for so long an answer, or no such layers.
 
     Example:
         ``adaskip.evaluate("runs/digits-vlm", per_kind=200).mean["routed_accuracy"]``
@@ -115,23 +137,51 @@ def evaluate(
     recipe = read_recipe(folder)
     check_split(split)
     check_writable(folder, EVALUATION)
-    previous = report.read(folder).evaluation  # a damaged file is said before the work
+    previous = report.read(folder)  # a damaged file is said before the work
+    rival = find_rival(previous.summary, static, folder)
     groups = _by_kind(split_of(recipe, split, per_kind), per_kind)
     loaded = Run.open(folder, stages)
+    if rival is None:
+        stages.note(missing(folder))
+    else:
+        rival.check(len(loaded.model.spec.layers))
     chosen = [record for members in groups.values() for record in members]
     prompts = loader(chosen, Collator(loaded.processor, answers=False), batch_size)
     check_room(loaded.model, max_new_tokens, (batch.inputs["input_ids"] for batch in prompts))
     limit = max_new_tokens or longest_answer(chosen, loaded.processor)
     tell_if_endless(loaded.model, limit, stages)
-    rows = _measure(loaded, groups, batch_size, limit, stages)
-    counts = {"dense": sum(row.dense_cut for row in rows), "routed": sum(row.routed_cut for row in rows)}
+    rows, forced = _measure(loaded, groups, batch_size, limit, rival, stages)
+    sides = ("dense", "routed", "static")
+    counts = {side: sum(getattr(row, f"{side}_cut") or 0 for row in rows) for side in sides}
     warnings = warn_of_cuts(counts, len(chosen), limit)
     for text in warnings:
         stages.note(text)
-    result = EvaluationResult(split, tuple(rows), batch_size, limit, tuple(warnings), previous.get("example"))
+    result = EvaluationResult(
+        split,
+        tuple(rows),
+        batch_size,
+        limit,
+        None if rival is None else _compare(rival, rows, forced),
+        tuple(warnings),
+        previous.evaluation.get("example"),
+    )
     write_json(folder / EVALUATION, result.to_dict(), indent=2)
     report.write(folder)
     return result
+
+
+def _mean(name: str, values: list[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return None
+    return statistics.geometric_mean(numbers) if name.endswith("_perplexity") else statistics.fmean(numbers)
+
+
+def _compare(rival: Rival, rows: list[KindFigures], forced: dict[str, Forced]) -> Duel:
+    """Put routers and plan side by side over all inputs of all kinds."""
+    inputs = sum(row.n for row in rows)
+    keeps = [sum(row.n * (getattr(row, name) or 0) for row in rows) / inputs for name in ("keep", "static_keep")]
+    return duel(rival, forced["routed"].kl, forced["static"].kl, (keeps[0], keeps[1]))
 
 
 def _by_kind(records: list[Record], per_kind: int | None) -> dict[str, list[Record]]:
@@ -142,22 +192,23 @@ def _by_kind(records: list[Record], per_kind: int | None) -> dict[str, list[Reco
 
 
 def _measure(
-    run: Run, groups: dict[str, list[Record]], batch_size: int, limit: int, stages: Stages
-) -> list[KindFigures]:
-    """Answer each kind by generation, then read its own answers by teacher forcing."""
-    total, done = sum(map(len, groups.values())), 0
-    rows = []
-    with stages(f"answering {total} inputs, dense and routed", total) as advance:
+    run: Run, groups: dict[str, list[Record]], batch_size: int, limit: int, rival: Rival | None, stages: Stages
+) -> tuple[list[KindFigures], dict[str, Forced]]:
+    """Answer each kind by generation, then read its own answers by teacher forcing; also return all that was read."""
+    total, done, device = sum(map(len, groups.values())), 0, run.model.spec.device
+    skip = None if rival is None else rival.skip
+    rows, read = [], []
+    with stages(f"answering {total} inputs, side by side", total) as advance:
         for kind, members in groups.items():
             figures: _Figures = {}
             # prompts alone, for an answer behind a prompt would be read as a part of it
             for place, batch in enumerate(loader(members, Collator(run.processor, answers=False), batch_size)):
-                _extend(figures, _answer(run, batch.to(run.model.spec.device), limit, place))
+                _extend(figures, _answer(run, batch.to(device), limit, place, skip))
                 advance(done := done + len(batch))
-            for batch in loader(members, Collator(run.processor), batch_size):
-                _extend(figures, _teacher_forced(run.model, batch.to(run.model.spec.device)))
-            rows.append(_summed(kind, len(members), figures))
-    return rows
+            whole = loader(members, Collator(run.processor), rows_at_once(run.model, batch_size))
+            read.append(read_answers(run.model, whole, skip))
+            rows.append(_summed(kind, len(members), figures, read[-1]))
+    return rows, {side: join([part[side] for part in read]) for side in read[0]}
 
 
 def _extend(figures: _Figures, more: _Figures) -> None:
@@ -165,43 +216,54 @@ def _extend(figures: _Figures, more: _Figures) -> None:
         figures.setdefault(name, []).extend(values)
 
 
-def _summed(kind: str, n: int, figures: _Figures) -> KindFigures:
+def _summed(kind: str, n: int, figures: _Figures, forced: dict[str, Forced]) -> KindFigures:
     values: dict[str, Any] = {
         name: sum(each) if name.endswith(("_s", "_cut")) else statistics.fmean(each) for name, each in figures.items()
     }
+    for side, read in forced.items():
+        # two figures compare with the dense side, and what is routed has them without a prefix, as `keep`
+        for name, value in read.figures().items():
+            compares = name in ("kl", "token_agreement")
+            if not (compares and side == "dense"):
+                values[name if compares and side == "routed" else f"{side}_{name}"] = value
+    # what only a static plan has, and there is none
+    values = {f.name: None for f in fields(KindFigures) if f.name.startswith("static_")} | values
     return KindFigures(kind=kind, n=n, flops_saved=1 - values["keep"], **values)
 
 
-def _answer(run: Run, batch: Batch, limit: int, place: int) -> _Figures:
-    """Generate the answers of the ``place``-th batch, dense and routed, and take the seconds."""
+def _answer(run: Run, batch: Batch, limit: int, place: int, skip: Sequence[int] | None) -> _Figures:
+    """Generate the answers of the ``place``-th batch by every side, and take the seconds."""
     model, width = run.model, batch.inputs["input_ids"].shape[1]
-    calls = _calls(model, batch, limit)
+    calls = _calls(model, batch, limit, skip)
+    sides = [side for side in ("dense", "routed", "static") if side in calls]
     if place == 0:  # the first call of a shape pays for allocation; it is not timed
-        calls["dense"]()
-        calls["routed"]()
+        for side in sides:
+            calls[side]()
     outputs, figures = {}, {}
-    # every other batch goes through the calls backwards, so that a machine that slows down slows both sides alike
+    # every other batch goes through the calls backwards, so that a machine that slows down slows all sides alike
     for name in reversed(calls) if place % 2 else calls:
         outputs[name], seconds = timed(calls[name])
         figures[f"{name}_s"] = [seconds]
-        if name == "routed":
-            figures["keep"] = model.routing.keep_rate.tolist()
+        if name in ("routed", "static"):
+            figures["keep" if name == "routed" else "static_keep"] = model.routing.keep_rate.tolist()
     answers = {}
-    for name in ("dense", "routed"):
-        tokens = outputs[name][:, width:]
-        answers[name] = texts(run.processor, tokens)
-        pairs = zip(batch.answer, answers[name], strict=True)
-        figures[f"{name}_accuracy"] = [float(expected.strip() == answer) for expected, answer in pairs]
-        figures[f"{name}_cut"] = [int(reached_limit(model, tokens, limit).sum())]
-    figures["agreement"] = [float(a == b) for a, b in zip(answers["dense"], answers["routed"], strict=True)]
+    for side in sides:
+        tokens = outputs[side][:, width:]
+        answers[side] = texts(run.processor, tokens)
+        pairs = zip(batch.answer, answers[side], strict=True)
+        figures[f"{side}_accuracy"] = [float(expected.strip() == answer) for expected, answer in pairs]
+        figures[f"{side}_cut"] = [int(reached_limit(model, tokens, limit).sum())]
+    for name, side in (("agreement", "routed"), ("static_agreement", "static")):
+        if side in sides:
+            figures[name] = [float(a == b) for a, b in zip(answers["dense"], answers[side], strict=True)]
     return figures
 
 
-def _calls(model: RoutedModel, batch: Batch, limit: int) -> dict[str, Callable[[], Any]]:
-    """Name what is timed: generation and prefill, each dense and routed."""
+def _calls(model: RoutedModel, batch: Batch, limit: int, skip: Sequence[int] | None) -> dict[str, Callable[[], Any]]:
+    """Name what is timed: generation by every side, and the prefill dense and routed."""
 
-    def generate() -> Any:
-        return model.generate(**batch.inputs, max_new_tokens=limit, do_sample=False)
+    def generate(**decisions: Any) -> Any:
+        return model.generate(**batch.inputs, **decisions, max_new_tokens=limit, do_sample=False)
 
     def prefill() -> Any:
         return model(**batch.inputs, use_cache=True)
@@ -213,29 +275,8 @@ def _calls(model: RoutedModel, batch: Batch, limit: int) -> dict[str, Callable[[
 
         return inside
 
-    return {
-        "dense": dense(generate),
-        "routed": generate,
-        "prefill_dense": dense(prefill),
-        "prefill_routed": prefill,
-    }
-
-
-def _teacher_forced(model: RoutedModel, batch: Batch) -> _Figures:
-    """Read the data's own answers: KL and log-likelihoods of each input, nats per predicted token."""
-    supervised = batch.supervised
-    targets = batch.labels[:, 1:][supervised]
-
-    def likelihood(logits: Tensor) -> Tensor:
-        log_p = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        return per_input(log_p, supervised, "mean").double()
-
-    with model.dense():
-        dense = predicted(model(**batch.arguments()).logits, supervised)
-    routed = predicted(model(**batch.arguments()).logits, supervised)
-    columns = {
-        "kl": compare_predicted(dense, routed, supervised)["kl"].double(),
-        "dense_log_likelihood": likelihood(dense),
-        "routed_log_likelihood": likelihood(routed),
-    }
-    return {name: column.tolist() for name, column in columns.items()}
+    calls = {"dense": dense(generate), "routed": generate}
+    if skip is not None:
+        keep = SkipPlan.static(skip).keep(len(model.spec.layers))[:, None].expand(-1, len(batch))
+        calls["static"] = partial(generate, routing=keep.to(model.spec.device))
+    return calls | {"prefill_dense": dense(prefill), "prefill_routed": prefill}

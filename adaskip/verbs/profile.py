@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -11,13 +13,17 @@ import torch
 
 from adaskip import sources
 from adaskip.backbone import load
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import Group
+from adaskip.plan import Group, SkipPlan
 from adaskip.report.redundancy import profile_plot
 from adaskip.runfiles import PROFILE, PROFILE_PLOT, write_json
+from adaskip.runtime.attach import attach
 from adaskip.stages import SILENT, Stages
+from adaskip.survey.oracle import Oracle, find_oracle
 from adaskip.survey.profile import Profile, profile, smallest_profile
-from adaskip.training.data import Collator, load_records, loader
+from adaskip.theory.sinks import SINK
+from adaskip.training.data import Collator, Record, load_records, loader, pictures_of
 from adaskip.training.records import describe_half
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split
@@ -32,10 +38,12 @@ class ProfileResult:
     profile: Profile
     model: str
     picture: Path
+    oracle: Oracle | None = None  # what choosing input by input could gain, on a small sample
 
     def stored(self) -> dict[str, Any]:
         """Return what stands in ``profile.json``."""
-        return self.profile.to_dict() | {"model": self.model}
+        oracle = None if self.oracle is None else self.oracle.to_dict()
+        return self.profile.to_dict() | {"model": self.model, "oracle": oracle}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -52,6 +60,9 @@ def profile_model(
     tolerance: float = 0.05,
     batch_size: int = 32,
     seed: int = 0,
+    tangents: int = 64,
+    oracle: int = 16,
+    keep: float = 0.9,
     output: Path | None = None,
     stages: Stages = SILENT,
 ) -> ProfileResult:
@@ -66,6 +77,9 @@ def profile_model(
         tolerance: nats per predicted token that one skipped layer may cost.
         batch_size: inputs at once.
         seed: of the draws.
+        tangents: so many of the inputs get forward-mode products (first order), which cost more than the exact reruns.
+        oracle: so many of the inputs also get a plan of their own, beside the best for all of them; 0: none.
+        keep: share of the layers that these plans keep; at least one layer goes.
         output: the folder; default ``runs/profile-NAME``.
         stages: hears what is under way.
 
@@ -74,6 +88,7 @@ def profile_model(
     """
     folder = output or Path("runs") / f"profile-{Path(model).resolve().name}"
     _check(model, data, group, split, examples, folder)
+    _check_numbers(examples, tolerance, batch_size, tangents, oracle, keep)
     source = data or model
     records, half = load_records(source, split, examples, seed), describe_half(source, split)
     if len(records) < (needed := smallest_profile()):
@@ -90,11 +105,53 @@ def profile_model(
             torch.nn.Module.cuda(base)
         batches = [batch.to(base.device) for batch in loader(records, Collator(processor), batch_size)]
     groups = None if group is None else (cast(Group, group),)
-    measured = profile(base, batches, groups, tolerance=tolerance, seed=seed, stages=stages)
-    result = ProfileResult(measured, model, folder / PROFILE_PLOT)
+    measured = profile(base, batches, groups, tolerance=tolerance, tangents=tangents, seed=seed, stages=stages)
+    found = None
+    if oracle:
+        chosen = attach(base, SkipPlan(group=cast(Group, measured.groups[-1].group)))
+        layers = len(chosen.spec.layers)
+        skips = min(layers, max(1, round((1 - keep) * layers)))
+        try:
+            some = records[:oracle]
+            found = find_oracle(
+                chosen, _Batches(some, processor, base.device, batch_size), len(some), skips=skips, stages=stages
+            )
+        finally:
+            chosen.detach()
+    result = ProfileResult(measured, model, folder / PROFILE_PLOT, found)
     write_json(folder / PROFILE, result.stored(), indent=1)
     profile_plot(result.stored(), result.picture)
     return result
+
+
+class _Batches:
+    """Make batches of records given by number, in that order; rows with pictures and rows without never in one."""
+
+    def __init__(self, records: Sequence[Record], processor: Any, device: torch.device, batch_size: int) -> None:
+        self.records, self.collate = records, Collator(processor)
+        self.device, self.batch_size = device, batch_size
+
+    def __call__(self, rows: Sequence[int]) -> list[Batch]:
+        """Collate these records."""
+        chosen = [self.records[row] for row in rows]
+        runs = [[*run] for _, run in groupby(chosen, key=lambda record: bool(pictures_of(record)))]
+        return [batch.to(self.device) for run in runs for batch in loader(run, self.collate, self.batch_size)]
+
+
+def _check_numbers(examples: int, tolerance: float, batch_size: int, tangents: int, oracle: int, keep: float) -> None:
+    """Refuse sizes that cannot be meant."""
+    if not 1 <= batch_size <= examples:
+        raise ConfigError(
+            f"profile: expected --batch-size of 1 to {examples}, as many as there are --examples, got {batch_size}"
+        )
+    if tangents < 0:
+        raise ConfigError(f"profile: expected --tangents of 0 (none) or more inputs, got {tangents}")
+    if not 0 <= oracle <= examples:
+        raise ConfigError(f"profile: expected --oracle of 0 to {examples}, some of the --examples, got {oracle}")
+    if not 0 < keep < 1:
+        raise ConfigError(f"profile: expected --keep between 0 and 1, the share of the layers that stay, got {keep:g}")
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise ConfigError(f"profile: expected --tolerance above 0, nats per predicted token, got {tolerance:g}")
 
 
 def _check(model: str, data: str | None, group: str | None, split: str, examples: int, folder: Path) -> None:
@@ -117,12 +174,12 @@ def _check(model: str, data: str | None, group: str | None, split: str, examples
 
 
 def summary(values: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """Make the tables of a profile, for the terminal: layers, rank correlations and claims, group by group."""
+    """Make the tables of a profile, for the terminal: layers, rank correlations, sinks and claims, by group."""
     shown = ("cosine", "rho", "first_order", "attention_mass", "bound")
     for name, group in values["groups"].items():
         yield [
-            {"group": name, "layer": row["layer"], "verdict": row["verdict"]}
-            | {f"cost {end}": row["functional"][end] for end in ("estimate", "low", "high")}
+            {"layer": row["layer"], "verdict": row["verdict"]}
+            | {f"cost_{end}": row["functional"][end] for end in ("estimate", "low", "high")}
             | {key: row[key]["estimate"] for key in shown if row.get(key)}
             for row in values["layers"]
             if row["group"] == name
@@ -133,6 +190,13 @@ def summary(values: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
             | {end: None if rho is None else rho[end] for end in ("low", "high")}
             | {"over_inputs": over_inputs.get(notion)}
             for notion, rho in group["rank_correlation"].items()
+        ]
+        places = ((row["layer"], row["sinks"]) for row in values["layers"] if row["group"] == name)
+        yield [
+            {"layer": layer, "first_token": sinks["first"], "longest_token": sinks["longest"]}
+            | {"sink_at_position": ", ".join(f"{p['position']} ({p['share']:.0%})" for p in sinks["positions"])}
+            for layer, sinks in places
+            if sinks["longest"] >= SINK
         ]
         words = {True: "holds", False: "FAILS", None: "undecided"}
         yield [

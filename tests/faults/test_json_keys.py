@@ -35,7 +35,7 @@ def test_the_summary_of_a_run(run: Path) -> None:
 
 def test_what_is_done_with_a_run(run: Path, tmp_path: Path) -> None:
     copied = copy_of(run, tmp_path / "run", spread=0.5)
-    result = evaluate(copied, per_kind=2)
+    result = evaluate(copied, per_kind=2, static=[4, 5])
     same("eval", result.to_dict())
     assert json.loads((copied / "evaluation.json").read_text()) == result.to_dict()
     result = check(copied, bands=True)

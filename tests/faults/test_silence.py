@@ -88,7 +88,7 @@ def test_the_other_verbs_name_theirs(run: Path, tmp_path: Path) -> None:
             "dense answers to 30 calibration inputs",
             next(text for text in heard[1].begun() if text.startswith("testing up to ")),
         ],
-        [loading, "answering 12 inputs, dense and routed"],
+        [loading, "answering 12 inputs, side by side"],
         [loading],
     ]
 
@@ -101,6 +101,9 @@ def test_profile_names_its_stages(tmp_path: Path) -> None:
         "loading digits-vlm",
         "measuring 12 layers on 33 inputs",
         "judging the notions and running late entries and early exits",
+        "oracle: pricing 12 layers on 16 inputs",
+        "oracle: planning 1 of 12 layers for all inputs together",
+        "oracle: planning 1 of 12 layers for each of 16 inputs",
     ]
 
 
@@ -206,7 +209,7 @@ def test_ctrl_c_ends_eval_with_one_line_and_whole_files(run: Path, tmp_path: Pat
     """The evaluation before the interrupted one stays as it was."""
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     (copied / "evaluation.json").write_text('{"kinds": []}')
-    done = interrupted(["eval", str(copied), "--json"], "answering 1200 inputs, dense and routed ...")
+    done = interrupted(["eval", str(copied), "--json"], "answering 1200 inputs, side by side ...")
     assert done.returncode == 130, done.stderr
     assert json.loads(done.stdout) == {"ok": False, "error": "interrupted", "faults": ["interrupted"]}
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -208,11 +209,52 @@ def test_eval(adaskip, fake, folder):
     assert (status, parsed(out)["kinds"]) == (0, [row])
     ((name, args, options),) = calls
     assert (name, args, options["split"], options["per_kind"]) == ("evaluate", (folder,), "validation", 7)
-    assert options["max_new_tokens"] is None
+    assert (options["max_new_tokens"], options["static"]) == (None, None)
     status, out, _ = adaskip("eval", folder)
     assert status == 0
     for word in ("routed", "accuracy", "0.875", "sum", "mean", "prefill.speedup", "1.5"):
         assert word in out
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_eval_shows_every_figure_whole(adaskip, fake, folder, static):
+    """Would catch: a figure that no table shows, or one cut off at the screen's edge; columns without a plan."""
+    from adaskip.verbs.evaluate import KindFigures
+
+    names = [field.name for field in dataclasses.fields(KindFigures)]
+    counts, shares = ("n", "cut"), ("accuracy", "agreement", "keep", "saved")
+    row = {name: 0.0001234 + i * 1e-7 for i, name in enumerate(names)}
+    row |= {name: 0.5 + i / 1000 for i, name in enumerate(names) if name.endswith(shares)}
+    row |= {name: 0.01234 + i / 1000 for i, name in enumerate(names) if name.endswith("_s")}
+    row |= {name: 100 + i for i, name in enumerate(names) if name.endswith(counts)}
+    row |= {"kind": "arithmetic"} | ({} if static else {name: None for name in names if name.startswith("static_")})
+    duel = {"skip": [4, 5], "source": "--static", "kl_difference": {}, "sentence": "routed - static: " + "far " * 30}
+    fake("adaskip.verbs.evaluate", evaluate={"kinds": [row], "mean": row, "static": duel if static else None})
+    status, out, _ = adaskip("eval", folder, *(["--static", "4,5"] if static else []))
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 100
+    assert "…" not in out
+    cells = out.split()
+    for name, value in row.items():
+        assert value is None or cells.count("arithmetic" if name == "kind" else f"{value:.4g}") >= 1, name
+    assert ("static" in out) is static
+    assert ("the static plan leaves out layers 4, 5 (--static)" in out) is static
+
+
+def test_profile_says_what_ranks_where_sinks_are_and_what_is_to_gain(adaskip, fake, tmp_path):
+    """Would catch: an option that does not arrive, a table that is cut off, or a sentence that is not said."""
+    groups = {"all": {"ranks": "ranks layers: cosine .73", "sinks": "sinks after layers 12 to 29"}}
+    found = {"groups": groups, "chain_violations": 0, "picture": "p.png", "oracle": {"sentence": "oracle, group all"}}
+    calls = fake("adaskip.verbs.profile", profile_model=found, summary=[[{"": "undecided", "claim": "x" * 80}], []])
+    status, out, _ = adaskip("profile", "m", "--data", "d", "--oracle", 4, "--keep", "0.8")
+    assert status == 0
+    options = calls[0][2]
+    assert (options["oracle"], options["keep"], options["batch_size"]) == (4, 0.8, 32)
+    for said in ("group all: ranks layers: cosine .73", "group all: sinks after layers 12", "oracle, group all"):
+        assert said in out
+    assert "x" * 80 in out
+    fake("adaskip.verbs.profile", profile_model=found | {"oracle": None}, summary=[])
+    assert adaskip("profile", "m", "--data", "d", "--oracle", 0)[0] == 0
 
 
 @pytest.mark.parametrize(

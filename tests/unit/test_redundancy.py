@@ -12,7 +12,7 @@ from adaskip.report.redundancy import profile_plot
 from adaskip.runtime.attach import attach
 from adaskip.survey.layers import _spread, survey_layers
 from adaskip.survey.skips import measure_skips
-from adaskip.theory import prediction
+from adaskip.theory import bounds, prediction
 from adaskip.theory.claims import judge_claims
 from adaskip.verbs.profile import profile_model, summary
 from tests import toys
@@ -100,8 +100,8 @@ def test_the_picture_and_the_tables_show_the_claims(llava_profile, tmp_path):
             assert claim.claim in shown
     assert "violations of the chain of bounds: 0" in figure.get_suptitle()
     tables = list(summary(found))
-    assert len(tables) == 6
-    assert {row[""] for row in tables[2]} <= {"holds", "FAILS", "undecided"}
+    assert len(tables) == 8
+    assert {row[""] for row in tables[3]} <= {"holds", "FAILS", "undecided"}
     with pytest.raises(DataError, match="the profile holds no layers"):
         profile_plot({"layers": []})
 
@@ -139,6 +139,21 @@ def test_what_cannot_be_measured_is_a_plain_error():
     toy.model.model.language_model.layers[1].mlp.down_proj.weight.data.fill_(math.nan)
     with pytest.raises(DataError, match="not finite"):
         adaskip.profile(toy.model, batches_of(toy, 48), ("all",))
+
+
+def test_a_wide_vocabulary_is_compared_a_few_tokens_at_a_time(monkeypatch):
+    """Would catch: float64 copies of all logits, gigabytes at a real vocabulary; or tokens that are left out."""
+    model = attach(toys.make("llama").model, SkipPlan())
+    whole = survey_layers(model, batches_of(toys.make("llama"), 16), tangents=0)
+    widths = []
+    exact = bounds.kl_exact
+    monkeypatch.setattr("adaskip.theory.bounds.kl_exact", lambda p, q: widths.append(len(p)) or exact(p, q))
+    monkeypatch.setattr("adaskip.survey.layers._AT_ONCE", 3 * toys.VOCABULARY)
+    parts = survey_layers(model, batches_of(toys.make("llama"), 16), tangents=0)
+    assert max(widths) == 3
+    assert parts.chain == whole.chain
+    for name in ("kl", "s", "u"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("group", ["all", "vision"])
@@ -209,10 +224,11 @@ def test_rank_correlation_of_notions_that_rank_do_not_or_cannot():
 
 
 def test_the_verb_needs_nothing_more_for_the_demo_and_data_for_others(tmp_path):
-    found = profile_model("digits-vlm", group="vision", examples=40, output=tmp_path).to_dict()
+    found = profile_model("digits-vlm", group="vision", examples=40, oracle=0, output=tmp_path).to_dict()
     assert json.loads((tmp_path / "profile.json").read_text())["rank_correlation"] == found["rank_correlation"]
     assert (tmp_path / "profile.png").is_file()
     assert found["chain_violations"] == 0
+    assert found["oracle"] is None
     assert len(found["layers"]) >= 8
     with pytest.raises(adaskip.AdaSkipError, match="needs prompts with answers; expected --data SOURCE"):
         profile_model("some/model")
