@@ -44,6 +44,7 @@ _FEWEST = 8
 _ONCE = 32
 """Inputs priced at once: between two notes in the ledger, and two of the progress."""
 _ROUNDING = 1e-9
+_MARGIN = 1e-4
 _FLOOR = 1e-3
 """Nats added before a logarithm is taken: costs far below it are all the same to a predictor."""
 
@@ -217,9 +218,11 @@ def choose(costs: Tensor, share: Tensor, price: float) -> Tensor:
 
 
 def lowest_price(costs: Tensor, share: Tensor, keep: float) -> float:
-    """Return the lowest price at which the choices' mean share is no more than ``keep``; bisected, from above.
+    """Return the lowest price at which the choices' mean share is no more than ``keep``, and a ten-thousandth more.
 
-    The share that an input takes only falls as the price rises. Raises ConfigError where the lightest path needs more.
+    The share that an input takes only falls as the price rises, so it is bisected. At the price itself some input is
+    just between two paths, and float32's last digits, in a batch of others, might take it to the heavier one. Raises
+    ConfigError where the lightest path needs more.
     """
     if float(share.min()) > keep + _ROUNDING:
         raise ConfigError(f"price: expected a keep of at least {float(share.min()):.3f}, got {keep:g}")
@@ -235,7 +238,7 @@ def lowest_price(costs: Tensor, share: Tensor, keep: float) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if mean(middle) <= keep + _ROUNDING else (middle, high)
-    return high
+    return high * (1 + _MARGIN)
 
 
 @torch.no_grad()

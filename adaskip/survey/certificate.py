@@ -68,7 +68,7 @@ def certify(
     """
     predicted, exact = price_choices(model, calibration)
     kappa = conformal_quantile(safe_ratio(exact, predicted), alpha)
-    model.policy.kappa.fill_(float(kappa))  # type: ignore[operator, union-attr]
+    model.policy.kappa.fill_(float(kappa))  # type: ignore[operator]
     predicted, exact = price_choices(model, judged)
     covered = (exact <= kappa * predicted) | (exact == 0)
     costly = exact > 0
