@@ -36,10 +36,10 @@ class PathBank(Policy):
     Args:
         paths: the layers that each path leaves out.
         entry: the choice falls before this layer; every earlier one runs on all paths.
+        target: its scope is ``prompt``.
         price: nats per predicted token that all of the dense decoder's FLOPs are worth; 0: cost alone decides.
         nats: instead of a price, what a prompt may cost: it takes the lightest path whose predicted cost, times the
             certificate's factor ``kappa``, is no more, and the one predicted to cost least where none is.
-        target: its scope is ``prompt``.
 
     Raises:
         ConfigError: no path, one that leaves out a layer before the entry, scope ``token``, a price or nats below 0, or
@@ -58,9 +58,10 @@ class PathBank(Policy):
         self,
         paths: Sequence[Sequence[int]],
         entry: int = 3,
+        target: Target | None = None,
+        *,
         price: float = 0.0,
         nats: float | None = None,
-        target: Target | None = None,
     ) -> None:
         super().__init__(target)
         try:

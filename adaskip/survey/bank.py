@@ -84,7 +84,7 @@ class Bank:
 
     def policy(self, target: Target | None = None) -> PathBank:
         """Return the policy; attach it, and `load` the predictor into it."""
-        return PathBank(self.paths, self.entry, self.price, target=target)
+        return PathBank(self.paths, self.entry, target, price=self.price)
 
     def load(self, policy: PathBank) -> None:
         """Give an attached policy of these paths the predictor."""

@@ -83,9 +83,9 @@ def test_the_conditions_are_looked_at_once_a_step(tmp_path: Path) -> None:
     looked: list[int] = []
 
     class Counting(adaskip.ConditionCheck):
-        def inspect(self, model: Any, prices: Any, step: int) -> Any:
+        def inspect(self, model: Any, prices: Any, step: int, settled: bool = True) -> Any:
             looked.append(step)
-            return super().inspect(model, prices, step)
+            return super().inspect(model, prices, step, settled)
 
     run = trainer(tmp_path, steps=4, accumulate_grad_batches=2, callbacks=[Counting(every=2)])
     run.fit(recorder(), loader(DATA[:4]), loader(DATA[4:8]))

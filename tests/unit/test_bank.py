@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import adaskip
-from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.survey import bank
@@ -16,6 +15,7 @@ from adaskip.survey.bank import choose, find_bank, fit_predictor, lowest_price
 from adaskip.survey.greedy import greedy_paths
 from adaskip.survey.plans import plan_costs
 from tests import toys
+from tests.batches_by_number import two_kinds
 
 LAYERS, INPUTS = 8, 40
 
@@ -77,22 +77,6 @@ def test_the_price_spends_the_budget_where_it_costs_least() -> None:
     assert choose(costs, share, lowest_price(costs, share, 0.8)).tolist() == [2] * 8
     with pytest.raises(ConfigError, match=r"expected a keep of at least 0.800, got 0.5"):
         lowest_price(costs, share, 0.5)
-
-
-def two_kinds(toy: toys.Toy):
-    """Prompts of one token repeated, and of random ones, with two tokens to answer; batches of them by number."""
-    inputs = toy.batch([6 + i % 5 for i in range(24)])
-    ids = inputs["input_ids"]
-    inputs["input_ids"] = torch.where((torch.arange(24) % 2 == 0)[:, None] & (ids != 0), 7, ids)
-    labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
-    labels[:, :-2] = -100
-    prompt = inputs["attention_mask"].bool() & (labels == -100)
-
-    def batches(rows: Sequence[int]) -> list[Batch]:
-        chosen = list(rows)
-        return [Batch({n: v[chosen] for n, v in inputs.items()}, labels[chosen], prompt[chosen])]
-
-    return batches
 
 
 @pytest.mark.parametrize("pays", [True, False])

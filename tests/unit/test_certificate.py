@@ -13,7 +13,7 @@ from adaskip.survey import certificate
 from adaskip.survey.certificate import certify, price_choices
 from adaskip.survey.plans import plan_costs
 from tests import toys
-from tests.unit.test_bank import two_kinds
+from tests.batches_by_number import two_kinds
 
 
 def model_with(bank: PathBank) -> adaskip.RoutedModel:

@@ -241,8 +241,9 @@ def test_eval_shows_every_figure_whole(adaskip, fake, folder, static):
     assert ("the static plan leaves out layers 4, 5 (--static)" in out) is static
 
 
-def test_profile_says_what_ranks_where_sinks_are_and_what_is_to_gain(adaskip, fake, tmp_path):
+def test_profile_says_what_ranks_where_sinks_are_and_what_is_to_gain(adaskip, fake, tmp_path, monkeypatch):
     """Would catch: an option that does not arrive, a table that is cut off, or a sentence that is not said."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # a width that somebody set is heeded, by processes of a test run too
     groups = {"all": {"ranks": "ranks layers: cosine .73", "sinks": "sinks after layers 12 to 29"}}
     found = {"groups": groups, "chain_violations": 0, "picture": "p.png", "oracle": {"sentence": "oracle, group all"}}
     calls = fake("adaskip.verbs.profile", profile_model=found, summary=[[{"": "undecided", "claim": "x" * 80}], []])

@@ -56,10 +56,12 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_launch_it(nam
 
 
 def test_the_shipped_recipes():
-    assert list(recipes()) == ["causal-lm", "digits-vlm", "digits-vlm-from-bounds", "digits-vlm-vision", "qwen2.5-vl"]
-    assert [load(name).router.group for name in recipes()] == ["all", "all", "all", "vision", "vision"]
+    digits = ["digits-vlm", "digits-vlm-from-bounds", "digits-vlm-vision"]
+    assert list(recipes()) == ["causal-lm", *digits, "qwen2.5-vl", "smollm2"]
+    assert [load(name).router.group for name in recipes()] == ["all", "all", "all", "vision", "vision", "all"]
     assert load("qwen2.5-vl").backbone.dtype == "bfloat16"
     assert [load(name).method for name in recipes()].count("from-bounds") == 1
+    assert load("smollm2").method == "path-bank"
 
 
 def test_sections_are_the_dataclasses_that_components_take(write):
@@ -97,7 +99,7 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
         ("keep=0.5", "keep: no such key, got 0.5; did you mean 'objective.keep'?"),
         ("trainer.step=9", "trainer.step: no such key, got 9; did you mean 'steps'?"),
         ("data.columns.zzz=q", "data.columns.zzz: no such key, got 'q'; valid: answer, image, kind, prompt"),
-        ("nosuch.key=1", "nosuch: no such key, got {'key': 1}; valid: backbone, conditions, data,"),
+        ("nosuch.key=1", "nosuch: no such key, got {'key': 1}; valid: backbone, bank, conditions, data,"),
         ("seed", "override 'seed': expected key.path=value, for example objective.keep=0.5"),
         (".seed=1", "override '.seed=1': expected key.path=value"),
         ("seed=[", "override 'seed=[': expected a YAML value, got '['"),
@@ -113,10 +115,13 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
             "conditions: expected a mapping of keys (every, examples, tolerance, points, on_violation, level, ",
         ),
         ("backbone.path=''", "backbone.path: expected at least 1 character, got ''"),
-        ("trainer.steps=0", "trainer.steps: expected an integer >= 1 (only method from-bounds can do without), got 0"),
+        (
+            "trainer.steps=0",
+            "trainer.steps: expected an integer >= 1 (methods from-bounds and path-bank do without), got 0",
+        ),
         (
             "method=from-bound",
-            "method: expected end-to-end | from-bounds, got 'from-bound'; did you mean 'from-bounds'?",
+            "method: expected end-to-end | from-bounds | path-bank, got 'from-bound'; did you mean 'from-bounds'?",
         ),
         ("fit.rounds=0", "fit.rounds: expected an integer >= 1, got 0"),
         ("fit.round=2", "fit.round: no such key, got 2; did you mean 'rounds'?"),
