@@ -27,14 +27,14 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import SkipPlan, Target
+from adaskip.plan import Target
 from adaskip.policies.path_bank import PathBank, describe_prompt
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.greedy import Path, exact_prices, greedy_paths
 from adaskip.survey.ledger import Ledger
-from adaskip.survey.plans import plan_costs
 from adaskip.survey.record import record
+from adaskip.survey.static import layer_savings
 
 _FOLDS = 10
 _CLEAR = 1.645
@@ -150,7 +150,7 @@ def find_bank(
     rows = [*dict.fromkeys(i * inputs // sample for i in range(sample))]
     held, layers = model.policy.held, len(model.spec.layers)
     free = [layer for layer in range(entry, layers) if layer not in held]
-    saved = _saved(model, batches(rows[:_ONCE]))
+    saved = layer_savings(model, batches(rows[:_ONCE])).mean(0)
     if (least := 1 - float(saved[free].sum())) > keep:
         raise ConfigError(
             f"find_bank: keep: expected at least {least:.3f}, what remains when every layer behind entry={entry} that "
@@ -307,13 +307,6 @@ def _select(costs: Tensor, share: Tensor, keep: float, count: int) -> list[int]:
             break
         selected.append(int(gain.argmax()))
     return selected
-
-
-def _saved(model: RoutedModel, batches: Sequence[Batch]) -> Tensor:
-    """Return float64 (l): the share of the dense decoder's FLOPs that leaving out each layer saves; they add up."""
-    layers = len(model.spec.layers)
-    alone = [SkipPlan.static([layer]).keep(layers) for layer in range(layers)]
-    return 1 - plan_costs(model, batches, alone).keep.mean(0)
 
 
 def _share(saved: Tensor, path: Path) -> float:
