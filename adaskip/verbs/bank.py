@@ -48,8 +48,7 @@ def bank_model(
     if launched()[0] > 1:
         raise ConfigError("method path-bank: expected one process, got several; start it without torchrun")
     section, device = recipe.bank, model.spec.device
-    # inputs of like length side by side: a batch is as slow as its longest row
-    chosen = sorted(records[: section.examples], key=lambda record: len(record["prompt"]) + len(record["answer"]))
+    chosen = by_length(records[: section.examples])
     size = recipe.trainer.batch_size
 
     def batches(rows: Sequence[int]) -> list[Batch]:
@@ -78,6 +77,11 @@ def bank_model(
     bank.load(routed.policy)
     routed.hold(held)
     return routed
+
+
+def by_length(records: Sequence[Record]) -> list[Record]:
+    """Return records with those of like length side by side: a batch is as slow as its longest row."""
+    return sorted(records, key=lambda record: len(record["prompt"]) + len(record["answer"]))
 
 
 def sentence(bank: Bank) -> str:
