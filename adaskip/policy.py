@@ -56,6 +56,8 @@ class Policy(nn.Module):
     def start(self, request: Request) -> None:
         """Look at a request once, before its first layer; notes for later layers go into ``request.memo``.
 
+        They are the policy's alone, and last as long as the request; states do not belong there, decisions do.
+
         ``request.tokens.valid`` and ``.vision`` are bool (b t). So is ``request.prompt``, which marks the tokens that a
         decision may look at.
         """
@@ -106,6 +108,7 @@ HOMES = {
     "learned": "adaskip.policies.learned.routers:Learned",
     "path_bank": "adaskip.policies.path_bank:PathBank",
     "static": "adaskip.policies.static:Static",
+    "token_plan": "adaskip.policies.token_plan:TokenPlan",
 }
 _REGISTERED: dict[str, type[Policy]] = {}
 

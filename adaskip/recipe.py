@@ -61,7 +61,7 @@ class DataSection(Section):
 class TrainerSection(Section):
     """Set how long, how fast and on which hardware the routers train."""
 
-    steps: Count  # optimiser steps; from-bounds: of the tuning after the fit, 0: none; path-bank: 0
+    steps: Count  # optimiser steps; from-bounds: of the tuning after the fit, 0: none; path-bank, token-plan: 0
     batch_size: Positive  # examples a step and device
     learning_rate: float = Field(gt=0)
     temperature: float = Field(1.0, gt=0)  # of the routers' gates
@@ -105,6 +105,17 @@ class BankSection(Section):
     width: Positive = 6  # layers tried each time one more goes
 
 
+class TokensSection(Section):
+    """Set how a plan for each class of tokens is found, and how much of the data that takes."""
+
+    examples: Positive = 48  # training inputs that plans are priced on
+    prompt: Positive = 6  # classes of prompt tokens, beside the first and the last of a prompt
+    answer: Positive = 4  # classes of generated tokens
+    entry: Count = 3  # classes are told apart before this layer, and no earlier one is left out
+    band: Positive = 3  # neighbouring layers that a class leaves out together
+    width: Positive = 4  # parts tried each time one more goes
+
+
 class StaticSection(Section):
     """Set what is done with the best static plan of the budget, which the routers must beat."""
 
@@ -131,9 +142,10 @@ class Recipe(Section):
     router: RouterConfig = RouterConfig()
     data: DataSection
     objective: Objective = Objective()
-    method: Literal["end-to-end", "from-bounds", "path-bank"] = "end-to-end"
+    method: Literal["end-to-end", "from-bounds", "path-bank", "token-plan"] = "end-to-end"
     fit: Fit = Fit()  # of method from-bounds
     bank: BankSection = BankSection()  # of method path-bank
+    tokens: TokensSection = TokensSection()  # of method token-plan
     trainer: TrainerSection
     conditions: ConditionsSection = ConditionsSection()
     static: StaticSection = StaticSection()
@@ -142,14 +154,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _something_trains(self) -> Recipe:
-        if self.method == "path-bank" and (self.trainer.steps or self.router.scope == "token"):
+        scope = {"path-bank": "prompt", "token-plan": "token"}.get(self.method)
+        if scope is not None and (self.trainer.steps or self.router.scope != scope):
             raise ConfigError(
-                "Recipe: method path-bank: expected trainer.steps 0 (it takes no gradient) and router.scope prompt, "
-                f"got {self.trainer.steps} and {self.router.scope}"
+                f"Recipe: method {self.method}: expected trainer.steps 0 (it takes no gradient) and router.scope "
+                f"{scope}, got {self.trainer.steps} and {self.router.scope}"
             )
         if self.method == "end-to-end" and not self.trainer.steps:
             raise ConfigError(
-                "Recipe: trainer.steps: expected an integer >= 1 (methods from-bounds and path-bank do without), got 0"
+                "Recipe: trainer.steps: expected an integer >= 1 (methods from-bounds, path-bank and token-plan do "
+                "without), got 0"
             )
         if self.static.start and (self.method != "end-to-end" or not self.static.width):
             raise ConfigError(

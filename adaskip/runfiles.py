@@ -19,6 +19,7 @@ CHECKPOINTS = "checkpoints"
 WANDB = "wandb"
 FIT, FIT_ROUTERS = "fit.jsonl", "fit.safetensors"  # of method from-bounds: its rounds, and the routers after the last
 BANK_PRICES = "bank-prices.safetensors"  # of method path-bank: what paths cost inputs, as far as it was measured
+TOKEN_PRICES = "token-prices.safetensors"  # of method token-plan: what plans cost, as far as it was measured
 PRICES = "prices.json"
 KEEP_RATES = "keep_rates.json"
 SUMMARY = "summary.json"
@@ -38,6 +39,7 @@ NAMES = frozenset(
         FIT,
         FIT_ROUTERS,
         BANK_PRICES,
+        TOKEN_PRICES,
         PRICES,
         KEEP_RATES,
         SUMMARY,

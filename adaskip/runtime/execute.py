@@ -77,7 +77,7 @@ class Executor:
     def skip(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], keep: Keep) -> Any:
         """Gather what runs, run it and scatter the result; the rest is not computed."""
         if isinstance(keep, Tensor):
-            request.memo.clear()  # the last layer's parts were others
+            request.cut.clear()  # the last layer's parts were others
             run, skipped = self._tokens(request, keep)
         else:
             run, skipped = self._segments(request, keep, states.device)
@@ -95,7 +95,7 @@ class Executor:
         for segment in run:
             after, form = self._run_segment(request, call, states, named, segment, after)
         if layer is not None and (run or skipped):
-            layer.commit(request.offset, states.shape[1], states.shape[0], request.memo)
+            layer.commit(request.offset, states.shape[1], states.shape[0], request.cut)
             if request.scratch is not None:  # nothing comes after this pass: the layer's keys are freed at once
                 request.scratch.layers[self.index] = KeptLayer()
         return self.wrap(after, request, form)
@@ -118,12 +118,12 @@ class Executor:
         """
         if all(flags) or not request.has_routed:
             return (WHOLE,), ()
-        if flags not in request.memo:
+        if flags not in request.cut:
             kept, rows = _rows(request, flags, device) if any(flags) else (None, None)
             others = () if request.routed is None else (_others(request, rows),)
             skipped = (_routed(request, rows),) if self.kv == "kept" else ()
-            request.memo[flags] = (others if kept is None else (kept, *others)), skipped
-        parts: tuple[tuple[Segment, ...], tuple[Segment, ...]] = request.memo[flags]
+            request.cut[flags] = (others if kept is None else (kept, *others)), skipped
+        parts: tuple[tuple[Segment, ...], tuple[Segment, ...]] = request.cut[flags]
         return parts
 
     def _tokens(self, request: Request, keep: Tensor) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
@@ -157,15 +157,15 @@ class Executor:
             return into, None
         layer = self._layer(request)
         whole = segment.tokens is None and (layer is None or layer.follows_on(segment, request.offset))
-        positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.memo)
+        positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.cut)
         keys = None if whole else positions  # None: every key in order, so that no mask need be cut
         if layer is not None:
             layer.begin(segment)
-            keys = None if whole else layer.key_places(segment, positions, request.memo)
+            keys = None if whole else layer.key_places(segment, positions, request.cut)
         if request.weights is not None and self.unit != "mlp":
             request.weights.part = segment, positions, keys
         out = call(
-            take(states, segment, batch_axis=0), **narrow(named, segment, len(states), positions, keys, request.memo)
+            take(states, segment, batch_axis=0), **narrow(named, segment, len(states), positions, keys, request.cut)
         )
         return _scatter(states_of(out), segment, into), len(out) if isinstance(out, tuple | list) else 0
 
@@ -181,12 +181,12 @@ class Executor:
         """Call the module on what skips it, and stop it where its attention hands keys and values to the cache."""
         if segment.tokens is not None and not segment.tokens.shape[1]:
             return
-        positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.memo)
+        positions = segment.positions(request.offset, states.shape[1], len(states), states.device, request.cut)
         layer.begin(segment, project=True)
         with suppress(Projected):
             call(
                 take(states, segment, batch_axis=0),
-                **narrow(named, segment, len(states), positions, positions, request.memo),
+                **narrow(named, segment, len(states), positions, positions, request.cut),
             )
 
 
@@ -218,7 +218,7 @@ def _scatter(result: Tensor, segment: Segment, into: Tensor) -> Tensor:
 
 def _rows(request: Request, flags: Flags, device: torch.device) -> tuple[Segment, Tensor]:
     """Return the rows that keep, as a segment, and the rows that skip; a cache remembers them from token to token."""
-    memory = request.cache.rows if request.cache is not None else request.memo.setdefault("rows", {})
+    memory = request.cache.rows if request.cache is not None else request.cut.setdefault("rows", {})
     if flags not in memory:
         keeps = torch.tensor(flags, device=device)
         memory[flags] = Segment(keeps.nonzero().squeeze(1)), (~keeps).nonzero().squeeze(1)
@@ -248,9 +248,9 @@ def _gather(marked: Tensor) -> tuple[Segment, ...]:
 def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) -> Segment:
     """Return the marked places as one segment object for all layers of a request that mean the same rows."""
     key = (kind, None if rows is None else id(rows))
-    if key not in request.memo:
-        request.memo[key] = _places(marked, rows)
-    segment: Segment = request.memo[key]
+    if key not in request.cut:
+        request.cut[key] = _places(marked, rows)
+    segment: Segment = request.cut[key]
     return segment
 
 

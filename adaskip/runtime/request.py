@@ -46,7 +46,8 @@ class Request:
     drawn: dict[int, Tensor] = field(default_factory=dict)  # where the noise stood as each layer was decided
     decisions: dict[int, Any] = field(default_factory=dict)  # of each layer, for its sublayers
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
-    memo: dict[Any, Any] = field(default_factory=dict)
+    cut: dict[Any, Any] = field(default_factory=dict)  # the runtime's: what earlier layers cut for their parts
+    memo: dict[Any, Any] = field(default_factory=dict)  # the policy's notes
 
     @property
     def offset(self) -> int:

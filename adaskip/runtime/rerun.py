@@ -47,9 +47,10 @@ class Reruns:
         if request.cache is not None or not request.learns or torch.compiler.is_dynamo_compiling():
             return
         if request.rerun is None:
-            # What this request holds must not hold the tensors, or they would never die: its memo does.
+            # What this request holds must not hold the tensors, or they would never die: what was cut does. The
+            # policy's notes stay: a choice that fell before an early layer is not made anew by a late one.
             options = replace(request.options, observer=None, replay=())
-            request.rerun = again = replace(request, memo={}, options=options)
+            request.rerun = again = replace(request, cut={}, options=options)
             number = id(again)
             self._pending[number] = weakref.ref(again, partial(self._pending.pop, number))
         own = (request.prompt, request.tokens.valid, request.tokens.vision, request.options.prompt_mask)

@@ -56,8 +56,13 @@ class Recorded:
         return keep
 
     def rerun(self, keep: Tensor) -> Tensor:
-        """Run the batch under other decisions, from the first layer on that is decided otherwise; (l b) -> (k v)."""
-        different = (keep.to(self.keep.device) != self.keep).any(1)
+        """Run the batch under other decisions, from the first layer on that is decided otherwise -> (k v).
+
+        Args:
+            keep: bool (l b); of a model of scope ``token`` also (l b t).
+        """
+        recorded = self.keep[..., None] if keep.dim() > self.keep.dim() else self.keep
+        different = (keep.to(self.keep.device) != recorded).flatten(1).any(1)
         first = int(different.long().argmax()) if different.any() else len(different)
         with self.model.replay(self.states[: first + 1]):
             return self._run(routing=keep)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from adaskip.batch import Batch, count
 from adaskip.errors import ConfigError
@@ -20,12 +19,11 @@ from adaskip.stages import Stages
 from adaskip.survey.bank import Bank, describe, find_bank, lowest_price
 from adaskip.survey.certificate import certify
 from adaskip.survey.greedy import Path as Plan
-from adaskip.survey.record import record
 from adaskip.survey.static import whole_rows
 from adaskip.training.data import Collator, Record
-from adaskip.training.keep_rates import KeepByKind
 from adaskip.verbs.budget import Budget
 from adaskip.verbs.finish import Ending, TrainResult
+from adaskip.verbs.judge import judge
 
 _SIDES = ("chosen", "static")
 
@@ -109,27 +107,16 @@ def finish_bank(
     """
     policy, keep, stages = model.policy, ending.recipe.objective.keep, ending.stages
     assert isinstance(policy, PathBank)
-    kinds = sorted({str(kind) for batch in validation for kind in batch.kind if kind not in (None, "")})
-    rates = KeepByKind(len(model.spec.layers), kinds)
-    columns: dict[str, list[Tensor]] = {"kl": [], "keep": [], "accuracy": []}
     batches, judges = ([batch.to(model.spec.device) for batch in part] for part in (validation, calibration))
     with stages(f"finding the price for objective.keep={keep:g}"):
         predicted = torch.cat([policy.predict(describe(model, batch, policy.entry)) for batch in batches])
         policy.price = lowest_price(predicted.double(), policy.share.double(), keep)
     with stages("validating, and checking the conditions"):
-        for batch in batches:
-            dense = record(model, batch, states=False)
-            routed = record(model, batch, routed=True, states=False)
-            columns["keep"].append(model.routing.keep_rate)
-            columns["kl"].append(dense.compare(routed.logits)["kl"])
-            columns["accuracy"].append(dense.match(routed.logits))
-            rates.update(model.routing.share, batch.kind)
+        judgement = judge(model, batches)
         look = ending.conditions.inspect(model, ending.prices, 0)
     with stages(f"certifying costs on {count(judges)} calibration inputs"):
         certificate = certify(model, judges, batches, ending.recipe.objective.alpha)
-    figures = {name: float(torch.cat(values).double().mean()) for name, values in columns.items()}
-    budget = Budget(keep, figures["keep"], 0.0, float(policy.share.min()))
+    budget = Budget(keep, judgement.figures["keep"], 0.0, float(policy.share.min()))
     stages.note(f"objective.keep={keep:g}: mean keep rate {budget.keep:.3f} at a price of {policy.price:.4g} nats")
     ending.laps.lap("check")
-    by_kind = {kind: row.tolist() for kind, row in rates.compute().items()}
-    return ending.end(model, batches, budget, figures, look, by_kind, plan, certificate)
+    return ending.end(model, batches, budget, judgement.figures, look, judgement.rates, plan, certificate)

@@ -40,6 +40,7 @@ from adaskip.verbs.run import load_model, load_processor
 from adaskip.verbs.splits import records
 from adaskip.verbs.start import check_start, opened
 from adaskip.verbs.static import prepare
+from adaskip.verbs.token_plan import finish_tokens, plan_tokens
 from adaskip.verbs.trainer import make_trainer, own_device
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -138,6 +139,8 @@ class _Training:
             truncate_lines(self.folder / CONDITIONS, step)
         if recipe.method == "path-bank":
             return self._find_bank(conditions, prices, start.plan)
+        if recipe.method == "token-plan":
+            return self._plan_tokens(conditions, prices, start.plan)
         tuner = self._tuner(prices, start.objective)
         size, every = recipe.trainer.batch_size, recipe.trainer.checkpoint_every
         batches = training_loader(
@@ -167,6 +170,14 @@ class _Training:
         ending = Ending(self.recipe, trainer, prices, conditions, self.laps, self.stages)
         calibration = self._batches("calibration", fitted(self.recipe))
         return finish_bank(ending, model, self._batches("validation", None), calibration, plan)
+
+    def _plan_tokens(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
+        trainer = make_trainer(self.recipe, self.folder, 0, [])
+        self.laps.lap("price")
+        plans = plan_tokens(self.recipe, self.folder, self.model, self.splits["train"], self.collate, self.stages)
+        self.laps.lap("plan")
+        ending = Ending(self.recipe, trainer, prices, conditions, self.laps, self.stages)
+        return finish_tokens(ending, self.model, plans, self._batches("validation", None), plan)
 
     def _batches(self, split: str, limit: int | None) -> list[Batch]:
         return [*loader(self.splits[split][:limit], self.collate, self.recipe.trainer.batch_size)]

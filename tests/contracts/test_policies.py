@@ -54,10 +54,13 @@ POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "learned": lambda target: adaskip.RouterConfig(**target),
     "path_bank": lambda target: adaskip.policies.PathBank([[1], [3], [1, 2]], 1, adaskip.Target(**target)),
     "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
+    "token_plan": lambda target: adaskip.policies.TokenPlan(
+        [[1], [2, 3], []], [[3], [1, 2]], 1, adaskip.Target(**target, scope="token")
+    ),
 }
 """Every kind of `adaskip.policy.HOMES`, and the one above, for a target."""
 
-GIVES_LOGITS = {"coin": False, "learned": True, "path_bank": False, "static": False}
+GIVES_LOGITS = {"coin": False, "learned": True, "path_bank": False, "static": False, "token_plan": False}
 """Whether a kind's `decide` gives logits, which a threshold is compared with; else it gives booleans, or nothing."""
 
 CASES = [
@@ -67,6 +70,7 @@ CASES = [
     for target in ({}, {"unit": "mlp"}, {"phase": "decode"}, {"group": "vision"}, {"group": "vision", "kv": "kept"})
     if "group" not in target or name in families.VISION
     if target.get("unit") != "mlp" or name != "gemma2"
+    if kind != "token_plan" or "phase" not in target  # a prompt alone has no tokens that would decide then
 ]
 
 
@@ -75,6 +79,8 @@ def routed(kind: str, name: str, target: dict[str, Any]) -> tuple[families.Toy, 
     model = adaskip.attach(toy.model, POLICIES[kind](target))
     if kind == "path_bank":  # a predictor that tells prompts apart
         torch.nn.init.normal_(model.policy.weight, generator=torch.Generator().manual_seed(0))
+    if kind == "token_plan":  # classes that tell tokens apart
+        torch.nn.init.normal_(model.policy.centres, generator=torch.Generator().manual_seed(0))
     return toy, decide(model) if model.routers else model
 
 
@@ -100,25 +106,25 @@ class TestContract:
         batch = toy.collate(rows)
         logits = same_both_ways(model, batch)
         model(**batch)
-        keep = model.routing.keep
-        assert 0 < keep.float().mean() < 1
+        keep = model.routing.share  # of a row's tokens: where rows decide, all or none
+        assert 0 < keep.mean() < 1
         assert (model.routing.logits is not None) == GIVES_LOGITS[kind]
         other = toy.collate(rows, "right")
         with torch.no_grad():
             assert (real(model(**other).logits, other) - real(logits, batch)).abs().max() <= 1e-3
-        assert torch.equal(model.routing.keep, keep)
+        assert torch.equal(model.routing.share, keep)
         with torch.no_grad():
             for i, row in enumerate(rows):
                 model(**toy.collate([row]))
-                assert torch.equal(model.routing.keep[:, 0], keep[:, i])
+                assert torch.equal(model.routing.share[:, 0], keep[:, i])
         if model.policy.known(len(model.spec.layers)) is not None:  # a plan is followed whatever else is said
             return
         with model.keep_all():
             model(**batch)
-        assert model.routing.keep.all()
+        assert model.routing.share.min() == 1
         model.hold([0, 1])
         model(**batch)
-        assert model.routing.keep[:2].all()
+        assert model.routing.share[:2].min() == 1
 
     def test_saving(self, kind: str, name: str, target: dict[str, Any], tmp_path: Path) -> None:
         toy, model = routed(kind, name, target)
@@ -138,6 +144,10 @@ class TestContract:
     def test_many_prompts(self, kind: str, name: str, target: dict[str, Any]) -> None:
         toy, model = routed(kind, name, target)
         items = [toy.collate([row]) for row in toy.rows(LENGTHS)]
+        if model.target.scope == "token":
+            with pytest.raises(ConfigError, match="under scope 'token' a prompt has no path of its own"):
+                model.generate_many(items, max_new_tokens=4, **GREEDY)
+            return
         many = model.generate_many(items, max_new_tokens=4, **GREEDY)
         for item, answer in zip(items, many.answers, strict=True):
             assert torch.equal(model.generate(**item, max_new_tokens=4, **GREEDY)[0, -4:], answer.tokens)
