@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
+from adaskip.plan import Target
 from adaskip.ranks import launched
 from adaskip.recipe import Recipe
 from adaskip.runfiles import TOKEN_PRICES
@@ -70,11 +70,12 @@ def finish_tokens(
         static: the best plan for all tokens; None: none was sought, or none keeps so little.
     """
     keep, stages, held = ending.recipe.objective.keep, ending.stages, model.policy.held
-    target, backbone = model.target, model.detach()
+    target = Target(**{name: getattr(model.target, name) for name in ("scope", "unit", "group", "kv", "phase")})
+    backbone = model.detach()
     batches = [batch.to(model.spec.device) for batch in validation]
     count = next((n for n, step in enumerate(plans.steps, 1) if step.keep <= keep), len(plans.steps))
     while True:
-        model = build(backbone, plans.policy(count, replace(target, scope="token")), ending.recipe.seed)
+        model = build(backbone, plans.policy(count, target), ending.recipe.seed)
         plans.load(model.policy)  # type: ignore[arg-type]
         model.hold(held)
         with stages(f"validating the plan of {count} steps"):

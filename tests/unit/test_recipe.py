@@ -57,11 +57,11 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_launch_it(nam
 
 def test_the_shipped_recipes():
     digits = ["digits-vlm", "digits-vlm-from-bounds", "digits-vlm-vision"]
-    assert list(recipes()) == ["causal-lm", *digits, "qwen2.5-vl", "smollm2"]
-    assert [load(name).router.group for name in recipes()] == ["all", "all", "all", "vision", "vision", "all"]
+    assert list(recipes()) == ["causal-lm", *digits, "qwen2.5-vl", "smollm2", "smollm2-bank"]
+    assert [load(name).router.group for name in recipes()] == ["all", "all", "all", "vision", "vision", "all", "all"]
     assert load("qwen2.5-vl").backbone.dtype == "bfloat16"
     assert [load(name).method for name in recipes()].count("from-bounds") == 1
-    assert load("smollm2").method == "path-bank"
+    assert [load(name).method for name in ("smollm2", "smollm2-bank")] == ["token-plan", "path-bank"]
 
 
 def test_sections_are_the_dataclasses_that_components_take(write):
