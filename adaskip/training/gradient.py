@@ -64,15 +64,23 @@ def _by_flips(
         path = record(model, batch, routed=True)
     routing = model.runtime.routing
     assert routing is not None
-    if routing.logits is None or routing.gates is None:
+    if routing.gates is None:
         return dense.new_zeros(()), dense.new_zeros(())  # a policy of booleans, which the tuner refuses
-    margin = (routing.logits.detach() - model.policy.threshold) / temperature
-    layers, chance = draw_layers(torch.sigmoid(margin) * torch.sigmoid(-margin), goal.flips, noise)
+    layers, chance = draw_layers(slope_of(model, temperature), goal.flips, noise)
     cost = PathCost(predicted(dense, batch.supervised), batch, goal.task_weight)
     change = flip(path, layers, cost) / chance
     slope = (routing.gates.gather(0, layers) * change.float()).sum(0).mean()
     kl, task = (of(path.logits).mean().float() for of in (cost.kl, cost.task))
     return kl + slope - slope.detach(), task
+
+
+def slope_of(model: RoutedModel, temperature: float = 1.0) -> Tensor:
+    """Return p_l (1 - p_l) of the last request, (l b): how far a logit moves a decision."""
+    routing = model.runtime.routing
+    assert routing is not None
+    assert routing.logits is not None
+    margin = (routing.logits.detach() - model.policy.threshold) / temperature
+    return torch.sigmoid(margin) * torch.sigmoid(-margin)
 
 
 def draw_layers(weight: Tensor, count: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
