@@ -190,9 +190,19 @@ def test_what_flips_cannot_do_is_said(tmp_path: Path) -> None:
         trainer(tmp_path).fit(coin, loader(DATA[:2]))
 
 
-def test_a_recipe_trains_with_flips(language_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains_with_flips(
+    language_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Would catch: a key that the recipe takes and training forgets."""
+    counts: list[int] = []
+
+    def counted(weight: Tensor, count: int, noise: torch.Generator) -> Any:
+        counts.append(count)
+        return draw_layers(weight, count, noise)
+
+    monkeypatch.setattr("adaskip.training.gradient.draw_layers", counted)
     source = [f"backbone.path={language_model}", f"data.source={data}", f"output={tmp_path / 'run'}"]
     recipe = load("causal-lm", [*SHORT, *source, "objective.gradient=flips", "objective.flips=2"])
     assert train(recipe).to_dict()["val"]["keep"] <= recipe.objective.keep + 1e-6
+    assert counts == [2] * 4
     assert "gradient: flips" in (tmp_path / "run" / "recipe.resolved.yaml").read_text()
