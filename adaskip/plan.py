@@ -257,6 +257,7 @@ class Routing:
     group: Group
     logits: Tensor | None = None  # float32, shaped like keep: the routers' outputs; None where nothing gives any
     gates: Tensor | None = None  # float32 (l b): gates that carry the gradient, scope token: their means; None else
+    #                              of layers that were drawn and really skipped, the probabilities to run
     tokens: Tensor | None = None  # bool (b t), scope token: the tokens that decide
     executed: Tensor | None = None  # float64 (b): decoder FLOPs really spent on each row
     dense: Tensor | None = None  # float64 (b): decoder FLOPs of the same tokens with every layer run

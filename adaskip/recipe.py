@@ -14,7 +14,7 @@ from adaskip.errors import ConfigError, did_you_mean
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.sections import Overrides, Section, faults, override, read_yaml
 from adaskip.theory.bounds import kl_for_accuracy
-from adaskip.training.objective import Fit, Objective
+from adaskip.training.objective import Fit, Objective, check_gradient
 
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -165,6 +165,7 @@ class Recipe(Section):
                 "Recipe: trainer.steps: expected an integer >= 1 (methods from-bounds, path-bank and token-plan do "
                 "without), got 0"
             )
+        check_gradient(self.objective, self.router.scope)
         if self.static.start and (self.method != "end-to-end" or not self.static.width):
             raise ConfigError(
                 "Recipe: static.start: expected false with method from-bounds, whose first round surveys the dense "

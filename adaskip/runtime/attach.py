@@ -176,9 +176,14 @@ class RoutedModel(Handle):
             yield
 
     @contextmanager
-    def explore(self, noise: torch.Generator, temperature: float = 1.0) -> Iterator[None]:
-        """Run inside as `soft` does, with gates drawn at random from their logits; ``temperature`` is the slope's."""
-        with self.runtime.state.using(mode="soft", noise=noise, temperature=temperature):
+    def explore(self, noise: torch.Generator, temperature: float = 1.0, soft: bool = True) -> Iterator[None]:
+        """Run inside as `soft` does, with gates drawn at random from their logits; ``temperature`` is the slope's.
+
+        ``soft=False``: layers are really skipped, by draws at this temperature. The pass has no gradient, but
+        ``routing.gates``, the probabilities to run, have one into the policy.
+        """
+        options = {"mode": "soft" if soft else "skip", "noise": noise, "temperature": temperature}
+        with torch.set_grad_enabled(soft and torch.is_grad_enabled()), self.runtime.state.using(**options):
             yield
 
     @contextmanager

@@ -39,16 +39,21 @@ def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor
 
 @torch.no_grad()
 def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
-    """Return which rows or tokens run a layer; only a fresh decision about rows has to be read from the device."""
+    """Return which rows or tokens run a layer; only a fresh decision about rows has to be read from the device.
+
+    Where there is noise the decision is drawn, and the router's own probability keeps its graph.
+    """
     if request.flags is not None:
         return request.flags[index]
     if request.fixed is not None and request.deciding is not None:
         return request.fixed[index] | ~request.deciding
-    choice = policy.decide(index, states, request)
+    draws = request.options.noise is not None
+    with torch.set_grad_enabled(draws):
+        choice = policy.decide(index, states, request)
     if choice.dtype == torch.bool:
         result = _certain(choice, request, index)
     else:
-        result = gates.hard(choice, request.threshold)
+        result = _draw(choice, request, index) if draws else gates.hard(choice, request.threshold)
         result = torch.ones_like(result) if _must_run(request, index) else result
         _put(request.logits, index, choice)
     if request.deciding is not None:
@@ -56,6 +61,18 @@ def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
         return result | ~request.deciding
     _put(request.keep, index, result)
     return tuple(result.tolist())
+
+
+def _draw(logits: Tensor, request: Request, index: int) -> Tensor:
+    """Return who runs a layer by a draw, and note with what probability (b) each row would."""
+    noise, temperature = request.noise(index), request.options.temperature
+    assert noise is not None
+    with torch.enable_grad():
+        law = torch.sigmoid((logits - request.threshold) / temperature)
+        if _must_run(request, index):
+            law = law + (1.0 - law).detach()  # runs, and its router goes on learning
+        _put(request.gates, index, law if request.deciding is None else mean_over(request.deciding, law))
+    return gates.hard(gates.perturb(logits, noise, temperature), request.threshold)
 
 
 def _certain(kept: Tensor, request: Request, index: int) -> Tensor:

@@ -232,11 +232,14 @@ class Runtime:
             flags = request.flags
             if flags is None and cache is not None and request.deciding is None:
                 flags = host(keep)  # every later token will follow them: read from the device once, here
+            # drawn decisions have logits with a graph where the pass itself has none
+            with torch.set_grad_enabled(request.options.noise is not None or torch.is_grad_enabled()):
+                logits, gates = (torch.stack(x) if x else None for x in (request.logits, request.gates))
             routing = Routing(
                 keep=keep,
                 group=self.group,
-                logits=torch.stack(request.logits) if request.logits else None,
-                gates=torch.stack(request.gates) if request.gates else None,
+                logits=logits,
+                gates=gates,
                 tokens=request.deciding,
                 flags=flags,
             )

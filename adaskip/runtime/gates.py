@@ -11,22 +11,30 @@ def hard(logits: Tensor, threshold: float = 0.0) -> Tensor:
     return logits > threshold
 
 
+def perturb(logits: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+    """Add logistic noise (a binary Gumbel-softmax), with which `hard` draws its decisions.
+
+    P(hard) = sigmoid((logit - threshold) / temperature)
+
+    """
+    # drawn on the generator's device, so that a run is the same wherever the router lives; and in float32 whatever
+    # torch's default is: in bfloat16 the upper end would round to 1, and the noise be infinite
+    uniform = torch.rand(logits.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return logits + temperature * uniform.clamp(1e-6, 1 - 1e-6).logit().to(logits.device)
+
+
 def straight_through(
     logits: Tensor, threshold: float = 0.0, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Return gates that are exactly 0 or 1 forward and have the slope of a sigmoid backward.
 
-    With a generator the decision is drawn: logistic noise is added to the logit first (a binary Gumbel-softmax), so
-    that training explores. Without one it is `hard`.
+    With a generator the decision is drawn, so that training explores; the temperature is the slope's alone. Without
+    one it is `hard`.
 
     >>> straight_through(torch.tensor([2.0, -1.0]))
     tensor([1., 0.])
     """
     if generator is not None:
-        # drawn on the generator's device, so that a run is the same wherever the router lives; and in float32 whatever
-        # torch's default is: in bfloat16 the upper end would round to 1, and the noise be infinite
-        uniform = torch.rand(logits.shape, generator=generator, device=generator.device, dtype=torch.float32)
-        uniform = uniform.clamp(1e-6, 1 - 1e-6)
-        logits = logits + uniform.logit().to(logits.device)
+        logits = perturb(logits, generator)
     soft = torch.sigmoid((logits - threshold) / temperature)
     return hard(logits, threshold).to(soft.dtype) + (soft - soft.detach())

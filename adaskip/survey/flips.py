@@ -12,9 +12,9 @@ from adaskip.backbone.probe import in_this_thread
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.record import record
+from adaskip.survey.record import Recorded, record
 from adaskip.theory import bounds
-from adaskip.theory.costs import per_input
+from adaskip.theory.costs import Reference, per_input
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,55 @@ class Flips:
         return self.floor + (gates * self.share).sum(1)
 
 
+class PathCost:
+    """Compute what paths cost each input of a batch: ``KL(dense || path) + task_weight * CE``, mean over its tokens.
+
+    Args:
+        dense: (k v) logits of the dense model at the predicted tokens.
+        batch: prompts with answers.
+        task_weight: of the cross-entropy.
+    """
+
+    def __init__(self, dense: Tensor, batch: Batch, task_weight: float) -> None:
+        self._dense, self._supervised, self._task_weight = Reference(dense), batch.supervised, task_weight
+        self._answers = batch.labels[:, 1:][self._supervised]
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """Return the KL of logits (k v), float64 (b)."""
+        return self._dense.compare(logits, self._supervised)["kl"]
+
+    def task(self, logits: Tensor) -> Tensor:
+        """Return the cross-entropy of logits (k v), float64 (b)."""
+        values = torch.nn.functional.cross_entropy(logits.float(), self._answers, reduction="none")
+        return per_input(values.double(), self._supervised, "mean")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the cost of logits (k v), float64 (b)."""
+        cost = self.kl(logits)
+        return cost + self._task_weight * self.task(logits) if self._task_weight else cost
+
+
+@torch.no_grad()
+def flip(path: Recorded, layers: Tensor, cost: PathCost) -> Tensor:
+    """Return how much more a row costs with a layer run than with it left out, beside the path's other decisions.
+
+    Args:
+        path: recorded as routed, with its states.
+        layers: long (n b): in rerun i, row b has layer ``layers[i, b]`` decided the other way.
+        cost: of logits.
+
+    Returns:
+        float64 (n b), exact. A rerun costs the layers from the first that some row flips.
+    """
+    base, differences = cost(path.logits), []
+    with path.model.runtime.state.aside():  # `model.routing` stays the path's
+        for at in layers.unsqueeze(1):
+            kept = path.keep.gather(0, at)
+            change = cost(path.rerun(path.keep.scatter(0, at, ~kept))) - base
+            differences.append(torch.where(kept[0], -change, change))
+    return torch.stack(differences)
+
+
 @torch.no_grad()
 def survey_flips(
     model: RoutedModel,
@@ -96,7 +145,6 @@ def survey_flips(
 
 def _survey_batch(model: RoutedModel, batch: Batch, task_weight: float) -> Flips:
     supervised = batch.supervised
-    answers = batch.labels[:, 1:][supervised]
     pooled: list[Tensor] = []
     assert model.routers is not None
     pool = in_this_thread(lambda _, args: pooled.append(args[0]))
@@ -109,14 +157,7 @@ def _survey_batch(model: RoutedModel, batch: Batch, task_weight: float) -> Flips
     run, skipped = model.flops()  # of the path: the next pass replaces what they are read from
     dense = path.logits if path.keep.all() else path.rerun_dense(0)
 
-    def cost(logits: Tensor) -> Tensor:
-        values = bounds.kl_exact(dense, logits)
-        if task_weight:
-            values = values + task_weight * torch.nn.functional.cross_entropy(
-                logits.double(), answers, reduction="none"
-            )
-        return per_input(values, supervised, "mean")
-
+    cost = PathCost(dense, batch, task_weight)
     flipped: list[Tensor] = []
     for layer in range(len(path.keep)):
         keep = path.keep.clone()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from adaskip.backbone.weights import find_packed
-from adaskip.batch import IGNORED, Batch, check_batch, exact_match
-from adaskip.errors import ConfigError, DataError
+from adaskip.batch import Batch, check_batch, exact_match
+from adaskip.errors import ConfigError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.firstorder import DRAWS, first_order
@@ -21,9 +21,10 @@ from adaskip.theory import bounds
 from adaskip.theory.costs import compare
 from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import Prices
+from adaskip.training.gradient import check_strategy, draw_path
 from adaskip.training.inputs import fingerprints, from_rank_zero
 from adaskip.training.keep_rates import KeepByKind
-from adaskip.training.objective import Objective, is_count, is_number
+from adaskip.training.objective import Objective, check_gradient, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length
 
@@ -57,7 +58,7 @@ class RouterTuner(lightning.LightningModule):
         calibration: batches or a loader to calibrate them on instead; at most 256 inputs are read.
         learning_rate: peak of a one-cycle schedule.
         steps: length of the schedule in optimiser steps; None: as many as the trainer will run.
-        temperature: of the gates' slope.
+        temperature: of the gates' slope; of the draws with ``gradient="flips"``.
         kinds: labels that keep rates are reported by, for instance kinds of question; all others count as ``other``.
         seed: of the gates' exploration noise and of what calibration draws.
 
@@ -84,6 +85,7 @@ class RouterTuner(lightning.LightningModule):
     ) -> None:
         super().__init__()
         _check_arguments(model, objective, prices, calibration, learning_rate, steps, temperature)
+        check_gradient(objective, model.target.scope)
         self.strict_loading = False  # checkpoints hold no frozen weights
         self.model, self.objective, self.prices, self.calibration = model, objective, prices, calibration
         self.learning_rate, self.steps, self.temperature, self.seed = learning_rate, steps, temperature, seed
@@ -124,10 +126,13 @@ class RouterTuner(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Price what a skip costs, unless prices are at hand, and check that the objective has what it needs."""
-        if find_packed(self.model.backbone) is not None:
+        check_strategy(self.objective, self.trainer)
+        back = self.objective.gradient == "straight-through" or self.objective.price == "fisher"
+        if back and find_packed(self.model.backbone) is not None:
             raise ConfigError(
                 "RouterTuner: the backbone's weights are packed by dynamic quantisation, through which no gradient "
-                "passes; train on the backbone as it was, then load the routers onto the packed one"
+                "passes; train on the backbone as it was, then load the routers onto the packed one, or train with "
+                "Objective(gradient='flips') and without price='fisher', which take none"
             )
         inputs, self._inputs = self._inputs, None
         self._gaps.clear()  # a fit before this one may have been interrupted between two steps
@@ -160,14 +165,8 @@ class RouterTuner(lightning.LightningModule):
         check_batch(batch, "training")
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
         dense, costs = self._dense(batch)
-        with self.model.explore(self._noise(), self.temperature):
-            out = self.model(**batch.arguments())
+        kl, task = draw_path(self.model, batch, dense, self.objective, self._noise(), self.temperature)
         routing, share = self._soft_keep()
-        where = batch.supervised
-        weight = _weights(where)[where]
-        log_p, log_q = (x[:, :-1][where].float().log_softmax(-1) for x in (dense, out.logits))
-        kl = weight @ (log_p.exp() * (log_p - log_q)).sum(-1)
-        task = weight @ torch.nn.functional.nll_loss(log_q, batch.labels[:, 1:][where], reduction="none")
         bound = self._bound(routing, costs)
         goal = self.objective
         gap = share - self.target()
@@ -223,9 +222,8 @@ class RouterTuner(lightning.LightningModule):
         """Return the routing with its gates, and the batch's mean keep rate with the gates' gradient."""
         routing = self.model.runtime.routing
         assert routing is not None
-        assert routing.gates is not None
         gates = routing.gates
-        if not gates.requires_grad:
+        if gates is None or not gates.requires_grad:
             raise ConfigError(
                 f"RouterTuner: {type(self.model.policy).__name__}.decide returned booleans, through which nothing can "
                 "be learned; return float32 logits"
@@ -313,21 +311,6 @@ class RouterTuner(lightning.LightningModule):
         """Return the routers and the multiplier only: the frozen backbone does not belong into a checkpoint."""
         full = super().state_dict(*args, **kwargs)
         return {name: value for name, value in full.items() if not name.startswith("model.backbone.")}
-
-
-def _weights(where: Tensor) -> Tensor:
-    """Return float32 (b t): weights of the predicted tokens under which all inputs count the same; they sum to 1.
-
-    Raises:
-        DataError: an input without an answer.
-    """
-    tokens = where.sum(1, keepdim=True)
-    if empty := (tokens == 0).nonzero()[:, 0].tolist():
-        raise DataError(
-            f"training: rows {empty} of a batch have no answer to learn from: their labels are all {IGNORED}; "
-            "leave such inputs out, or give them answers"
-        )
-    return where.float() / tokens / len(where)  # float32 whatever torch's default is
 
 
 def _check_arguments(

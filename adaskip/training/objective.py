@@ -10,6 +10,7 @@ from adaskip.errors import ConfigError
 
 Bound = Literal["two-point", "quadratic"]
 Price = Literal["calibrated", "gates", "fisher"]
+Gradient = Literal["straight-through", "flips"]
 
 
 def is_number(value: Any) -> bool:
@@ -36,6 +37,10 @@ class Objective:
             first-order s, for about three more passes a step).
         alpha: miscoverage of the calibrated per-layer constants that price a skip.
         warmup: share of the steps over which the target falls from 1 to ``keep``.
+        gradient: of the cost by the routers' decisions: ``straight-through`` (the slope of a soft gate, by
+            back-propagation through the backbone) or ``flips`` (exact reruns of drawn paths with one decision flipped:
+            unbiased, forward passes only; scope ``prompt``).
+        flips: layers of each drawn path that ``gradient: flips`` reruns, in each of so many parts of the model one.
         budget_rate: step size of the dual ascent on the budget's Lagrange multiplier.
         budget_weight: weight of the squared overshoot beside it (augmented Lagrangian).
 
@@ -52,6 +57,8 @@ class Objective:
     price: Price = "calibrated"
     alpha: float = 0.1
     warmup: float = 0.3
+    gradient: Gradient = "straight-through"
+    flips: int = 4
     budget_rate: float = 0.05
     budget_weight: float = 10.0
 
@@ -64,12 +71,27 @@ class Objective:
             "price": (self.price in get_args(Price), " | ".join(get_args(Price))),
             "alpha": (is_number(self.alpha) and 0 < self.alpha < 1, "a share in (0, 1)"),
             "warmup": (is_number(self.warmup) and 0 <= self.warmup < 1, "a share in [0, 1)"),
+            "gradient": (self.gradient in get_args(Gradient), " | ".join(get_args(Gradient))),
+            "flips": (is_count(self.flips), "an integer >= 1"),
             "budget_rate": (is_number(self.budget_rate) and self.budget_rate > 0, "a number > 0"),
             "budget_weight": (is_number(self.budget_weight) and self.budget_weight >= 0, "a number >= 0"),
         }
         faults = [f"{k}: expected {span}, got {getattr(self, k)!r}" for k, (ok, span) in ranges.items() if not ok]
         if faults:
             raise ConfigError("Objective: " + "; ".join(faults))
+
+
+def check_gradient(goal: Objective, scope: str) -> None:
+    """Refuse decisions that no flips are taken of.
+
+    Raises:
+        ConfigError: every token decides.
+    """
+    if goal.gradient == "flips" and scope != "prompt":
+        raise ConfigError(
+            "RouterTuner: objective.gradient: expected straight-through for scope token, since flips take routers that "
+            f"decide once a row (scope prompt), got {goal.gradient!r}"
+        )
 
 
 @dataclass(frozen=True)

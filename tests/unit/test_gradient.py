@@ -1,0 +1,208 @@
+"""The gradient of a drawn path's cost: unbiased by enumeration, forward passes only, resumed, refused, trained with."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor
+
+import adaskip
+from adaskip.errors import ConfigError
+from adaskip.policy import Policy
+from adaskip.recipe import load
+from adaskip.runtime import gates
+from adaskip.survey.flips import PathCost
+from adaskip.theory.costs import predicted
+from adaskip.training.gradient import check_strategy, draw_layers, draw_path
+from adaskip.verbs.train import train
+from tests import toys
+from tests.own_data import SHORT
+from tests.tuning import DATA, batches, loader, planted, trainer, weights, with_answers
+
+LAYERS = 4
+BIASES = [0.4, -0.7, 1.1, 0.1]
+FLIPS: dict[str, Any] = {"gradient": "flips", "bound_weight": 0.0, "warmup": 0.0}
+
+
+def biased(family: str, **config: Any) -> adaskip.RoutedModel:
+    """A toy whose routers say the same of every input, so that decisions of a path are independent."""
+    model = adaskip.attach(toys.make(family).model, adaskip.RouterConfig(threshold=0.2, **config))
+    with torch.no_grad():
+        for head, bias in zip(model.routers, BIASES, strict=True):
+            head.outer.bias.fill_(bias)
+    return model
+
+
+def dense_logits(model: adaskip.RoutedModel, batch: adaskip.Batch) -> Tensor:
+    with model.dense(), torch.no_grad():
+        return model(**batch.arguments()).logits
+
+
+def slopes(model: adaskip.RoutedModel) -> Tensor:
+    """The gradient that has arrived at each router's bias."""
+    return torch.stack([head.outer.bias.grad[0] for head in model.routers])
+
+
+@pytest.mark.parametrize(("family", "group"), [("llama", "all"), ("llava", "vision")])
+def test_the_mean_over_all_paths_is_the_gradient_of_the_expected_cost(
+    family: str, group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: a wrong sign, a wrong law of the draws, a temperature or threshold or part of the cost left out."""
+    model, temperature = biased(family, group=group), 0.7
+    batch = with_answers(toys.make(family).batch([5, 7, 4]))
+    dense = dense_logits(model, batch)
+    goal = adaskip.Objective(gradient="flips", flips=LAYERS, task_weight=0.5)
+    cost = PathCost(predicted(dense, batch.supervised), batch, goal.task_weight)
+    biases = torch.tensor(BIASES, dtype=torch.float64, requires_grad=True)
+    law = torch.sigmoid((biases - 0.2) / temperature)
+    expected: Any = 0.0
+    found = torch.zeros(LAYERS)
+    for path in product([True, False], repeat=LAYERS):
+        keep = torch.tensor(path)
+        chance = torch.where(keep, law, 1 - law).prod()
+        with torch.no_grad():
+            logits = model(**batch.arguments(), routing=keep[:, None].expand(-1, len(batch))).logits
+        expected = expected + chance * cost(predicted(logits, batch.supervised)).mean()
+        turn = iter(path)
+        drawn = lambda logits, *_: logits + (100.0 if next(turn) else -100.0)  # noqa: B023, E731
+        monkeypatch.setattr(gates, "perturb", drawn)
+        model.policy.zero_grad()
+        kl, task = draw_path(model, batch, dense, goal, torch.Generator(), temperature)
+        (kl + goal.task_weight * task).backward()
+        assert model.routing.keep.T.equal(keep.expand(len(batch), -1))  # not that of the last rerun
+        found += chance.detach() * slopes(model)
+    expected.backward()
+    assert torch.allclose(found.double(), biases.grad, rtol=1e-3, atol=1e-6)
+    assert biases.grad.abs().min() > 1e-3
+
+
+def test_layers_drawn_stand_for_all() -> None:
+    """Would catch: a chance that is not the one drawn by; runs that leave a layer out, the last above all."""
+    rows = 60_000
+    weight = torch.tensor([0.25, 0.04, 0.2, 0.1, 0.0, 0.25, 0.06])[:, None].expand(-1, rows)
+    for count, parts in ((1, 1), (3, 3), (99, 7)):
+        layers, chance = draw_layers(weight, count, torch.Generator().manual_seed(0))
+        assert layers.shape == chance.shape == (parts, rows)
+        assert torch.equal(layers.sort(0).values, layers)
+        drawn = torch.zeros(7).index_add(0, layers.flatten(), (1 / chance / rows).flatten())
+        drawn[4] = 1.0  # whose weight is nothing is hardly ever drawn
+        assert torch.allclose(drawn, torch.ones(7), atol=0.04)
+
+
+def test_draws_follow_the_law_that_their_gradient_is_of() -> None:
+    """Would catch: noise that forgets the temperature; a held layer that is drawn out, or no longer learned of."""
+    model = biased("llama", held=(1,))
+    batch, noise, kept = batches(1, rows=32)[0], torch.Generator().manual_seed(0), torch.zeros(LAYERS)
+    for _ in range(40):
+        with model.explore(noise, 0.5, soft=False):
+            model(**batch.arguments())
+        kept += model.routing.keep.float().mean(1) / 40
+    law = model.runtime.routing.gates
+    expected = torch.sigmoid((torch.tensor(BIASES) - 0.2) / 0.5)
+    expected[1] = 1.0
+    assert torch.allclose(law, expected[:, None].expand_as(law), atol=1e-6)
+    assert torch.allclose(kept, expected, atol=0.04)
+    law.sum().backward()
+    assert (slopes(model) > 0).all()
+
+
+def test_nothing_is_propagated_through_the_backbone() -> None:
+    """Would catch: a graph through the model, which is what costs the memory, also where its weights want gradients."""
+    model = biased("llama").train()
+    model.backbone.requires_grad_()
+    outputs: list[Tensor] = []
+    model.backbone.register_forward_hook(lambda *args: outputs.append(args[-1].logits))
+    batch = batches(1)[0]
+    goal = adaskip.Objective(gradient="flips", flips=2)
+    kl, task = draw_path(model, batch, dense_logits(model, batch), goal, torch.Generator().manual_seed(0), 1.0)
+    (kl + task).backward()
+    assert len(outputs) == 1 + 1 + 2  # dense, the path, a rerun a flip
+    assert not any(logits.requires_grad for logits in outputs)
+    assert all(weight.grad is None for weight in model.backbone.parameters())
+    assert slopes(model).abs().min() > 0
+
+
+def tuner(**options: Any) -> adaskip.RouterTuner:
+    goal = adaskip.Objective(keep=0.75, **{**FLIPS, **options})
+    return adaskip.RouterTuner(planted(0.0), goal, learning_rate=0.05, steps=40, seed=2)
+
+
+def test_routers_learn_which_layer_is_free(tmp_path: Path) -> None:
+    """Would catch: a sign or a budget that points the wrong way in the loop as a whole."""
+    tuned = tuner(flips=2)
+    trainer(tmp_path, steps=40).fit(tuned, loader(DATA[:8]))
+    with torch.no_grad():
+        tuned.model.eval()(**DATA[8].arguments())
+    kept = tuned.model.routing.keep.float().mean(1)
+    assert kept[2] == 0
+    assert kept[[0, 1, 3]].min() > 0.6
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """Would catch: draws of layers or paths that are no function of seed, step and micro-batch."""
+    whole, rest = tuner(), tuner()
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    options: dict[str, Any] = {"steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}
+    trainer(tmp_path, **options, callbacks=[saver], saves=True).fit(whole, loader(DATA[:4]))
+    trainer(tmp_path, **options).fit(rest, loader(DATA[:4]), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert torch.equal(weights(rest), weights(whole))
+    assert torch.equal(rest.multiplier, whole.multiplier)
+    assert not torch.equal(weights(tuner()), weights(whole))
+
+
+class Coin(Policy):
+    """Decides by a boolean that has a parameter, but no gradient."""
+
+    kind = "coin-of-a-test"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = torch.nn.Parameter(torch.zeros(()))
+
+    def decide(self, layer: int, states: Tensor, request: Any) -> Tensor:
+        return torch.ones(len(states), dtype=torch.bool)
+
+
+def test_what_flips_cannot_do_is_said(tmp_path: Path) -> None:
+    """Would catch: a traceback, or a gradient that means nothing, where a plain sentence belongs."""
+    goal = adaskip.Objective(**FLIPS)
+    with pytest.raises(ConfigError) as caught:
+        adaskip.Objective(gradient="slopes", flips=0)  # type: ignore[arg-type]
+    assert "gradient: expected straight-through | flips, got 'slopes'" in str(caught.value)
+    assert "flips: expected an integer >= 1, got 0" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"objective.gradient: expected straight-through for .* token, since"):
+        adaskip.RouterTuner(adaskip.attach(toys.make("llama").model, adaskip.RouterConfig(scope="token")), goal)
+    with pytest.raises(ConfigError, match=r"\n  objective.gradient: expected .* \(scope prompt\), got 'flips'$"):
+        load("causal-lm", ["objective.gradient=flips", "router.scope=token"])
+    for strategy in (FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)):
+        with pytest.raises(ConfigError, match=r"got (FSDP|DeepSpeed)Strategy, under which .* use strategy ddp, or"):
+            check_strategy(goal, SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
+        check_strategy(adaskip.Objective(), SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
+    coin = adaskip.RouterTuner(adaskip.attach(toys.make("llama").model, Coin()), goal)
+    with pytest.raises(ConfigError, match="decide returned booleans, through which nothing can be learned"):
+        trainer(tmp_path).fit(coin, loader(DATA[:2]))
+
+
+def test_a_recipe_trains_with_flips(
+    language_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: a key that the recipe takes and training forgets."""
+    counts: list[int] = []
+
+    def counted(weight: Tensor, count: int, noise: torch.Generator) -> Any:
+        counts.append(count)
+        return draw_layers(weight, count, noise)
+
+    monkeypatch.setattr("adaskip.training.gradient.draw_layers", counted)
+    source = [f"backbone.path={language_model}", f"data.source={data}", f"output={tmp_path / 'run'}"]
+    recipe = load("causal-lm", [*SHORT, *source, "objective.gradient=flips", "objective.flips=2"])
+    assert train(recipe).to_dict()["val"]["keep"] <= recipe.objective.keep + 1e-6
+    assert counts == [2] * 4
+    assert "gradient: flips" in (tmp_path / "run" / "recipe.resolved.yaml").read_text()
