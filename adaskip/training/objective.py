@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from adaskip.errors import ConfigError
 
 Bound = Literal["two-point", "quadratic"]
-Price = Literal["calibrated", "gates", "fisher"]
+Price = Literal["calibrated", "gates", "fisher", "functional"]
 
 
 def is_number(value: Any) -> bool:
@@ -32,8 +32,9 @@ class Objective:
         bound_weight: weight of the redundancy bound B (nats); a heuristic while training, calibrated afterwards.
         bound: the shape of B: ``two-point`` (Bennett, clipped) or ``quadratic`` (S^2 / 2).
         price: of a skip within B: ``calibrated`` (Lambda_l rho_l, skips add up), ``gates`` (the same, and skips add up
-            as far as the mean gate matrix says that they correlate) or ``fisher`` (Lambda_l times the input's own
-            first-order s, for about three more passes a step).
+            as far as the mean gate matrix says that they correlate), ``fisher`` (Lambda_l times the input's own
+            first-order s, for about three more passes a step) or ``functional`` (the exact cost of the skip, predicted
+            from the input's dense pass; skips add up as with ``gates``, and B is quadratic whatever ``bound`` says).
         alpha: miscoverage of the calibrated per-layer constants that price a skip.
         warmup: share of the steps over which the target falls from 1 to ``keep``.
         budget_rate: step size of the dual ascent on the budget's Lagrange multiplier.

@@ -16,6 +16,7 @@ import adaskip
 from adaskip.errors import ConfigError, DataError
 from adaskip.survey.calibration import price_layers
 from adaskip.training.objective import Price
+from adaskip.training.pricing import same
 from tests import toys
 from tests.tuning import DATA, batches, loader, planted, trainer, weights, with_answers
 
@@ -27,7 +28,7 @@ def passes(model: adaskip.RoutedModel) -> list[str]:
     return ran
 
 
-@pytest.mark.parametrize("kind", ["calibrated", "gates", "fisher"])
+@pytest.mark.parametrize("kind", ["calibrated", "gates", "fisher", "functional"])
 @pytest.mark.parametrize("watched", [True, False])
 def test_the_tuner_prices_what_its_objective_asks_for(kind: Price, watched: bool, tmp_path: Path) -> None:
     """A user writes `Objective(price=..., alpha=...)` without a recipe; a callback that prices instead ignores both."""
@@ -39,10 +40,8 @@ def test_the_tuner_prices_what_its_objective_asks_for(kind: Price, watched: bool
     expected = price_layers(planted(1.0), DATA[8:], None, 0.2, kind, seed=3)
     assert tuner.prices is not None
     assert tuner.prices.alpha == 0.2
-    for name in ("shift", "peak", "correlation", "slope"):
-        one, other = getattr(tuner.prices, name), getattr(expected, name)
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)
+    assert tuner.prices.kind == kind
+    assert same(tuner.prices, expected)
     assert float(run.callback_metrics["train/bound"]) > 0
 
 
@@ -77,7 +76,7 @@ def test_a_bound_without_prices_is_refused(tmp_path: Path) -> None:
 def test_prices_of_another_kind_are_refused(tmp_path: Path) -> None:
     """Ready-made prices that lack what `Objective(price=...)` needs: an AssertionError at a step, or silence."""
     prices = price_layers(planted(1.0), DATA[8:], None, 0.1)
-    for kind in ("gates", "fisher"):
+    for kind in ("gates", "fisher", "functional"):
         tuner = adaskip.RouterTuner(planted(1.0), adaskip.Objective(price=kind), prices)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=rf"expected constants of Objective\(price='{kind}'\), got others"):
             trainer(tmp_path).fit(tuner, loader(DATA[:4]))
