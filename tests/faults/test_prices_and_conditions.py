@@ -185,9 +185,12 @@ def test_no_validation_data_is_said_before_any_work(tmp_path: Path) -> None:
     assert not ran
 
 
-def test_a_resumed_run_has_the_prices_of_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("price", ["calibrated", "functional"])
+def test_a_resumed_run_has_the_prices_of_its_checkpoint(
+    price: Price, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Resuming without the calibration data, or with other data by mistake: the loss must be the same loss."""
-    goal = adaskip.Objective(keep=0.5, bound_weight=1.0)
+    goal = adaskip.Objective(keep=0.5, bound_weight=1.0, price=price)
     first = adaskip.RouterTuner(planted(1.0), goal, calibration=DATA[8:], steps=8, learning_rate=0.05)
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=True)
     epochs: dict[str, Any] = {"steps": -1, "max_epochs": 2}
@@ -196,7 +199,7 @@ def test_a_resumed_run_has_the_prices_of_its_checkpoint(tmp_path: Path, caplog: 
     others: list[dict[str, Any]] = [
         {},
         {"calibration": DATA[4:8]},
-        {"prices": price_layers(planted(1.0), DATA[:4], None, 0.1)},
+        {"prices": price_layers(planted(1.0), DATA[:4], None, 0.1, price)},
     ]
     for other in others:
         tuner = adaskip.RouterTuner(planted(1.0), goal, **other, steps=8, learning_rate=0.05)
