@@ -12,12 +12,14 @@ from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError
 from adaskip.theory.conformal import conformal_quantile, safe_ratio, smallest_sample
-from adaskip.theory.regression import FOLDS, Predictor, fit_predictor
+from adaskip.theory.regression import Predictor, fit_predictor
 from adaskip.theory.tables import LayerMeasures
 
 Kind = Literal["calibrated", "gates", "fisher", "functional"]
-SCORED_EVERY = 3
-"""Of the inputs of price functional one in so many calibrates; the predictor is fitted on the others."""
+_SCORED_EVERY = 3
+"""Of the inputs of price functional one in so many calibrates, or more where alpha needs more; the others fit."""
+_FITTED = 5
+"""Inputs that a predictor needs: too few to tell inputs apart, enough to tell layers apart."""
 _FLOOR = 1e-5
 """Nats below which the costs of single skips are all the same to price functional."""
 
@@ -131,13 +133,9 @@ def fewest_inputs(alpha: float, kind: Kind) -> int:
     """Return how many inputs a kind of price needs for finite constants at this alpha.
 
     >>> fewest_inputs(0.1, "calibrated"), fewest_inputs(0.1, "functional")
-    (9, 25)
+    (9, 14)
     """
-    scored = smallest_sample(alpha)
-    if kind != "functional":
-        return scored
-    fitted = -(-FOLDS * SCORED_EVERY // (SCORED_EVERY - 1))  # of which FOLDS are left to fit on
-    return max(SCORED_EVERY * (scored - 1) + 1, fitted)
+    return smallest_sample(alpha) + (_FITTED if kind == "functional" else 0)
 
 
 def calibrate_functional(features: Tensor, costs: Tensor, alpha: float, groups: Sequence[int] = ()) -> Functional:
@@ -157,7 +155,9 @@ def calibrate_functional(features: Tensor, costs: Tensor, alpha: float, groups: 
             f"calibration: expected at least {least} inputs for price functional and alpha={alpha}, got {len(costs)}; "
             "give the calibration split more, raise conditions.examples, or take another objective.price"
         )
-    scored = torch.arange(len(costs)) % SCORED_EVERY == 0
+    count = max(smallest_sample(alpha), len(costs) // _SCORED_EVERY)
+    scored = torch.zeros(len(costs), dtype=torch.bool)
+    scored[torch.arange(count) * len(costs) // count] = True  # spread over the inputs, whose order may mean something
     own = costs[~scored].double()
     fitted, _ = fit_predictor(features[~scored], own, _FLOOR, groups)
     bias = torch.where(fitted.bias.isinf(), math.log(_FLOOR), fitted.bias)  # of a layer that cost none of them anything

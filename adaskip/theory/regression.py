@@ -14,7 +14,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import Tensor
 
 FOLDS = 10
-"""Folds of the cross-fitting, and so the fewest inputs."""
+"""Folds of the cross-fitting, where there are so many inputs."""
 FLOOR = 1e-3
 """Nats added before a logarithm is taken: costs far below it are all the same to a predictor."""
 
@@ -39,7 +39,7 @@ def fit_predictor(
     """Regress the logarithms of costs (n k) on features (n f) by ridge.
 
     Args:
-        features: of at least `FOLDS` inputs.
+        features: one row an input.
         costs: nats >= 0.
         floor: nats added before the logarithm is taken.
         groups: sizes of groups of neighbouring features. Each group weighs alike in the penalty, however many features
@@ -55,7 +55,7 @@ def fit_predictor(
     column = np.concatenate([np.full(size, (x.shape[1] / (len(sizes) * size)) ** 0.5) for size in sizes])
     weigh = FunctionTransformer(lambda standard: standard * column)
     ridge = make_pipeline(StandardScaler(), weigh, RidgeCV(alphas=np.logspace(0, 5, 11), alpha_per_target=True))
-    folds = KFold(FOLDS, shuffle=True, random_state=0)
+    folds = KFold(min(FOLDS, len(x)), shuffle=True, random_state=0)
     guessed = torch.zeros_like(costs, dtype=torch.float64)
     weight = torch.zeros(x.shape[1], costs.shape[1], dtype=torch.float64)
     bias = torch.full((costs.shape[1],), -torch.inf, dtype=torch.float64)

@@ -50,7 +50,7 @@ class Objective:
     task_weight: float = 1.0
     bound_weight: float = 0.01
     bound: Bound = "two-point"
-    price: Price = "calibrated"
+    price: Price = "functional"
     alpha: float = 0.1
     warmup: float = 0.3
     budget_rate: float = 0.05

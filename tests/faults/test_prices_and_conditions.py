@@ -165,7 +165,7 @@ def test_too_few_inputs_are_counted_before_any_work(tmp_path: Path) -> None:
         (
             DATA[8:9],
             DATA[4:8],
-            r"calibration: expected at least 9 inputs for alpha=0.1, got 8; pass a loader with more",
+            r"calibration: expected at least 14 inputs for alpha=0.1 and price functional, got 8; pass a loader with",
         ),
         (DATA[8:], batches(1, rows=1), r"expected at least 4 inputs to look at, got 1; pass more validation data"),
     ):
@@ -215,14 +215,15 @@ def test_vision_that_is_absent_prices_attention_apart(tmp_path: Path) -> None:
     toy = toys.make("llava")
     rows = [with_answers(toy.batch([3, 5, 4, 6], seed=seed)) for seed in range(8)]
     model = adaskip.attach(toy.model, adaskip.RouterConfig(group="vision"))
-    tuner = adaskip.RouterTuner(model, adaskip.Objective(keep=0.9), calibration=rows[:3])
+    goal = adaskip.Objective(keep=0.9, price="calibrated")
+    tuner = adaskip.RouterTuner(model, goal, calibration=rows[:3])
     check = adaskip.ConditionCheck(every=1)
     trainer(tmp_path, callbacks=[check]).fit(tuner, loader(rows[3:5]), loader(rows[5:]))
     assert tuner.prices is not None
     assert (tuner.prices.mass > 0).all()
     assert check.look is not None
     assert {row.notion for row in check.look.findings.rows} >= {"cross-modal", "functional"}
-    few = adaskip.RouterTuner(model, adaskip.Objective(keep=0.9), calibration=rows[:2])
+    few = adaskip.RouterTuner(model, goal, calibration=rows[:2])
     with pytest.raises(DataError, match=r"expected at least 12 inputs for alpha=0\.1, a fourth of which gives"):
         trainer(tmp_path).fit(few, loader(rows[3:5]))
 

@@ -179,8 +179,8 @@ def test_prices_come_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_too_few_inputs_are_said() -> None:
-    features, costs = exchangeable(24, seed=0)
-    with pytest.raises(DataError, match=r"expected at least 25 inputs for price functional and alpha=0.1, got 24"):
+    features, costs = exchangeable(13, seed=0)
+    with pytest.raises(DataError, match=r"expected at least 14 inputs for price functional and alpha=0.1, got 13"):
         calibrate_functional(features, costs, 0.1)
     for alpha in (0.4, 0.1, 0.03):
         count = fewest_inputs(alpha, "functional")
