@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +38,8 @@ from adaskip.training.tracking import environment
 from adaskip.verbs.budget import hold_budget
 from adaskip.verbs.run import Run, load_model, load_processor
 from adaskip.verbs.splits import records
+
+REFERENCES = ("exact", "quadratic")
 
 
 @torch.no_grad()
@@ -74,30 +77,51 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=240, help="calibration and test inputs, so many each")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="skip rates of random plans")
     parser.add_argument("--draws", type=int, default=2, help="random plans an input and rate")
+    parser.add_argument("--kinds", nargs="+", default=[*get_args(Kind), *REFERENCES], help="prices and references")
+    parser.add_argument("--among", type=int, help="plans leave out some of so many cheapest layers alone; default: any")
+    parser.add_argument("--static", type=int, default=0, help="also the plan without so many cheapest layers")
+    parser.add_argument("--rows", type=int, default=60, help="inputs a batch")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
 
     recipe = load(args.recipe)
     collate = Collator(load_processor(recipe))
     model = attach(load_model(recipe), recipe.router, seed=recipe.seed)
-    parts = {split: [*loader(records(recipe, split)[: args.inputs], collate, 60)] for split in ("calibration", "test")}
-    none = torch.zeros(len(model.spec.layers))
-    kinds: tuple[Kind, ...] = get_args(Kind)
-    prices: dict[str, Prices] = {
-        kind: price_layers(model, parts["calibration"], none, recipe.objective.alpha, kind) for kind in kinds
+    parts = {
+        split: [*loader(records(recipe, split)[: args.inputs], collate, args.rows)] for split in ("calibration", "test")
     }
-    own, exact = survey_flips(model, parts["test"]).pairs, measure_skips(model, parts["test"]).kl.double()
+    none, alpha, layers = torch.zeros(len(model.spec.layers)), recipe.objective.alpha, len(model.spec.layers)
+    kinds: list[Kind] = [kind for kind in get_args(Kind) if kind in args.kinds]
+    functional = price_layers(model, parts["calibration"], none, alpha, "functional")
+    # those of rho are calibrated with every kind
+    prices: dict[str, Prices] = {
+        "functional": functional,
+        "calibrated": replace(functional, functional=None, correlation=None),
+    }
+    for kind in ("gates", "fisher"):
+        if kind in kinds:
+            prices[kind] = price_layers(model, parts["calibration"], none, alpha, kind)
+    own = survey_flips(model, parts["test"]).pairs if "quadratic" in args.kinds else none
+    exact = measure_skips(model, parts["test"]).kl.double() if "exact" in args.kinds else none
     costs = {kind: price_inputs(model, parts["test"], prices[kind], seed=1) for kind in kinds}
 
+    order = price_inputs(model, parts["calibration"], functional).s.square().mean(0).argsort()
+    dearest = order[args.among :] if args.among else order[:0]
     draws = torch.Generator().manual_seed(0)
     plans: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for rate in args.rates:
         for _ in range(args.draws):
-            keep = torch.rand(own.shape[:2], generator=draws) >= rate
+            keep = torch.rand(sum(map(len, parts["test"])), layers, generator=draws) >= rate
+            keep[:, dearest] = True
             plans.setdefault(f"random, {rate} skipped", []).append(joint_kl(model, parts["test"], keep))
+    if args.static:
+        keep = torch.ones(sum(map(len, parts["test"])), layers).bool()
+        keep[:, order[: args.static]] = False
+        name = f"static, without {order[: args.static].tolist()}"
+        plans[name] = [joint_kl(model, parts["test"], keep)]
     for folder in args.run:
         routed = Run.open(folder).model
-        held = [*loader(records(recipe, "validation")[: args.inputs], collate, 60)] if args.keep else []
+        held = [*loader(records(recipe, "validation")[: args.inputs], collate, args.rows)] if args.keep else []
         for rate in args.keep or [None]:
             if rate is not None:
                 hold_budget(routed, held, rate)
@@ -107,7 +131,7 @@ def main() -> None:
         if kind == "quadratic":
             return joint_quadratic(keep.float(), own)
         if kind == "exact":
-            return SkipCosts((2 * exact).sqrt(), None, prices["functional"].correlation).bound(keep.float())
+            return SkipCosts((2 * exact).sqrt(), None, functional.correlation).bound(keep.float())
         return costs[kind].bound(keep.float())
 
     table: dict[str, dict[str, dict[str, float]]] = {}
@@ -115,7 +139,7 @@ def main() -> None:
         kl, keep = torch.cat([kl for kl, _ in found]), torch.cat([keep for _, keep in found])
         table[name] = {
             kind: score(torch.cat([predicted(kind, plan) for _, plan in found]), kl, keep, recipe.objective.alpha)
-            for kind in (*kinds, "exact", "quadratic")
+            for kind in (*kinds, *(name for name in REFERENCES if name in args.kinds))
         }
         table[name]["mean_kl"] = {"nats": float(kl.mean())}
         print(name, json.dumps(table[name], indent=1), flush=True)

@@ -10,7 +10,8 @@ points it may cost (`bounds.kl_for_accuracy` makes nats of them):
 
 Derivation [D]: s* = sqrt(2 tolerance) is the spread whose cost to second order is the tolerance. The calibrated
 s <= Lambda (rho + c a) stays below s* where rho <= s* / Lambda and c a <= s* / Lambda, each with the other at 0; and
-rho^2 = 2 (1 - cos) for states of equal norm (link 2). alpha is what the constants' own calibration leaves open.
+rho^2 <= 2 E[1 - cos] for states of equal norm (link 2, and Jensen: rho is a mean over tokens). alpha is what the
+constants' own calibration leaves open.
 
 Only the functional notion is the cost itself; the others are cheap predictors, and `Findings.rank_correlation` shows
 how well each of them predicts here.
