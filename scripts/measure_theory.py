@@ -27,6 +27,7 @@ from adaskip.demo.backbone import EMBEDDED, load
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import load as load_recipe
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.survey.dense_costs import SkipCosts, price_inputs
 from adaskip.survey.record import record
 from adaskip.survey.skips import measure_skips
 from adaskip.theory import bounds
@@ -170,18 +171,17 @@ def decisions(
     batches: list[Batch],
     held: list[Batch],
     seen: dict[str, Any],
-    rho: Tensor,
-    prices: Prices,
+    costs: SkipCosts,
     keeps: list[float],
 ) -> list[dict[str, Any]]:
     """What kappa B says of the routers' real decisions at several keep rates of one trained set of routers."""
     found = []
-    tokens = torch.zeros(len(rho)).index_add(0, seen["row"], torch.ones(len(seen["row"])))
-    limit = torch.full((len(rho),), math.inf, dtype=torch.float64)
+    tokens = torch.zeros(len(costs.s)).index_add(0, seen["row"], torch.ones(len(seen["row"])))
+    limit = torch.full((len(costs.s),), math.inf, dtype=torch.float64)
     limit = limit.scatter_reduce(0, seen["row"], seen["limit"][:, 0], "amin")
     for keep in keeps:
         hold_budget(model, held, keep)
-        cost = joint_cost(model, batches, rho, prices)
+        cost = joint_cost(model, batches, costs)
         kl, bound = cost["kl"].double(), cost["bound"].double()
         rates = keep_rates(model, batches)
         matrix = bounds.joint_quadratic(cost["keep"].T.double(), seen["G"])
@@ -283,7 +283,7 @@ def main() -> None:
             "calibrated_bound_covers_kl": float((ceiling >= measured.kl).double().mean()),
             "rank_correlation": rank_correlations(measured),
         }
-        kept[group] = measured, prices, seen
+        kept[group] = prices, seen
         ratio = found["groups"][group]["slack"]["over_exact"]["two-point bound"]
         print(
             f"group {group}: two-point over exact KL, median {ratio['median']:.3f}, 99 % {ratio['q99']:.3g}", flush=True
@@ -304,10 +304,9 @@ def main() -> None:
                 )
             )
         loaded = Run.open(run)
-        measured, prices, seen = kept["all"]
-        found["decisions"] = decisions(
-            loaded.model, test, batches("validation", 300), seen, measured.rho, prices, options.keep
-        )
+        prices, seen = kept["all"]
+        costs = price_inputs(loaded.model, test, prices)
+        found["decisions"] = decisions(loaded.model, test, batches("validation", 300), seen, costs, options.keep)
     if options.out.is_file():  # what time_conditions.py put there stays
         found |= {k: v for k, v in json.loads(options.out.read_text(encoding="utf-8")).items() if k not in found}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -37,6 +37,7 @@ READ = {
     "routed_log_likelihood": "routed log-likelihood",
     "static_log_likelihood": "static log-likelihood",
 }
+_SLACK = ("slack_median", "slack_90")
 MARKS = {"admissible": "✓", "inadmissible": "✗", "undecided": "?"}
 
 
@@ -275,6 +276,8 @@ def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
         ["κ", number(joint.get("kappa"))],
         [f"coverage: inputs with KL ≤ κ·B{wanted}", share(joint.get("coverage"))],
         ["p-value of that coverage (beta-binomial)", number(joint.get("coverage_p"))],
+        ["Spearman's ρ of B with the exact joint KL, over inputs that skip something", number(joint.get("spearman"))],
+        ["slack κ·B / KL: median and 90 % quantile", " and ".join(number(joint.get(key), 3) for key in _SLACK)],
         ["n (half calibrates κ, half tests it)", f"{n} ({n // 2} + {n - n // 2})"],
     ]
     if joint.get("kappa") is None or p_value is None:

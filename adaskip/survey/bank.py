@@ -16,13 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from adaskip.batch import Batch
@@ -35,8 +30,8 @@ from adaskip.survey.greedy import Path, exact_prices, greedy_paths
 from adaskip.survey.ledger import Ledger
 from adaskip.survey.record import record
 from adaskip.survey.static import layer_savings
+from adaskip.theory.regression import FLOOR, FOLDS, Predictor, fit_predictor
 
-_FOLDS = 10
 _CLEAR = 1.645
 """Standard errors by which choosing must pay."""
 _FEWEST = 8
@@ -45,8 +40,6 @@ _ONCE = 32
 """Inputs priced at once: between two notes in the ledger, and two of the progress."""
 _ROUNDING = 1e-9
 _MARGIN = 1e-4
-_FLOOR = 1e-3
-"""Nats added before a logarithm is taken: costs far below it are all the same to a predictor."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +86,6 @@ class Bank:
         policy.load_state_dict({name: value.float() for name, value in state.items()} | {"kappa": torch.ones(())})
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """Predict costs from features, (n f) -> (n k): ``exp((features - centre) @ weight + bias)``."""
-
-    centre: Tensor  # float64 (f)
-    weight: Tensor  # float64 (f k)
-    bias: Tensor  # float64 (k); -inf where a path costs nothing
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return what each path will cost each input."""
-        return ((features.double() - self.centre) @ self.weight + self.bias).exp()
-
-
 def find_bank(
     model: RoutedModel,
     batches: Callable[[Sequence[int]], Sequence[Batch]],
@@ -144,8 +124,8 @@ def find_bank(
         DataError: too few inputs to fit a predictor on.
         CheckpointError: the file holds the prices of other inputs.
     """
-    if inputs < 2 * _FOLDS:
-        raise DataError(f"find_bank: expected at least {2 * _FOLDS} inputs to fit a predictor on, got {inputs}")
+    if inputs < 2 * FOLDS:
+        raise DataError(f"find_bank: expected at least {2 * FOLDS} inputs to fit a predictor on, got {inputs}")
     ledger = Ledger(exact_prices(model, batches), inputs, file)
     rows = [*dict.fromkeys(i * inputs // sample for i in range(sample))]
     held, layers = model.policy.held, len(model.spec.layers)
@@ -186,30 +166,6 @@ def find_bank(
         bank, costs, share, price, chosen = bank[1:2], costs[:, 1:2], share[1:2], 0.0, torch.zeros_like(chosen)
         predictor = Predictor(predictor.centre, predictor.weight[:, 1:2], predictor.bias[1:2])
     return Bank(bank, costs, share, bank.index(static), keep, entry, predictor, price, chosen)
-
-
-def fit_predictor(features: Tensor, costs: Tensor) -> tuple[Predictor, Tensor]:
-    """Regress the logarithms of costs (n k) on features (n f) by ridge.
-
-    Returns:
-        The predictor, and what it says of these inputs, float64 (n k), cross-fitted: of each by one that did not see
-        it. Both are scaled so that each path's predictions have the mean of its costs.
-    """
-    x, dear = features.double().numpy(), (costs > 0).any(0)
-    logs = (costs[:, dear].double() + _FLOOR).log().numpy()
-    ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(0, 5, 11), alpha_per_target=True))
-    folds = KFold(_FOLDS, shuffle=True, random_state=0)
-    guessed = torch.zeros_like(costs, dtype=torch.float64)
-    weight = torch.zeros(x.shape[1], costs.shape[1], dtype=torch.float64)
-    bias = torch.full((costs.shape[1],), -torch.inf, dtype=torch.float64)
-    if dear.any():
-        raw = torch.from_numpy(cross_val_predict(ridge, x, logs, cv=folds).reshape(logs.shape)).exp()
-        scale = costs[:, dear].double().mean(0) / raw.mean(0)
-        guessed[:, dear] = raw * scale
-        scaler, fitted = ridge.fit(x, logs)[0], ridge[-1]
-        weight[:, dear] = torch.from_numpy(fitted.coef_.reshape(logs.shape[1], -1).T / scaler.scale_[:, None])
-        bias[dear] = torch.from_numpy(np.atleast_1d(fitted.intercept_)) + scale.log()
-    return Predictor(features.double().mean(0), weight, bias), guessed
 
 
 def choose(costs: Tensor, share: Tensor, price: float) -> Tensor:
@@ -285,7 +241,7 @@ def _groups(single: Tensor, count: int, seed: int) -> list[list[int]]:
     """Group inputs that find the same layers dear, whatever their level; groups of a few are left out."""
     if count < 2:
         return []
-    levels = (single + _FLOOR).log()
+    levels = (single + FLOOR).log()
     means = KMeans(min(count, len(single)), n_init=10, random_state=seed)
     label = torch.from_numpy(means.fit_predict((levels - levels.mean(1, keepdim=True)).numpy()))
     groups = [(label == group).nonzero().flatten().tolist() for group in label.unique().tolist()]

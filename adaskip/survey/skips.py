@@ -17,6 +17,9 @@ from adaskip.theory import measures
 from adaskip.theory.bands import Band
 from adaskip.theory.tables import LayerMeasures
 
+Watch = Callable[[Recorded, int, Tensor], None]
+"""Hears of a recorded dense pass, a column, and the logits (k v) with what the column stands for left out."""
+
 
 def measure_skips(
     model: RoutedModel,
@@ -24,6 +27,7 @@ def measure_skips(
     layers: Iterable[int] | None = None,
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
+    watch: Watch | None = None,
 ) -> LayerMeasures:
     """Measure all per-layer quantities of the routed group on batches of prompts with answers.
 
@@ -35,9 +39,10 @@ def measure_skips(
         layers: which layers to measure; default all.
         attention: also measure the text's attention mass on vision, in the same pass.
         progress: called with the number of inputs done after each batch.
+        watch: called as ``watch(recorded, column, logits)`` after each rerun, for those who measure more.
     """
     chosen = tuple(range(len(model.spec.layers)) if layers is None else layers)
-    table = measure_bands(model, batches, [Band(layer, layer) for layer in chosen], attention, progress)
+    table = measure_bands(model, batches, [Band(layer, layer) for layer in chosen], attention, progress, watch)
     return replace(table, layers=chosen)
 
 
@@ -48,6 +53,7 @@ def measure_bands(
     bands: Sequence[Band],
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
+    watch: Watch | None = None,
 ) -> LayerMeasures:
     """Measure bands as `measure_skips` measures layers: column i is band i, its states those at entry and at exit.
 
@@ -64,7 +70,12 @@ def measure_bands(
     tables: list[dict[str, Tensor]] = []
     for batch in batches:
         recorded = record(model, batch, attention=attention)
-        columns = [_measure_band(recorded, band) for band in bands]
+        columns = []
+        for column, band in enumerate(bands):
+            rerun = recorded.rerun(recorded.skipping(range(band.first, band.last + 1)))
+            columns.append(_measure_band(recorded, band, rerun))
+            if watch is not None:
+                watch(recorded, column, rerun)
         tables.append({name: torch.stack([c[name] for c in columns], 1).float().cpu() for name in columns[0]})
         if progress is not None:
             progress(sum(len(table["kl"]) for table in tables))
@@ -72,11 +83,11 @@ def measure_bands(
     return LayerMeasures(tuple(range(len(bands))), **whole)
 
 
-def _measure_band(recorded: Recorded, band: Band) -> dict[str, Tensor]:
-    """Measure one column, (b) each."""
+def _measure_band(recorded: Recorded, band: Band, rerun: Tensor) -> dict[str, Tensor]:
+    """Measure one column, (b) each, from the logits (k v) of a rerun without the band."""
     layers = range(band.first, band.last + 1)
     entry, leave, group = recorded.entered[band.first], recorded.states[band.last + 1], recorded.group
-    cost = recorded.compare(recorded.rerun(recorded.skipping(layers)))
+    cost = recorded.compare(rerun)
     mass = torch.zeros_like(cost["kl"]) if recorded.attention is None else recorded.attention.mass[:, layers].mean(1)
     return {
         "cosine": _of_group(measures.cosine_distance(entry, leave, group)),

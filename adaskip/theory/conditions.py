@@ -10,7 +10,8 @@ points it may cost (`bounds.kl_for_accuracy` makes nats of them):
 
 Derivation [D]: s* = sqrt(2 tolerance) is the spread whose cost to second order is the tolerance. The calibrated
 s <= Lambda (rho + c a) stays below s* where rho <= s* / Lambda and c a <= s* / Lambda, each with the other at 0; and
-rho^2 = 2 (1 - cos) for states of equal norm (link 2). alpha is what the constants' own calibration leaves open.
+rho^2 <= 2 E[1 - cos] for states of equal norm (link 2, and Jensen: rho is a mean over tokens). alpha is what the
+constants' own calibration leaves open.
 
 Only the functional notion is the cost itself; the others are cheap predictors, and `Findings.rank_correlation` shows
 how well each of them predicts here.
@@ -40,6 +41,8 @@ LEAST = 4
 """Inputs that `judge_joint` needs."""
 REJECTED = 0.01
 """Below this p-value the bound's coverage counts as too small."""
+_SLACK = torch.tensor([0.5, 0.9], dtype=torch.float64)
+_NONE = torch.full((2,), math.nan)
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,9 @@ class Joint:
     tolerated: float = math.nan  # nats: what all skips of an input may cost if each costs the tolerance, mean
     excess_low: float = -math.inf  # interval of the mean of KL minus what is tolerated, nats
     excess_high: float = math.inf
+    spearman: float = math.nan  # of B and the exact KL over the inputs that skip something; NaN: either is constant
+    slack_median: float = math.nan  # of kappa * B / KL over the inputs that test kappa and pay for their skips
+    slack_90: float = math.nan  # its 90 % quantile
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-ready, NaN and infinity as None."""
@@ -272,6 +278,9 @@ def judge_joint(
     skipped = ~keep
     allowed = torch.tensor([verdicts.get(layer) == "admissible" for layer in range(len(keep))])
     skips = skipped.double() if share is None else 1 - share.double()
+    skipping = skips.sum(0) > 0
+    paid = kl[half:] > 0
+    slack = (kappa * bound[half:][paid].double() / kl[half:][paid].double()).quantile(_SLACK) if paid.any() else _NONE
     tolerated = tolerance * skips.sum(0)
     low, high = -math.inf, math.inf
     if math.isfinite(tolerance):
@@ -291,6 +300,9 @@ def judge_joint(
         tolerated=float(tolerated.mean()),
         excess_low=low,
         excess_high=high,
+        spearman=spearman(bound[skipping], kl[skipping]),
+        slack_median=float(slack[0]),
+        slack_90=float(slack[1]),
     )
 
 

@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from adaskip.errors import DataError
+from adaskip.theory.sinks import SINK, norm_ratios
 
 
 def token_cosine_distance(before: Tensor, after: Tensor) -> Tensor:
@@ -47,22 +48,23 @@ def cosine_distance(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
 
 
 def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """Return rho = ||H_l[g] - H_{l-1}[g]||_F / ||H_l[g]||_F per input: the norm-aware geometric measure [D].
+    """Average rho = ||h_l - h_{l-1}|| / ||h_l|| over the masked tokens, sinks apart: the norm-aware measure [D].
 
-    `before` is H_{l-1}, `after` H_l. (b t d), (b t d), (b t) bool -> (b,). 0/0 on a non-empty mask is 0 (unchanged),
-    x/0 is inf. Empty mask: NaN. Raises DataError on shapes that do not fit.
+    `before` holds h_{l-1}, `after` h_l. A token whose state is a sink in either (`sinks.SINK` times as long as the
+    median masked token's) is left out: norms or means that see it see little else. (b t d), (b t d), (b t) bool ->
+    (b,). A token's 0/0 is 0 (unchanged), x/0 is inf. Empty mask: NaN. Raises DataError on shapes that do not fit.
 
-    >>> h = torch.ones(1, 2, 4)
-    >>> relative_change(h, 2 * h, torch.tensor([[True, False]])).tolist()
-    [0.5]
+    >>> h = torch.tensor([[[1.0], [1.0], [2.0], [5000.0]]])
+    >>> relative_change(h, torch.tensor([[[1.0], [2.0], [4.0], [5001.0]]]), torch.ones(1, 4).bool()).item()
+    0.3333333432674408
     """
     _check_pair(before, after)
     _check_mask("mask", mask, before.shape[:2])
-    outside = rearrange(~mask.bool(), "b t -> b t 1")
-    start, end = (_accumulable(h).masked_fill(outside, 0.0) for h in (before, after))
-    change, size = ((rearrange(h, "b t d -> b (t d)")).norm(dim=-1) for h in (end - start, end))
+    start, end = _accumulable(before), _accumulable(after)
+    change, size = (end - start).norm(dim=-1), end.norm(dim=-1)
     ratio = torch.where(change == 0, 0.0, change / size)
-    return ratio.masked_fill(~mask.bool().any(-1), torch.nan)
+    sink = torch.maximum(norm_ratios(start, mask.bool()), norm_ratios(end, mask.bool())) >= SINK
+    return _masked_mean(ratio, mask.bool() & ~sink)
 
 
 def attention_mass(attention: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:

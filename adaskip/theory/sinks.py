@@ -87,6 +87,6 @@ def describe_sinks(largest: Sequence[float], positions: Sequence[Sequence[int]])
     )
     return (
         f"sinks after layers {named}: a state up to {max(largest):.0f} times as long as the median token's, at "
-        f"{where}; a norm or a mean over tokens (rho, pooled probes, CKA) sees little else there, a mean of "
-        "each token's cosine does"
+        f"{where}; a norm or a mean over tokens (pooled probes, CKA) sees little else there, a mean of "
+        "each token's cosine does, and rho leaves them out"
     )

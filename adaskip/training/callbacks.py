@@ -18,6 +18,7 @@ from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError, did_you_mean
 from adaskip.runfiles import CONDITIONS, append_line
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.dense_costs import SkipCosts, price_inputs
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
 from adaskip.theory.prices import Prices
@@ -110,6 +111,7 @@ class ConditionCheck(lightning.Callback):
         self._split = Split()
         self._model: RoutedModel | None = None  # what ``measured`` speaks of
         self._prices: Prices | None = None
+        self._costs: tuple[Prices, SkipCosts] | None = None  # of every input, and the prices that they follow from
         self._step = 0  # the global step when this micro-batch began
         self._warned: set[int] = set()
         self._alarmed: set[tuple[str, tuple[int, ...]]] = set()
@@ -141,7 +143,7 @@ class ConditionCheck(lightning.Callback):
         self.batches = [convert(batch).to(tuner.device) for batch in self.batches]
         self.findings = None
         if self._from_trainer or self._model not in (None, tuner.model):
-            self.measured, self._dense = None, DenseLogits()
+            self.measured, self._dense, self._costs = None, DenseLogits(), None
         self._model = tuner.model
         with evaluating(tuner.model):
             self._prepare(tuner.model)
@@ -216,6 +218,8 @@ class ConditionCheck(lightning.Callback):
             "theory/joint_bound": joint.bound,
             "theory/kappa": joint.kappa,
             "theory/coverage": joint.coverage,
+            "theory/spearman": joint.spearman,
+            "theory/slack": joint.slack_median,
             "theory/admissible_skips": joint.admissible_skips,
             "theory/admissible_layers": sum(v == "admissible" for v in self.look.findings.layers.values()),
             "theory/violations": len(self.look.violations),
@@ -284,8 +288,10 @@ class ConditionCheck(lightning.Callback):
 
     def _joint(self, model: RoutedModel, prices: Prices) -> dict[str, Tensor]:
         assert self.batches is not None
-        assert self.measured is not None
-        costs = joint_cost(model, self.batches, self.measured.rho, prices, self._dense)
+        if self._costs is None or self._costs[0] is not prices:
+            # the backbone is frozen: what skips are predicted to cost stays the same from look to look
+            self._costs = prices, price_inputs(model, self.batches, prices)
+        costs = joint_cost(model, self.batches, self._costs[1], self._dense)
         return {name: self._split.judged_columns(values) for name, values in costs.items()}
 
     # -- acting ------------------------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ from torch import Tensor
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.gates import hard
-from adaskip.theory.bounds import redundancy_bound
+from adaskip.survey.dense_costs import SkipCosts
 from adaskip.theory.conditions import Findings, Joint, SkipFinding
 from adaskip.theory.costs import compare_predicted, predicted
-from adaskip.theory.prices import Prices
 from adaskip.training.alarms import Alarm, Routers
 
 
@@ -85,7 +84,7 @@ class DenseLogits:
 
 @torch.no_grad()
 def joint_cost(
-    model: RoutedModel, batches: Iterable[Batch], rho: Tensor, prices: Prices, dense: DenseLogits | None = None
+    model: RoutedModel, batches: Iterable[Batch], costs: SkipCosts, dense: DenseLogits | None = None
 ) -> dict[str, Tensor]:
     """Measure what the routers' decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), ``keep`` (l n).
 
@@ -96,8 +95,7 @@ def joint_cost(
     Args:
         model: with frozen or current routers.
         batches: prompts with answers.
-        rho: (n l) relative change of every layer in the dense pass, for the same inputs in the same order.
-        prices: calibrated constants.
+        costs: of `price_inputs`, for the same inputs in the same order.
         dense: the memory of the same batches; None: they are looked at once.
     """
     dense = dense or DenseLogits(limit=0)
@@ -113,9 +111,8 @@ def joint_cost(
         requested.append(routing.per_row(decisions).cpu() > 0.5)
         if routing.logits is not None:
             logits.append(routing.per_row(routing.logits).cpu())
-    s, u = prices.costs(rho)
     kept = torch.cat(keep, 1)
-    bound = redundancy_bound(kept.T, s, u, prices.correlation)
+    bound = costs.bound(kept.T)
     rows = {"keep": kept > 0.5, "share": kept, "requested": torch.cat(requested, 1)}
     if logits:
         rows["logits"] = torch.cat(logits, 1)

@@ -16,10 +16,8 @@ from adaskip.batch import Batch, check_batch, exact_match
 from adaskip.errors import ConfigError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.firstorder import DRAWS, first_order
-from adaskip.theory import bounds
+from adaskip.survey.dense_costs import SkipCosts, price_dense
 from adaskip.theory.costs import compare
-from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import Prices
 from adaskip.training.gradient import check_strategy, draw_path
 from adaskip.training.inputs import fingerprints, from_rank_zero
@@ -111,7 +109,7 @@ class RouterTuner(lightning.LightningModule):
         Raises:
             DataError: too few inputs for a finite constant at the objective's alpha.
         """
-        inputs = read_calibration(self.model, batches, self.objective.alpha, limit)
+        inputs = read_calibration(self.model, batches, self.objective, limit)
         self.prices = price_objective(self.model, inputs, self.objective, self.seed)
         self.calibrated_on = frozenset(fingerprints(inputs))
         return self.prices
@@ -120,8 +118,8 @@ class RouterTuner(lightning.LightningModule):
         """Read and count the calibration inputs before anything runs; every rank gets those of rank 0."""
         if stage != "fit" or self.calibration is None or self.prices is not None:
             return
-        source, model, alpha = self.calibration, self.model, self.objective.alpha
-        self._inputs = from_rank_zero(self.trainer, lambda: read_calibration(model, source, alpha))
+        source, model, goal = self.calibration, self.model, self.objective
+        self._inputs = from_rank_zero(self.trainer, lambda: read_calibration(model, source, goal))
         self.calibrated_on = frozenset(fingerprints(self._inputs))
 
     def on_fit_start(self) -> None:
@@ -201,22 +199,10 @@ class RouterTuner(lightning.LightningModule):
         # the large odd factor keeps micro-batches apart from steps; seeds have 64 bits
         return torch.Generator().manual_seed(mixed if self._micro == 0 else mixed % 2**64)
 
-    @torch.no_grad()
-    def _dense(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the dense model's logits, and the s and u (b l) that each layer's skip is predicted to cost."""
-        rho: list[Tensor] = []
-
-        def watch(index: int, before: Tensor, after: Tensor) -> None:
-            # a row without a token of the group (no picture) has nothing that a skip could cost
-            rho.append(relative_change(before, after, self.model.group_mask()).nan_to_num(0.0, posinf=torch.inf))
-
+    def _dense(self, batch: Batch) -> tuple[Tensor, SkipCosts | None]:
+        """Return the dense model's logits, and what each layer's skip is predicted to cost each input."""
         prices = self.prices if self.objective.bound_weight else None
-        if prices is not None and self.objective.price == "fisher":
-            logits, slopes = first_order(self.model, batch, DRAWS, self._noise(1))
-            return logits, prices.first_order_costs(slopes)
-        with self.model.dense(), self.model.observe(watch):
-            logits = self.model(**batch.arguments()).logits
-        return logits, None if prices is None else prices.costs(torch.stack(rho, 1))
+        return price_dense(self.model, batch, prices, self.objective.price, self._noise(1))
 
     def _soft_keep(self) -> tuple[Routing, Tensor]:
         """Return the routing with its gates, and the batch's mean keep rate with the gates' gradient."""
@@ -232,14 +218,11 @@ class RouterTuner(lightning.LightningModule):
         run_flops, skip_flops = (flops.to(gates) for flops in self.model.flops())
         return routing, ((skip_flops + gates * (run_flops - skip_flops)).sum(0) / run_flops.sum(0)).mean()
 
-    def _bound(self, routing: Routing, costs: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _bound(self, routing: Routing, costs: SkipCosts | None) -> Tensor:
         assert routing.gates is not None
-        if costs is None or self.prices is None:
+        if costs is None:
             return routing.gates.new_zeros(())
-        s, u = costs
-        peaks = u if self.objective.bound == "two-point" else None
-        correlation = self.prices.correlation if self.objective.price == "gates" else None
-        return bounds.redundancy_bound(routing.gates.T, s, peaks, correlation).mean()
+        return costs.bound(routing.gates.T, self.objective.bound).mean()
 
     # -- validation, test, prediction ----------------------------------------------------------------------------------
 

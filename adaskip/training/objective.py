@@ -9,8 +9,12 @@ from typing import Any, ClassVar, Literal, get_args
 from adaskip.errors import ConfigError
 
 Bound = Literal["two-point", "quadratic"]
+<<<<<<< HEAD
 Price = Literal["calibrated", "gates", "fisher"]
 Gradient = Literal["straight-through", "flips"]
+=======
+Price = Literal["calibrated", "gates", "fisher", "functional"]
+>>>>>>> functional
 
 
 def is_number(value: Any) -> bool:
@@ -33,8 +37,9 @@ class Objective:
         bound_weight: weight of the redundancy bound B (nats); a heuristic while training, calibrated afterwards.
         bound: the shape of B: ``two-point`` (Bennett, clipped) or ``quadratic`` (S^2 / 2).
         price: of a skip within B: ``calibrated`` (Lambda_l rho_l, skips add up), ``gates`` (the same, and skips add up
-            as far as the mean gate matrix says that they correlate) or ``fisher`` (Lambda_l times the input's own
-            first-order s, for about three more passes a step).
+            as far as the mean gate matrix says that they correlate), ``fisher`` (Lambda_l times the input's own
+            first-order s, for about three more passes a step) or ``functional`` (the exact cost of the skip, predicted
+            from the input's dense pass; skips add up as with ``gates``, and B is quadratic whatever ``bound`` says).
         alpha: miscoverage of the calibrated per-layer constants that price a skip.
         warmup: share of the steps over which the target falls from 1 to ``keep``.
         gradient: of the cost by the routers' decisions: ``straight-through`` (the slope of a soft gate, by
@@ -54,7 +59,7 @@ class Objective:
     task_weight: float = 1.0
     bound_weight: float = 0.01
     bound: Bound = "two-point"
-    price: Price = "calibrated"
+    price: Price = "functional"
     alpha: float = 0.1
     warmup: float = 0.3
     gradient: Gradient = "straight-through"

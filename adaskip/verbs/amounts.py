@@ -6,6 +6,7 @@ from adaskip.errors import DataError
 from adaskip.recipe import Recipe
 from adaskip.theory.conditions import LEAST
 from adaskip.theory.conformal import smallest_sample
+from adaskip.theory.prices import fewest_inputs
 from adaskip.training.records import describe_half
 
 
@@ -26,16 +27,17 @@ def enough_to_train(recipe: Recipe, validation: int, calibration: int) -> None:
         DataError: they are not; says which split or which key is too small, what is needed, and why.
     """
     examples, alpha = recipe.conditions.examples, recipe.objective.alpha
-    needed, faults = smallest_sample(alpha), []
+    needed, faults = fewest_inputs(alpha, recipe.objective.price), []
+    price = " and objective.price=functional" if recipe.objective.price == "functional" else ""
     if fitted(recipe) < needed:
         faults.append(
             f"conditions.examples: expected at least {-(-needed // 2)}, got {examples}: twice as many calibration "
-            f"inputs fit the bound's constants, which at objective.alpha={alpha:g} takes {needed}; raise "
+            f"inputs fit the bound's constants, which at objective.alpha={alpha:g}{price} takes {needed}; raise "
             "conditions.examples or objective.alpha"
         )
     elif calibration < needed:
         faults.append(
-            f"calibration: expected at least {needed} inputs at objective.alpha={alpha:g}, got {calibration}; "
+            f"calibration: expected at least {needed} inputs at objective.alpha={alpha:g}{price}, got {calibration}; "
             f"{_more(recipe, 'calibration')}, or raise objective.alpha"
         )
     if examples < LEAST:

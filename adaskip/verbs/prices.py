@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaskip.errors import CheckpointError
 from adaskip.runfiles import PRICES, write_json
-from adaskip.theory.prices import Prices
+from adaskip.theory.prices import Functional, Prices
 
 _PER_LAYER = ("shift", "peak", "mass")  # (l)
 _OPTIONAL = ("correlation", "slope")  # (l l) and (2 l), or null where the run's price needs none
@@ -21,7 +21,7 @@ _NUMBERS = ("alpha", "c")
 
 def write_prices(folder: Path, prices: Prices) -> None:
     """Write a run's prices into its folder."""
-    write_json(folder / PRICES, {field.name: _plain(getattr(prices, field.name)) for field in fields(prices)})
+    write_json(folder / PRICES, {name: _plain(value) for name, value in asdict(prices).items()})
 
 
 def read_prices(folder: Path) -> Prices:
@@ -37,11 +37,12 @@ def read_prices(folder: Path) -> Prices:
         tensors |= {name: _tensor(stored[name]) if stored.get(name) is not None else None for name in _OPTIONAL}
         numbers = {name: float(stored[name]) for name in _NUMBERS}
         _check_shapes(tensors)
+        functional = _functional(stored.get("functional"), len(stored["shift"]))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing, and the bound's constants are in it; train the run again") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error}); train the run again") from error
-    return Prices(**tensors, **numbers)  # type: ignore[arg-type]
+    return Prices(**tensors, **numbers, functional=functional)  # type: ignore[arg-type]
 
 
 def check_layers(prices: Prices, layers: int, folder: Path) -> None:
@@ -68,9 +69,23 @@ def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name}: expected one number for every layer, got {tuple(values.shape)}")
 
 
+def _functional(stored: Any, layers: int) -> Functional | None:
+    if stored is None:
+        return None
+    tensors = {field.name: _tensor(stored[field.name]) for field in fields(Functional)}
+    features = len(tensors["centre"])
+    for name, values in tensors.items():
+        expected = {"centre": (features,), "weight": (features, layers)}.get(name, (layers,))
+        if values.shape != expected or values.isnan().any():
+            raise ValueError(f"functional.{name}: expected shape {expected}, got {tuple(values.shape)}")
+    return Functional(**tensors)
+
+
 def _tensor(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     return value.tolist() if isinstance(value, Tensor) else value

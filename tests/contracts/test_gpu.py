@@ -223,7 +223,7 @@ def test_a_path_that_is_cut_out_answers_as_before(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("price", ["calibrated", "gates", "fisher"])
+@pytest.mark.parametrize("price", ["calibrated", "gates", "fisher", "functional"])
 def test_routers_train(price: Any, precision: Any, tmp_path: Path) -> None:
     """Calibrated, checked and validated under Lightning, which moves batches and model."""
     model = attach(families.make("llama", "sdpa").model)

@@ -25,10 +25,10 @@ SHORT = [
     "trainer.validate_every=2",
     "trainer.progress=false",
     "conditions.every=0",
-    "conditions.examples=6",
+    "conditions.examples=8",
     "data.examples.train=16",
     "data.examples.validation=12",
-    "data.examples.calibration=12",
+    "data.examples.calibration=16",
     "tracking.wandb=disabled",
 ]
 

@@ -99,10 +99,20 @@ def test_the_least_profile_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["conditions.examples=4"], "conditions.examples: expected at least 5, got 4: twice as many calibration"),
-        (["objective.alpha=0.01"], "conditions.examples: expected at least 50, got 18"),
-        (["conditions.examples=3", "objective.alpha=0.3"], "at least 4 inputs to judge the routers' skips on, got 3"),
-        (["data.examples.calibration=8"], "calibration: expected at least 9 inputs at objective.alpha=0.1, got 8"),
+        (
+            ["conditions.examples=4", "objective.price=calibrated"],
+            "conditions.examples: expected at least 5, got 4: twice as many calibration",
+        ),
+        (["conditions.examples=6"], "at least 7, got 6: .* at objective.alpha=0.1 and objective.price=functional"),
+        (["objective.alpha=0.01"], "conditions.examples: expected at least 52, got 18"),
+        (
+            ["conditions.examples=3", "objective.alpha=0.3", "objective.price=gates"],
+            "at least 4 inputs to judge the routers' skips on, got 3",
+        ),
+        (
+            ["data.examples.calibration=13"],
+            "calibration: expected at least 14 inputs at objective.alpha=0.1 and .* got 13",
+        ),
         (["data.examples.validation=3"], "validation: expected at least 4 inputs .* got 3; give validation.jsonl more"),
     ],
 )

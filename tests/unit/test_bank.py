@@ -11,9 +11,10 @@ import adaskip
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import SkipPlan
 from adaskip.survey import bank
-from adaskip.survey.bank import choose, find_bank, fit_predictor, lowest_price
+from adaskip.survey.bank import choose, find_bank, lowest_price
 from adaskip.survey.greedy import greedy_paths
 from adaskip.survey.plans import plan_costs
+from adaskip.theory.regression import fit_predictor
 from tests import toys
 from tests.batches_by_number import two_kinds
 

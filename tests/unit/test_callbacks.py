@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import adaskip
 from adaskip.errors import ConfigError
 from adaskip.recipe import load
+from adaskip.survey.dense_costs import price_inputs
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.theory.prices import calibrate_prices
@@ -102,11 +103,12 @@ def test_the_dense_logits_are_computed_once_as_long_as_they_fit(kept: int, passe
     model, rows = eager({1: GREEDY}), batches(4)
     measured = measure_skips(model, rows)
     prices = calibrate_prices(measured, measured.mass.mean(0), alpha=0.1)
-    fresh, ran = joint_cost(model, rows, measured.rho, prices), []
+    costs = price_inputs(model, rows, prices)
+    fresh, ran = joint_cost(model, rows, costs), []
     dense = DenseLogits(kept * DenseLogits()(model, 0, rows[0]).nbytes)
     hook = model.spec.layers[1].register_forward_hook(lambda *_: ran.append(model.runtime.mode))
     for _ in range(3):
-        found = joint_cost(model, rows, measured.rho, prices, dense)
+        found = joint_cost(model, rows, costs, dense)
         assert all(torch.equal(found[name], fresh[name]) for name in fresh)
     hook.remove()
     assert ran.count("dense") == passes

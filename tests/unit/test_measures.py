@@ -91,12 +91,25 @@ def test_identical_states_are_at_distance_zero():
 # Relative change
 
 
-def test_relative_change_is_a_ratio_of_frobenius_norms(states):
+def test_relative_change_is_the_mean_of_each_tokens_own_ratio(states):
     before, after, mask = states
-    expected = [
-        ((a[keep] - b[keep]).norm() / a[keep].norm()).item() for b, a, keep in zip(before, after, mask, strict=True)
-    ]
+    ratio = (after - before).norm(dim=-1) / after.norm(dim=-1)
+    expected = [row[keep].mean().item() for row, keep in zip(ratio, mask, strict=True)]
     assert relative_change(before, after, mask).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "both"])
+@pytest.mark.parametrize("place", [0, 3])
+def test_sinks_do_not_move_the_relative_change(where, place):
+    """A ratio of whole norms is the sink's own; a mean of ratios still is where a sink appears or goes."""
+    generator = torch.Generator().manual_seed(4)
+    before, after = torch.randn(2, 1, 9, 8, generator=generator)
+    mask, others = torch.ones(1, 9).bool(), torch.arange(9) != place
+    for states, name in ((before, "before"), (after, "after")):
+        if where in (name, "both"):
+            states[0, place] *= 1000
+    alone = relative_change(before[:, others], after[:, others], mask[:, others])
+    torch.testing.assert_close(relative_change(before, after, mask), alone)
 
 
 def test_relative_change_of_zero_states():

@@ -83,15 +83,16 @@ def test_correlation_moves_the_bound_between_in_full_and_as_squares() -> None:
     assert redundancy_bound(gates, s, None, undone)[1] == pytest.approx(float(mean), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["calibrated", "gates", "fisher"])
+@pytest.mark.parametrize("kind", ["calibrated", "gates", "fisher", "functional"])
 def test_each_price_calibrates_and_trains(kind: Price, tmp_path: Path) -> None:
     model = adaskip.attach(toys.make("llama").model)
-    prices = price_layers(model, batches(3), torch.zeros(LAYERS), 0.1, kind)
-    assert (prices.correlation is not None) is (kind == "gates")
+    prices = price_layers(model, batches(4), torch.zeros(LAYERS), 0.1, kind)
+    assert prices.kind == kind
+    assert (prices.correlation is not None) is (kind in ("gates", "functional"))
     assert (prices.slope is not None) is (kind == "fisher")
     if kind == "fisher":  # calibrated: about 1 - alpha of the calibration inputs lie below, per layer
-        s, _ = prices.first_order_costs(first_order_of(model, batches(3), seed=0))
-        assert (((measure_skips(model, batches(3)).s <= s + 1e-6).double().mean(0)) >= 0.9).all()
+        s, _ = prices.first_order_costs(first_order_of(model, batches(4), seed=0))
+        assert (((measure_skips(model, batches(4)).s <= s + 1e-6).double().mean(0)) >= 0.9).all()
     goal = adaskip.Objective(keep=0.5, warmup=0.0, price=kind, bound_weight=1.0)
     tuner = adaskip.RouterTuner(model, goal, prices, steps=6, learning_rate=0.05)
     trainer = lightning.Trainer(
@@ -109,7 +110,7 @@ def test_each_price_calibrates_and_trains(kind: Price, tmp_path: Path) -> None:
 
 
 def test_wrong_prices_and_passes_are_said() -> None:
-    with pytest.raises(ConfigError, match=r"price: expected calibrated \| gates \| fisher, got 'cheap'"):
+    with pytest.raises(ConfigError, match=r"price: expected calibrated \| gates \| fisher \| functional, got 'cheap'"):
         adaskip.Objective(price="cheap")  # type: ignore[arg-type]
     model = adaskip.attach(toys.make("llama").model)
     with pytest.raises(ConfigError, match="no soft pass with gradients on is at hand; call the model inside soft"):

@@ -59,7 +59,7 @@ def test_a_profile_tells_of_them() -> None:
     found = json.loads(json.dumps(adaskip.profile(toy.model, batches, tangents=0).to_dict(), allow_nan=False))
     said = found["groups"]["all"]["sinks"]
     assert said.startswith("sinks after layers 0 to 3: a state up to ")
-    assert "at position 0, 2; a norm or a mean over tokens (rho" in said
+    assert "at position 0, 2; a norm or a mean over tokens (pooled" in said
     rows = list(summary(found))[2]
     assert [row["layer"] for row in rows] == [0, 1, 2, 3]
     assert rows[0]["sink_at_position"] == "0 (100%), 2 (50%)"
