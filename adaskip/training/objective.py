@@ -9,12 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 from adaskip.errors import ConfigError
 
 Bound = Literal["two-point", "quadratic"]
-<<<<<<< HEAD
-Price = Literal["calibrated", "gates", "fisher"]
-Gradient = Literal["straight-through", "flips"]
-=======
 Price = Literal["calibrated", "gates", "fisher", "functional"]
->>>>>>> functional
+Gradient = Literal["straight-through", "flips"]
 
 
 def is_number(value: Any) -> bool:
