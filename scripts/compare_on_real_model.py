@@ -1,16 +1,14 @@
-"""Every policy on a real language model, held against greedy static plans of the same compute on test prompts.
+"""A plan for each class of tokens on a real language model, against plans for all tokens, on test prompts.
 
-    adaskip train smollm2 output=runs/smollm2-90
-    adaskip train smollm2 output=runs/smollm2-80 objective.keep=0.8
-    python scripts/compare_on_real_model.py runs/smollm2-90 runs/smollm2-80
+    adaskip train smollm2
+    python scripts/compare_on_real_model.py runs/smollm2 --keep 0.9 0.8 0.7
 
-Each run is one of method path-bank, of a keep rate of its own. On prompts of the test split, which nothing was fitted
-on: the bank as it decides, really executed; the best static plan, as the run found it by exact costs; the plan of the
-same length by block influence (the layers that turn the states least, mean cosine over calibration prompts), and two
-random ones. Two more rows choose among the bank's own paths by what a router does not know: one path for every kind of
-prompt, by the mean costs of that kind in training, and one for every prompt, by what it really costs it. Differences
-are paired over prompts, with 95 % bootstrap intervals. Costs once measured stay in the first run's folder. Writes a
-table, a JSON file, and a picture of KL against keep.
+Takes a finished run of method token-plan, and goes on with its search as far as the lowest keep rate asks; greedy
+static plans of the same keep rates are found by exact costs on the same training prompts. On prompts of the test split,
+which nothing was fitted on, it then really executes, for every keep rate: the plan by token class, the greedy static
+plan, the static plan of as many layers by block influence (those that turn the states least, mean cosine), and a random
+one. Differences are paired over prompts, with 95 % bootstrap intervals. Costs once measured stay in the run's folder.
+Writes a table, a JSON file, and a picture of KL against keep.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import random
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from adaskip.batch import Batch
-from adaskip.plan import SkipPlan
-from adaskip.policies.path_bank import PathBank
-from adaskip.runfiles import BANK_PRICES, LEARNED, ROUTER, SUMMARY
+from adaskip.plan import SkipPlan, Target
+from adaskip.runfiles import SUMMARY, TOKEN_PRICES
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.survey.bank import choose, lowest_price
+from adaskip.stages import LineStages
 from adaskip.survey.greedy import Path as Plan
-from adaskip.survey.greedy import exact_prices
+from adaskip.survey.greedy import exact_prices, greedy_paths
 from adaskip.survey.ledger import Ledger
 from adaskip.survey.record import Recorded, record
-from adaskip.survey.static import whole_rows
+from adaskip.survey.static import layer_savings
+from adaskip.survey.token_plan import TokenPlans, find_token_plans
 from adaskip.theory.costs import per_input
 from adaskip.theory.intervals import paired_difference
 from adaskip.theory.measures import cosine_distance
@@ -47,9 +46,27 @@ from adaskip.training.tracking import environment
 from adaskip.verbs.bank import by_length
 from adaskip.verbs.run import Run
 
-TEST_PRICES = "test-prices.safetensors"
-DRAWS = 2
-"""Random plans of each length."""
+STATIC_PRICES = "static-prices.safetensors"
+WIDTH = 5
+"""Layers tried each time one more goes."""
+FIRST = 2
+"""The first layer that a random plan may leave out; nor may it leave out the last, as the field does."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Hold one policy's figures of every test prompt, float64 (n) each."""
+
+    kl: Tensor  # nats per predicted token
+    agreement: Tensor  # share of the answer's tokens with the dense model's argmax
+    keep: Tensor  # of the dense decoder's FLOPs
+
+    def line(self, static: Side) -> dict[str, Any]:
+        """Return means, and how much less it costs than the static plan."""
+        gap = paired_difference(static.kl, self.kl)
+        means = {name: float(getattr(self, name).mean()) for name in ("keep", "kl", "agreement")}
+        ratio = means["kl"] / float(static.kl.mean())
+        return means | {"ratio": ratio, "less": gap.estimate, "low": gap.low, "high": gap.high}
 
 
 class Prompts:
@@ -66,99 +83,129 @@ class Prompts:
         return [self.collate([self.records[row] for row in part]) for part in parts]
 
     @property
-    def kinds(self) -> list[str]:
-        return [str(record.get("kind")) for record in self.records]
-
-
-def follow(model: RoutedModel, prompts: Prompts, plans: dict[str, Plan]) -> dict[str, dict[str, Tensor]]:
-    """Return KL, token agreement and keep rate of every prompt, as the model decides and under plans; float64 (n)."""
-    found: dict[str, dict[str, list[Tensor]]] = {}
-
-    def add(name: str, dense: Recorded, logits: Tensor, supervised: Tensor) -> None:
-        columns = found.setdefault(name, {"kl": [], "agreement": [], "keep": []})
-        same = (logits.argmax(-1) == dense.logits.argmax(-1)).double()
-        columns["kl"].append(dense.compare(logits)["kl"].double())
-        columns["agreement"].append(per_input(same, supervised, "mean"))
-        columns["keep"].append(model.routing.keep_rate.double())
-
-    for batch in prompts(range(len(prompts))):
-        dense, supervised = record(model, batch), batch.supervised
-        add("path bank", dense, record(model, batch, routed=True, states=False).logits, supervised)
-        for name, plan in plans.items():
-            add(name, dense, dense.rerun(dense.skipping(plan)), supervised)
-    return {name: {key: torch.cat(parts) for key, parts in columns.items()} for name, columns in found.items()}
+    def batches(self) -> list[Batch]:
+        return self(range(len(self)))
 
 
 @torch.no_grad()
-def influence(model: RoutedModel, prompts: Prompts, rows: int) -> list[int]:
+def follow(model: RoutedModel, prompts: Prompts, plans: dict[str, Plan] | None = None) -> dict[str, Side]:
+    """Run the prompts as the model decides, or under plans."""
+    found: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def add(name: str, dense: Recorded, logits: Tensor) -> None:
+        same = per_input((logits.argmax(-1) == dense.logits.argmax(-1)).double(), dense.batch.supervised, "mean")
+        figures = dense.compare(logits)["kl"].double(), same, model.routing.keep_rate.double()
+        found.setdefault(name, []).append(figures)
+
+    for batch in prompts.batches:
+        dense = record(model, batch)
+        if plans is None:
+            add("token classes", dense, record(model, batch, routed=True, states=False).logits)
+        for name, plan in (plans or {}).items():
+            add(name, dense, dense.rerun(dense.skipping(plan)))
+    return {name: Side(*(torch.cat(column) for column in zip(*rows, strict=True))) for name, rows in found.items()}
+
+
+@torch.no_grad()
+def influence(model: RoutedModel, batches: Sequence[Batch]) -> list[int]:
     """Return the layers by their block influence, least first: 1 - cos of a token's state before and after, mean."""
     turned = []
-    for batch in prompts(range(min(rows, len(prompts)))):
+    for batch in batches:
         dense = record(model, batch)
         pairs = zip(dense.entered, dense.states[1:], strict=True)
         turned.append(torch.stack([cosine_distance(a, b, dense.tokens.valid).mean() for a, b in pairs]))
     return torch.stack(turned).mean(0).argsort().tolist()
 
 
-def by_kind(train: Tensor, kinds: Sequence[str], fresh: Sequence[str], share: Tensor, keep: float) -> Tensor:
-    """Return the path that each fresh prompt takes by its kind alone, long (n), given training costs (m k)."""
-    names = sorted({*kinds})
-    means = torch.stack([train[torch.tensor([kind == name for kind in kinds])].mean(0) for name in names])
-    costs = means[torch.tensor([names.index(kind) for kind in fresh])]
-    return choose(costs, share, lowest_price(costs, share, keep))
+def greedy_plans(model: RoutedModel, train: Prompts, keeps: Sequence[float], file: Path) -> dict[float, Plan]:
+    """Return the shortest of nested greedy plans that hold each keep rate, by exact costs."""
+    layers, rows = len(model.spec.layers), range(len(train))
+    price = Ledger(exact_prices(model, train), len(train), file)
+    single = price([(layer,) for layer in range(layers)], rows).mean(0)
+    saves = layer_savings(model, train.batches).mean(0)
+
+    def kept(path: Plan) -> float:
+        return 1 - float(saves[list(path)].sum())
+
+    nested = greedy_paths(price, rows, single, layers, WIDTH, lambda path: kept(path) <= min(keeps) + 1e-9)
+    return {keep: next(path for path, _ in nested if kept(path) <= keep + 1e-9) for keep in keeps}
 
 
-def line(values: dict[str, Tensor], static: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the means of a policy, and how much less it costs than the static plan."""
-    gap = paired_difference(static["kl"], values["kl"])
-    means = {name: float(column.mean()) for name, column in values.items()}
-    ratio = means["kl"] / float(static["kl"].mean())
-    return means | {"ratio": ratio, "less": gap.estimate, "low": gap.low, "high": gap.high}
+def roles(model: RoutedModel, batches: Sequence[Batch], shared: int) -> dict[str, float]:
+    """Return what share of all skipped (token, layer) pairs belongs to which tokens.
+
+    They are the ``shared`` first of every prompt, which are the same in all, the prompt's own, and the answer's.
+    """
+    counts = dict.fromkeys(("shared", "own", "answer"), 0)
+    for batch in batches:
+        model(**batch.arguments())
+        routing = model.routing
+        skipped = (~routing.keep & routing.tokens).sum(0)  # (b t)
+        prompt = batch.prompt_mask & routing.tokens
+        first = prompt & (prompt.cumsum(1) <= shared)
+        masks = {"shared": first, "own": prompt & ~first, "answer": routing.tokens & ~prompt}
+        for name, mask in masks.items():
+            counts[name] += int(skipped[mask].sum())
+    return {name: count / max(1, sum(counts.values())) for name, count in counts.items()}
 
 
-def judge(run: Run, first: Path, examples: int) -> dict[str, Any]:
-    """Return the lines of one run's keep rate."""
-    recipe, size = run.recipe, run.recipe.trainer.batch_size
-    collate = Collator(run.processor)
-    keep, section = recipe.objective.keep, recipe.bank
-    test = Prompts(load_records(recipe.data.source, "test", examples, recipe.seed), collate, size)
-    train = Prompts(load_records(recipe.data.source, "train", section.examples, recipe.seed), collate, size)
-    fresh = Prompts(load_records(recipe.data.source, "calibration", size, recipe.seed), collate, size)
-    summary = json.loads((run.folder / SUMMARY).read_text())
-    static = tuple(summary["static"]["skip"])
-    learned = run.folder / (LEARNED if (run.folder / LEARNED).is_dir() else ROUTER)
-    model = RoutedModel.from_pretrained(learned, run.model.detach())
-    policy = model.policy
-    assert isinstance(policy, PathBank)
-    layers = len(model.spec.layers)
-    ranked = influence(model, fresh, size)[: len(static)]
-    plans = {"greedy static": static, "block influence": tuple(sorted(ranked))}
-    for draw in range(DRAWS):  # as the field does, of the layers between the first and the last
-        chosen = random.Random(draw).sample(range(2, layers - 1), len(static))
-        plans[f"random {draw + 1}"] = tuple(sorted(chosen))
-    rows = follow(model, test, plans)
+def shared_prefix(batches: Sequence[Batch]) -> int:
+    """Return how many first tokens all prompts have in common."""
+    rows = [row[mask] for b in batches for row, mask in zip(b.inputs["input_ids"], b.prompt_mask, strict=True)]
+    least = min(map(len, rows))
+    same = (torch.stack([row[:least] for row in rows]) == rows[0][:least]).all(0)
+    return int(same.long().cumprod(0).sum())
 
-    share = policy.share.double()
-    paths = [tuple(path) for path in policy.paths]
-    plain = attach(model.detach(), SkipPlan(**whole_rows(policy.target)))
-    costs = Ledger(exact_prices(plain, test), len(test), first / TEST_PRICES)(paths, range(len(test)))
-    known = Ledger(exact_prices(plain, train), len(train), run.folder / BANK_PRICES)(paths, range(len(train)))
-    everyone = torch.arange(len(test))
-    chosen = {
-        "path by kind": by_kind(known, train.kinds, test.kinds, share, keep),
-        "bank with hindsight": choose(costs, share, lowest_price(costs, share, keep)),
-    }
-    for name, path in chosen.items():
-        rows[name] = {"kl": costs[everyone, path], "keep": share[path]}
-    print(f"\nkeep {keep:g}, {len(test)} test prompts, {len(paths)} paths, static plan {static}")
-    lines = {name: line(values, rows["greedy static"]) for name, values in rows.items()}
+
+def compare(run: Run, keeps: Sequence[float], examples: int) -> list[dict[str, Any]]:
+    """Return the lines of every keep rate, and print them."""
+    recipe, held = run.recipe, json.loads((run.folder / SUMMARY).read_text())["conditions"]["held"]
+    section, size, collate = recipe.tokens, recipe.trainer.batch_size, Collator(run.processor)
+
+    def load(split: str, count: int) -> Prompts:
+        return Prompts(load_records(recipe.data.source, split, count, recipe.seed), collate, size)
+
+    test, train = load("test", examples), load("train", section.examples)
+    plain = attach(run.model.detach(), SkipPlan())
+    static = greedy_plans(plain, train, keeps, run.folder / STATIC_PRICES)
+    ranked, layers = influence(plain, train.batches), len(plain.spec.layers)
+    plans: dict[str, Plan] = {}
+    for keep, plan in static.items():
+        chosen = random.Random(0).sample(range(FIRST, layers - 1), len(plan))
+        found = {"greedy static": plan, "block influence": ranked[: len(plan)], "random": chosen}
+        plans |= {f"{name} {keep:g}": tuple(sorted(path)) for name, path in found.items()}
+    sides = follow(plain, test, plans)
+
+    model = attach(plain.detach(), recipe.router)
+    model.hold(held)
+    settings = {"classes": (section.prompt, section.answer), "entry": section.entry, "band": section.band}
+    found = find_token_plans(
+        model, train.batches, keep=min(keeps), width=section.width, seed=recipe.seed,
+        file=run.folder / TOKEN_PRICES, stages=LineStages(), **settings,
+    )  # fmt: skip
+    return [judge(model, found, test, keep, static[keep], sides) for keep in keeps]
+
+
+def judge(
+    model: RoutedModel, found: TokenPlans, test: Prompts, keep: float, static: Plan, sides: dict[str, Side]
+) -> dict[str, Any]:
+    """Return the lines of one keep rate; the model gets its backbone back."""
+    count = next(n for n, step in enumerate(found.steps, 1) if step.keep <= keep + 1e-9)
+    backbone, target = model.backbone, Target(scope="token", kv=model.target.kv)
+    routed = attach(model.detach(), found.policy(count, target))
+    found.load(routed.policy)  # type: ignore[arg-type]
+    own = follow(routed, test) | {k.rsplit(" ", 1)[0]: side for k, side in sides.items() if k.endswith(f" {keep:g}")}
+    by_role = roles(routed, test.batches, shared_prefix(test.batches))
+    routed.detach()
+    attach(backbone, model.policy)
+    lines = {name: side.line(own["greedy static"]) for name, side in own.items()}
+    print(f"\nkeep {keep:g}, {len(test)} test prompts; static plan {static}; {count} parts; skipped pairs by {by_role}")
     for name, row in lines.items():
-        agreement = f"{row['agreement']:.3f}" if "agreement" in row else "-"
+        figures = f"keep {row['keep']:.3f}  KL {row['kl']:.3f}  agreement {row['agreement']:.3f}"
         gap = f"{row['less']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        figures = f"keep {row['keep']:.3f}  KL {row['kl']:.3f}  ratio {row['ratio']:.2f}"
-        print(f"  {name:22} {figures}  less {gap}  agreement {agreement}")
-    found = {"run": run.folder.name, "keep": keep, "examples": len(test), "static": static, "paths": paths}
-    return found | {"lines": lines}
+        print(f"  {name:16} {figures}  ratio {row['ratio']:.2f}  less {gap}")
+    return {"keep": keep, "examples": len(test), "static": static, "skips": found.skips(count), "lines": lines,
+            "skipped_by": by_role}  # fmt: skip
 
 
 def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
@@ -166,8 +213,8 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(results[0]["lines"]):
-        points = sorted((r["lines"][name]["keep"], r["lines"][name]["kl"]) for r in results if name in r["lines"])
-        axes.plot(*zip(*points, strict=True), "osv^DPX*"[place % 8] + "-", label=name)
+        points = sorted((r["lines"][name]["keep"], r["lines"][name]["kl"]) for r in results)
+        axes.plot(*zip(*points, strict=True), "os^D"[place % 4] + "-", label=name)
     axes.set_xlabel("keep: executed over dense decoder FLOPs")
     axes.set_ylabel("KL to the dense model (nats a token)")
     axes.set_ylim(0)
@@ -177,12 +224,13 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.9, 0.8, 0.7])
     parser.add_argument("--examples", type=int, default=240)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/real-model.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/smollm2.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/kl_by_keep.png"))
     options = parser.parse_args()
-    results = [judge(Run.open(folder), options.runs[0], options.examples) for folder in options.runs]
+    results = compare(Run.open(options.run), options.keep, options.examples)
     setting = environment(0, "cpu") | {"command": shlex.join(["python", *sys.argv])}
     options.out.write_text(json.dumps({"environment": setting, "keeps": results}, indent=1) + "\n")
     plot(results, options.picture)
