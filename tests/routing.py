@@ -29,7 +29,7 @@ def routed(name: str, group: str, attention: str = "sdpa") -> tuple[Toy, RoutedM
 
 def decide(model: RoutedModel) -> RoutedModel:
     """Give routers weights that make them differ."""
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     for head in model.routers:
         for weight, spread in ((head.outer.weight, 3.0), (head.outer.bias, 0.3)):
             weight.data.copy_(nn.init.normal_(torch.empty(weight.shape), std=spread))  # the same on every device
@@ -66,17 +66,21 @@ def slot_bytes(toy: Toy) -> list[int]:
     return [size // layer.keys.shape[-2] for size, layer in zip(sizes, cache.layers, strict=True)]
 
 
-def count_tokens(layer: nn.Module) -> dict[nn.Module, list[int]]:
+@contextmanager
+def count_tokens(layer: nn.Module) -> Iterator[dict[nn.Module, list[int]]]:
     """Tokens that go through each leaf module of a layer, in the order in which they are first called."""
     seen: dict[nn.Module, list[int]] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         seen.setdefault(module, []).append(args[0].shape[0] * args[0].shape[1])
 
-    for module in layer.modules():
-        if not list(module.children()):
-            module.register_forward_hook(hook)
-    return seen
+    leaves = [module for module in layer.modules() if not list(module.children())]
+    handles = [module.register_forward_hook(hook) for module in leaves]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def same_both_ways(model: RoutedModel, batch: dict[str, Tensor], **more: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
 
@@ -61,8 +62,9 @@ def test_a_group_is_decoded_whole() -> None:
     keep[1] = False
     model = attach(model.detach(), SkipPlan.static([1]))
     model.generate_many(items[:1], **NEW)  # the first time the model itself is tried
-    seen = [count_tokens(layer) for layer in model.spec.layers]
-    many = model.generate_many(items, group_size=3, **NEW)
+    with ExitStack() as counting:
+        seen = [counting.enter_context(count_tokens(layer)) for layer in model.spec.layers]
+        many = model.generate_many(items, group_size=3, **NEW)
     assert many.groups == (((True, False, True, True), 3), ((True, False, True, True), 2))
     steps = [3] * 4 + [2] * 4
     for ran, calls in zip(keep[:, 0].tolist(), seen, strict=True):

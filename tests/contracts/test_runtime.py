@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from adaskip.plan import SkipPlan
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
 from tests import architectures, families
-from tests.families import EAGER_ONLY, IMAGE, LAYERS, PADDING_MOVES, REFUSED, TEXT, VISION
+from tests.families import EAGER_ONLY, IMAGE, LAYERS, PADDING_MOVES, REFUSED, TEXT, VISION, Toy
 from tests.routing import (
     GREEDY,
     LENGTHS,
@@ -36,7 +37,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "group", "attention"), CASES)
+@pytest.fixture(scope="class")
+def made(name: str, group: str, attention: str) -> tuple[Toy, RoutedModel]:
+    """One model for all tests of a case: what makes it takes as long as they do."""
+    return routed(name, group, attention)
+
+
+@pytest.fixture
+def case(made: tuple[Toy, RoutedModel]) -> Iterator[tuple[Toy, RoutedModel]]:
+    """The case's model, whose modes and gradients a test may change."""
+    yield made
+    made[1].eval().zero_grad()
+
+
+@pytest.mark.parametrize(("name", "group", "attention"), CASES, scope="class")
 class TestContract:
     @torch.no_grad()
     def test_keeping_everything_is_bit_identical_and_detach_restores(
@@ -58,8 +72,8 @@ class TestContract:
         assert not any("forward" in m.__dict__ or "_adaskip" in m.__dict__ for m in bare.modules())
 
     @torch.no_grad()
-    def test_training_and_skipping_give_the_same_logits(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
+    def test_training_and_skipping_give_the_same_logits(self, case: tuple[Toy, RoutedModel]) -> None:
+        toy, model = case
         for side in ("left", "right"):
             batch = toy.batch(LENGTHS, side)
             for keep in (None, some_keep(len(LENGTHS))):
@@ -73,9 +87,9 @@ class TestContract:
                 assert (real(soft, batch) - real(skipped, batch)).abs().max() <= 1e-5 * scale
 
     @torch.no_grad()
-    def test_rows_are_independent(self, name: str, group: str, attention: str) -> None:
+    def test_rows_are_independent(self, case: tuple[Toy, RoutedModel], name: str) -> None:
         """Neither padding, nor its side, nor the other rows move a decision or a logit; a skip moves its own row."""
-        toy, model = routed(name, group, attention)
+        toy, model = case
         rows = toy.rows([9] * len(LENGTHS) if name in PADDING_MOVES else LENGTHS)
         left, right = toy.collate(rows, "left"), toy.collate(rows, "right")
         together = model(**left).logits
@@ -97,8 +111,8 @@ class TestContract:
         assert changed[2] > 1e-3
         assert changed[[0, 1, 3, 4]].max() <= 1e-5 * scale
 
-    def test_cached_decoding_equals_recomputation(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
+    def test_cached_decoding_equals_recomputation(self, case: tuple[Toy, RoutedModel]) -> None:
+        toy, model = case
         batch = toy.batch(LENGTHS)
         options: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
         for keep in (None, some_keep(len(LENGTHS))):
@@ -111,13 +125,13 @@ class TestContract:
             assert torch.equal(cached.sequences, again.sequences)
 
     @torch.no_grad()
-    def test_what_skips_is_neither_computed_nor_cached(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
+    def test_what_skips_is_neither_computed_nor_cached(self, case: tuple[Toy, RoutedModel], group: str) -> None:
+        toy, model = case
         batch = toy.batch(LENGTHS)
         keep = some_keep(len(LENGTHS))
         text, width = text_tokens(batch), batch["input_ids"].shape[1]
-        seen = count_tokens(model.spec.layers[1])
-        model(**batch, routing=keep)
+        with count_tokens(model.spec.layers[1]) as seen:
+            model(**batch, routing=keep)
         ran = width * int(keep[1].sum())
         if group == "vision":
             left = text[~keep[1]].sum(1)
@@ -133,8 +147,8 @@ class TestContract:
             absent = text.sum(1) if group == "vision" else torch.zeros(len(LENGTHS)).long()
             assert layer.nbytes() == one * int(torch.where(row_keeps, width, absent).sum())
 
-    def test_beam_search_and_samples(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
+    def test_beam_search_and_samples(self, case: tuple[Toy, RoutedModel]) -> None:
+        toy, model = case
         batch = toy.batch([4, 6])
         keep = some_keep(2)
         options = {"max_new_tokens": 4, "num_beams": 3, **GREEDY}
@@ -148,20 +162,24 @@ class TestContract:
         assert len(several) == 4
 
     @torch.no_grad()
-    def test_hooks_and_hidden_states_keep_their_length(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
+    def test_hooks_and_hidden_states_keep_their_length(self, case: tuple[Toy, RoutedModel]) -> None:
+        toy, model = case
         batch = toy.batch(LENGTHS)
         with model.dense():
             length = len(model.backbone(**batch, output_hidden_states=True).hidden_states)
         seen: list[int] = []
-        for i, layer in enumerate(model.spec.layers):
+        hooks = [
             layer.register_forward_hook(lambda module, args, out, i=i: seen.append(i))
+            for i, layer in enumerate(model.spec.layers)
+        ]
         out = model(**batch, routing=some_keep(len(LENGTHS)), output_hidden_states=True)
+        for hook in hooks:
+            hook.remove()
         assert len(out.hidden_states) == length
         assert seen == [*range(LAYERS)]
 
-    def test_copy_save_and_load(self, name: str, group: str, attention: str, tmp_path: Path) -> None:
-        toy, model = routed(name, group, attention)
+    def test_copy_save_and_load(self, case: tuple[Toy, RoutedModel], name: str, attention: str, tmp_path: Path) -> None:
+        toy, model = case
         batch = toy.batch(LENGTHS)
         with torch.no_grad():
             before = model(**batch).logits
@@ -174,8 +192,8 @@ class TestContract:
             loaded = RoutedModel.from_pretrained(tmp_path, families.make(name, attention).model)
             assert torch.equal(loaded(**batch).logits, before)
 
-    def test_gradient_reaches_routers_only(self, name: str, group: str, attention: str) -> None:
-        toy, model = routed(name, group, attention)
+    def test_gradient_reaches_routers_only(self, case: tuple[Toy, RoutedModel]) -> None:
+        toy, model = case
         model.train()
         model(**toy.batch(LENGTHS)).logits.float().logsumexp(-1).sum().backward()
         assert all(w.grad is not None and w.grad.isfinite().all() for w in model.routers.parameters())

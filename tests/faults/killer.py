@@ -2,7 +2,8 @@
 
 Every process tells its routers, and at its end whether it leaves the group of processes open.
 
-A program of its own, so that Lightning and torchrun can start it as they start ``adaskip``.
+A program of its own, so that Lightning and torchrun can start it as they start ``adaskip``. Imported, it arms the
+process that imports it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from adaskip.cli import main
 from adaskip.training.module import RouterTuner
 
-MOMENT, STEP, VICTIM = os.environ.get("MOMENT"), int(os.environ.get("STEP", 0)), int(os.environ.get("VICTIM", 0))
 train_one, write, validate = RouterTuner.training_step, Path.write_bytes, lightning.Trainer.validate
 
 
@@ -31,17 +31,21 @@ def die() -> None:
 
 
 def dies(moment: str) -> bool:
-    return moment == MOMENT and rank_zero_only.rank == VICTIM
+    return moment == os.environ.get("MOMENT") and rank_zero_only.rank == int(os.environ.get("VICTIM", 0))
+
+
+def fatal_step() -> int:
+    return int(os.environ.get("STEP", 0))
 
 
 def training_step(self: RouterTuner, batch: Any, batch_idx: int) -> torch.Tensor:
-    if dies("in step") and self.global_step == STEP:
+    if dies("in step") and self.global_step == fatal_step():
         die()
     return train_one(self, batch, batch_idx)
 
 
 def half_a_file(self: Path, content: bytes) -> int:
-    if dies("in checkpoint") and self.name.startswith(f"{STEP:08d}.ckpt"):
+    if dies("in checkpoint") and self.name.startswith(f"{fatal_step():08d}.ckpt"):
         write(self, content[: len(content) // 2])
         die()
     return write(self, content)

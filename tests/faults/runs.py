@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 STEPS, EVERY = 16, 4  # a checkpoint every four steps
 SHORT = [
@@ -18,7 +21,7 @@ SHORT = [
     "conditions.every=6",
     "conditions.examples=12",
     "data.examples.train=130",
-    "data.examples.validation=49",
+    "data.examples.validation=17",
     "data.examples.calibration=24",
     "data.examples.test=24",
     "objective.warmup=0.1",
@@ -28,6 +31,8 @@ SHORT = [
 ]
 
 KILLER = Path(__file__).with_name("killer.py")
+ARMS = "tests.faults.killer"
+"""Never imported in a test's own process."""
 
 
 def environment() -> dict[str, str]:
@@ -38,12 +43,29 @@ def environment() -> dict[str, str]:
 
 
 def kill(moment: str, step: int, arguments: list[str]) -> None:
-    """Run ``adaskip ARGUMENTS`` and kill it -9 from within: ``in step``, ``in checkpoint`` or ``after training``."""
-    done = subprocess.run(
-        [sys.executable, str(KILLER), *arguments],
-        env=environment() | {"MOMENT": moment, "STEP": str(step)}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == -9, done.stderr
+    """Run ``adaskip ARGUMENTS`` and kill it -9 from within: ``in step``, ``in checkpoint`` or ``after training``.
+
+    The process is forked from one that has imported everything, which would take as long as the run itself.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__, ARMS])
+    death = environment() | {"MOMENT": moment, "STEP": str(step)}
+    with tempfile.NamedTemporaryFile() as said:
+        process = forks.Process(target=_run_and_die, args=(arguments, death, said.name))
+        with mock.patch.dict(os.environ, environment(), clear=True):  # the first one starts the server
+            process.start()
+        process.join(240)
+        process.kill()
+        assert process.exitcode == -9, Path(said.name).read_text()
+
+
+def _run_and_die(arguments: list[str], death: dict[str, str], said: str) -> None:
+    os.environ.clear()
+    os.environ.update(death)
+    file = os.open(said, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    importlib.import_module(ARMS).main(arguments)
 
 
 def numbers(run: Path) -> dict[str, list[tuple[int, str]]]:

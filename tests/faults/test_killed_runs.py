@@ -42,10 +42,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     ("moment", "step", "goes_on_from", "kept"),
     [
-        ("in step", 2, 0, []),
+        pytest.param("in step", 2, 0, [], marks=pytest.mark.slow),  # the next, without a file of numbers
         ("in step", 3, 0, []),
         ("in step", 5, 4, [4]),
-        ("in step", 10, 8, [8, 4]),
+        ("in step", 14, 12, [12, 8]),  # step 12 ends with a checkpoint and with validation
         ("in checkpoint", 12, 8, [8, 4]),
         ("after training", 16, 16, [16, 12]),
     ],
@@ -72,7 +72,15 @@ def test_a_run_killed_in_mid_training_goes_on(
     assert (folder / "conditions.jsonl").read_text() == (whole / "conditions.jsonl").read_text()
 
 
-@pytest.mark.parametrize("settings", [["trainer.validate_every=4"], ["trainer.validate_every=50", "trainer.workers=2"]])
+# after every checkpoint is slow: "between two checkpoints" above goes on from one
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(["trainer.validate_every=4"], marks=pytest.mark.slow),
+        ["trainer.validate_every=50", "trainer.workers=2"],
+    ],
+    ids=["after every checkpoint", "never, with workers"],
+)
 def test_killed_twice_whenever_it_validates(tmp_path: Path, steps: list[int], settings: list[str]) -> None:
     """Would catch: a resume that trains a step too many or too few as validation falls on a checkpoint or not."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"

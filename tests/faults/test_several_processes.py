@@ -18,8 +18,9 @@ from adaskip.ranks import says_when_lost
 from adaskip.training.checkpoints import checkpoints
 from tests.faults.runs import KILLER, SHORT, STEPS, environment, numbers
 
-TWO = [*SHORT, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.batch_size=4"]
-JOINED = [*SHORT, "trainer.accelerator=cpu", "trainer.batch_size=4"]  # how many there are is torchrun's to say
+# records that neither processes nor batches divide; how many processes there are is torchrun's to say
+JOINED = [*SHORT, "trainer.accelerator=cpu", "trainer.batch_size=4", "data.examples.validation=49"]
+TWO = [*JOINED, "trainer.devices=2", "trainer.strategy=ddp"]
 COMMAND = [sys.executable, str(KILLER), "train"]
 LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
 TORCHRUN = [sys.executable, *LAUNCHER, str(KILLER), "train"]
@@ -86,7 +87,8 @@ def test_a_process_that_dies_is_said_by_the_other_and_the_run_goes_on(
     assert numbers(folder) == numbers(whole[0])
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
+# that of 1 is slow: torchrun kills it above, and the test below holds what Lightning does then
+@pytest.mark.parametrize("victim", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_either_process_of_the_command_line_may_die(tmp_path: Path, victim: str) -> None:
     """Would catch: a process left behind that waits for ever, or that ends without a word on what to do."""
     folder = tmp_path / "run"
