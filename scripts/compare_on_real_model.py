@@ -199,7 +199,9 @@ def judge(
     routed.detach()
     attach(backbone, model.policy)
     lines = {name: side.line(own["greedy static"]) for name, side in own.items()}
-    print(f"\nkeep {keep:g}, {len(test)} test prompts; static plan {static}; {count} parts; skipped pairs by {by_role}")
+    print(
+        f"\nkeep {keep:g}, {len(test)} test prompts; static plan {static}; {sum(len(s.parts) for s in found.steps[:count])} parts; skipped pairs by {by_role}"
+    )
     for name, row in lines.items():
         figures = f"keep {row['keep']:.3f}  KL {row['kl']:.3f}  agreement {row['agreement']:.3f}"
         gap = f"{row['less']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"

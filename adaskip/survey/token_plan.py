@@ -2,7 +2,8 @@
 
     dense pass            what tokens look like before layer `entry`     ->  classes, of prompt and of generated tokens
     part                  one class without one band of layers           ->  its exact cost, and the compute it saves
-    one part after another, always the one that costs least for what it saves beside those that are gone already
+    one part after another, always the one that costs least for what it saves beside those that are gone already;
+    several at once as long as they cost no more together than they did one by one
 
 A plan for all tokens must leave a layer out for those that need it as well. Classes tell them apart by what they look
 like, so that one plan serves every input, and what it leaves out still depends on the input. Costs are mean KLs from
@@ -31,21 +32,26 @@ from adaskip.stages import SILENT, Stages
 from adaskip.survey.record import Recorded, record
 
 _ROUNDING = 1e-9
+_TOGETHER = 1.25
+"""Parts go at once where they cost no more than so many times the sum of what they last cost one by one."""
+
+
+Part = tuple[int, tuple[int, ...]]
+"""One class, and the layers it leaves out."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Hold one part that goes, and what the plan costs and keeps with it and all before it gone."""
+    """Hold the parts that go at once, and what the plan costs and keeps with them and all before them gone."""
 
-    label: int  # the class
-    layers: tuple[int, ...]
+    parts: tuple[Part, ...]
     kl: float  # nats per predicted token, mean over inputs
     keep: float  # of the dense decoder's FLOPs, mean over inputs
 
 
 @dataclass(frozen=True)
 class TokenPlans:
-    """Hold nested plans, each the one before without one more part."""
+    """Hold nested plans, each the one before without a few more parts."""
 
     centres: Tensor  # float32 (c d), of length 1
     prompts: int  # so many of the classes, the first, are of prompt tokens
@@ -56,7 +62,8 @@ class TokenPlans:
         """Return the layers that each class leaves out after so many steps."""
         gone: list[list[int]] = [[] for _ in self.centres]
         for step in self.steps[:count]:
-            gone[step.label] += step.layers
+            for label, layers in step.parts:
+                gone[label] += layers
         return [sorted(layers) for layers in gone]
 
     def policy(self, count: int, target: Target) -> TokenPlan:
@@ -85,7 +92,8 @@ def find_token_plans(
 ) -> TokenPlans:
     """Find classes of tokens, and plans that keep ever less of the compute.
 
-    Costs a dense pass, and about a suffix of the inputs for every part and ``width`` for every step. Keeps the states
+    Costs a dense pass, a suffix of the inputs for every part, and one for every step or one more than ``width`` where
+    its parts go one by one. Keeps the states
     of all inputs and the logits that predict their answers in memory.
 
     Args:
@@ -96,7 +104,7 @@ def find_token_plans(
             generated tokens.
         entry: no earlier layer is left out; classes are told apart before this one.
         band: neighbouring layers that are left out together.
-        width: parts tried at each step, those that were cheapest for what they save when last tried.
+        width: parts that go, or are tried, at each step, those that were cheapest for what they save when last tried.
         seed: of the classes.
         file: where costs are kept, so that a search that was stopped goes on; None: in memory.
         stages: hears what is under way.
@@ -118,32 +126,39 @@ def find_token_plans(
     free = [layer for layer in range(entry, len(model.spec.layers)) if layer not in model.policy.held]
     bands = [tuple(free[start : start + band]) for start in range(0, len(free), band)]
     parts = [(label, layers) for label in range(len(centres)) for layers in bands]
-    ratio: dict[tuple[int, tuple[int, ...]], float] = {}
+    ratio: dict[Part, float] = {}  # nats for all of the FLOPs, as last measured
+    saved: dict[Part, float] = {}  # share of them
     with stages(f"pricing {len(parts)} parts on {inputs} inputs", len(parts)) as advance:
         for count, part in enumerate(parts, 1):
             kl, kept = prices([part])
             if kept < 1 - _ROUNDING:
-                ratio[part] = kl / (1 - kept)
+                ratio[part], saved[part] = kl / (1 - kept), 1 - kept
             advance(count)
 
-    gone: list[tuple[int, tuple[int, ...]]] = []
-    steps, cost, share = [], 0.0, 1.0
+    gone: list[Part] = []
+    steps, now = [], (0.0, 1.0)  # what the plan costs and keeps
     with stages(f"planning on {inputs} inputs, down to a keep of {keep:g}") as advance:
-        while share > keep + _ROUNDING:
+        while now[1] > keep + _ROUNDING:
             if not ratio:
                 raise ConfigError(
-                    f"find_token_plans: keep: expected at least {share:.3f}, what remains when every token leaves out "
+                    f"find_token_plans: keep: expected at least {now[1]:.3f}, what remains when every token leaves out "
                     f"every layer behind entry={entry} that is not held, got {keep:g}"
                 )
-            tried = {part: prices([*gone, part]) for part in sorted(ratio, key=ratio.__getitem__)[:width]}
-            for part, (kl, kept) in tried.items():
-                ratio[part] = (kl - cost) / max(share - kept, _ROUNDING)
-            part = min(tried, key=ratio.__getitem__)
-            cost, share = tried[part]
-            del ratio[part]
-            gone.append(part)
-            steps.append(Step(*part, cost, share))
-            advance(len(steps))
+            options = sorted(ratio, key=ratio.__getitem__)[:width]
+            after = prices([*gone, *options])
+            expected = now[0] + _TOGETHER * sum(ratio[part] * saved[part] for part in options)
+            if after[0] > expected or after[1] < keep:
+                tried = {part: prices([*gone, part]) for part in options}
+                for part, (kl, kept) in tried.items():
+                    ratio[part] = (kl - now[0]) / max(now[1] - kept, _ROUNDING)
+                options = [min(tried, key=ratio.__getitem__)]
+                after = tried[options[0]]
+            for part in options:
+                del ratio[part]
+            gone += options
+            now = after
+            steps.append(Step(tuple(options), *now))
+            advance(len(gone))
     return TokenPlans(centres, prompts, entry, tuple(steps))
 
 
@@ -197,7 +212,7 @@ class _Prices:
         if file is not None and file.is_file():
             self._read(file)
 
-    def __call__(self, parts: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[float, float]:
+    def __call__(self, parts: Sequence[Part]) -> tuple[float, float]:
         """Return the mean KL and the mean share kept with parts, (class, layers) each, gone."""
         keep = torch.ones(self.shape, dtype=torch.bool)
         for label, layers in parts:

@@ -101,7 +101,7 @@ def test_every_step_costs_and_keeps_what_it_says() -> None:
 
 def test_the_first_step_is_the_best_bargain() -> None:
     """By hand over all parts: nats for the share saved; catches a search by cost alone, or by share alone."""
-    model, batches, plans = searched()
+    model, batches, plans = searched(width=1)
     first, bargains = plans.steps[0], {}
     for label in range(len(plans.centres)):
         for layer in range(1, 4):
@@ -116,7 +116,17 @@ def test_the_first_step_is_the_best_bargain() -> None:
             saved = 1 - float(torch.cat(kept).mean())
             if saved > 0:
                 bargains[label, (layer,)] = float(torch.cat(kl).mean()) / saved
-    assert (first.label, first.layers) == min(bargains, key=bargains.get)
+    assert first.parts == (min(bargains, key=bargains.get),)
+
+
+def test_parts_go_at_once_only_where_together_they_cost_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches parts that are each cheap alone and dear together, and a last step that overshoots the budget."""
+    *_, quick = searched()
+    assert max(len(step.parts) for step in quick.steps) == 3
+    monkeypatch.setattr(token_plan, "_TOGETHER", -1.0)
+    *_, careful = searched()
+    assert {len(step.parts) for step in careful.steps if step.kl > 0} == {1}
+    assert careful.steps[-1].keep <= 0.6 < careful.steps[-2].keep
 
 
 def test_held_layers_and_those_before_the_entry_stay() -> None:
@@ -140,7 +150,7 @@ def test_a_stopped_search_goes_on_from_its_file(tmp_path: Path, monkeypatch: pyt
     assert again.steps == whole.steps
     *_, further = searched(file, keep=0.5)
     assert measured
-    assert further.steps[: len(whole.steps)] == whole.steps
+    assert further.steps[:2] == whole.steps[:2]
     with pytest.raises(CheckpointError, match=r"expected plans of 7 classes and 4 layers, got \(6, 4\)"):
         searched(file, classes=(3, 2))
     file.write_bytes(b"half")
