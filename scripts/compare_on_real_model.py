@@ -183,25 +183,29 @@ def compare(run: Run, keeps: Sequence[float], examples: int) -> list[dict[str, A
         model, train.batches, keep=min(keeps), width=section.width, seed=recipe.seed,
         file=run.folder / TOKEN_PRICES, stages=LineStages(), **settings,
     )  # fmt: skip
-    return [judge(model, found, test, keep, static[keep], sides) for keep in keeps]
+    target, backbone = Target(scope="token", kv=model.target.kv), model.detach()
+    return [judge(attach(backbone, SkipPlan()), found, target, test, keep, static[keep], sides) for keep in keeps]
 
 
 def judge(
-    model: RoutedModel, found: TokenPlans, test: Prompts, keep: float, static: Plan, sides: dict[str, Side]
+    model: RoutedModel,
+    found: TokenPlans,
+    target: Target,
+    test: Prompts,
+    keep: float,
+    static: Plan,
+    sides: dict[str, Side],
 ) -> dict[str, Any]:
-    """Return the lines of one keep rate; the model gets its backbone back."""
+    """Return the lines of one keep rate; the model's backbone is free again afterwards."""
     count = next(n for n, step in enumerate(found.steps, 1) if step.keep <= keep + 1e-9)
-    backbone, target = model.backbone, Target(scope="token", kv=model.target.kv)
-    routed = attach(model.detach(), found.policy(count, target))
-    found.load(routed.policy)  # type: ignore[arg-type]
-    own = follow(routed, test) | {k.rsplit(" ", 1)[0]: side for k, side in sides.items() if k.endswith(f" {keep:g}")}
-    by_role = roles(routed, test.batches, shared_prefix(test.batches))
-    routed.detach()
-    attach(backbone, model.policy)
+    model = attach(model.detach(), found.policy(count, target))
+    found.load(model.policy)  # type: ignore[arg-type]
+    own = follow(model, test) | {k.rsplit(" ", 1)[0]: side for k, side in sides.items() if k.endswith(f" {keep:g}")}
+    by_role = roles(model, test.batches, shared_prefix(test.batches))
+    model.detach()
     lines = {name: side.line(own["greedy static"]) for name, side in own.items()}
-    print(
-        f"\nkeep {keep:g}, {len(test)} test prompts; static plan {static}; {sum(len(s.parts) for s in found.steps[:count])} parts; skipped pairs by {by_role}"
-    )
+    gone = sum(len(step.parts) for step in found.steps[:count])
+    print(f"\nkeep {keep:g}, {len(test)} test prompts; static plan {static}; {gone} parts; skipped pairs by {by_role}")
     for name, row in lines.items():
         figures = f"keep {row['keep']:.3f}  KL {row['kl']:.3f}  agreement {row['agreement']:.3f}"
         gap = f"{row['less']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
