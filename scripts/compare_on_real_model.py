@@ -131,6 +131,7 @@ def greedy_plans(model: RoutedModel, train: Prompts, keeps: Sequence[float], fil
     return {keep: next(path for path, _ in nested if kept(path) <= keep + 1e-9) for keep in keeps}
 
 
+@torch.no_grad()
 def roles(model: RoutedModel, batches: Sequence[Batch], shared: int) -> dict[str, float]:
     """Return what share of all skipped (token, layer) pairs belongs to which tokens.
 
