@@ -92,7 +92,7 @@ TINY = Scale(
     llama=Size(4, 64, 2, 1, 96, 96),
     qwen=Size(4, 64, 2, 1, 96, 96),
     **{"short": 6, "long": 12, "image": 6, "after": 5, "rows": 2, "new": 2},
-    **{"trained": (2, 8), "steps": 4, "priced": 12, "tests": ("tests/contracts/test_gpu.py", "-k", "two_threads")},
+    **{"trained": (2, 8), "steps": 4, "priced": 16, "tests": ("tests/contracts/test_gpu.py", "-k", "two_threads")},
 )
 
 

@@ -117,11 +117,12 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
         ("backbone.path=''", "backbone.path: expected at least 1 character, got ''"),
         (
             "trainer.steps=0",
-            "trainer.steps: expected an integer >= 1 (methods from-bounds and path-bank do without), got 0",
+            "trainer.steps: expected an integer >= 1 (methods from-bounds, path-bank and token-plan do without), got 0",
         ),
         (
             "method=from-bound",
-            "method: expected end-to-end | from-bounds | path-bank, got 'from-bound'; did you mean 'from-bounds'?",
+            "method: expected end-to-end | from-bounds | path-bank | token-plan, got 'from-bound'; "
+            "did you mean 'from-bounds'?",
         ),
         ("fit.rounds=0", "fit.rounds: expected an integer >= 1, got 0"),
         ("fit.round=2", "fit.round: no such key, got 2; did you mean 'rounds'?"),
