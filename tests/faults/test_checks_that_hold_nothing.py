@@ -109,8 +109,14 @@ def _poison(path: Path, value: float | None) -> None:
 
 
 def _shorten(path: Path) -> None:
+    """Write the prices that a model of one layer less would have, each of the shape that is right for it."""
     stored = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v[:-1] if isinstance(v, list) else v for k, v in stored.items()}))
+    stored |= {name: stored[name][:-1] for name in ("shift", "peak", "mass")}
+    stored["correlation"] = [row[:-1] for row in stored["correlation"][:-1]]
+    functional = stored["functional"]
+    functional |= {name: functional[name][:-1] for name in ("bias", "highest", "factor")}
+    functional["weight"] = [row[:-1] for row in functional["weight"]]
+    path.write_text(json.dumps(stored))
 
 
 def test_a_damaged_test_split_is_not_replaced_silently(run: Path, tmp_path: Path) -> None:
