@@ -65,7 +65,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [
         *("trainer.steps=1", "trainer.batch_size=8", "trainer.checkpoint_every=1", "trainer.validate_every=1"),
         *("static.width=0", "conditions.hold_above=null"),  # the routers of one step beat no plan
-        *("trainer.progress=false", "conditions.every=0", "conditions.examples=6", "tracking.wandb=disabled"),
+        *("trainer.progress=false", "conditions.every=0", "conditions.examples=8", "tracking.wandb=disabled"),
         *("backbone.dtype=float32", f"backbone.path={root / 'llama'}", f"data.source={data}", f"output={root / 'run'}"),
     ]
     train(load("causal-lm", settings))

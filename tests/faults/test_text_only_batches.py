@@ -52,7 +52,7 @@ def test_a_training_step(scope: Any) -> None:
     toy = make("llava")
     model = attach(toy.model, RouterConfig(group="vision", scope=scope))
     prices = Prices(*[torch.ones(len(model.routers), dtype=torch.float64)] * 3, alpha=0.1)  # type: ignore[arg-type]
-    tuner = RouterTuner(model, Objective(keep=0.5), prices, steps=2)
+    tuner = RouterTuner(model, Objective(keep=0.5, price="calibrated"), prices, steps=2)
     text = torch.randint(16, 80, (2, 6), generator=torch.Generator().manual_seed(0))
     labels = text.clone()
     labels[:, :4] = -100
