@@ -186,6 +186,7 @@ def conditions(looks: Sequence[dict[str, Any]], recipe: dict[str, Any], picture:
         source,
         "### The router's skips together",
         *_joint(look.get("joint"), _dig(recipe, "objective", "alpha"), source),
+        *_gauge(look.get("gauge"), source),
         "### Which notion predicts the exact cost",
         *_ranks(look.get("rank_correlation"), len({row["layer"] for row in look["findings"]}), source),
     ]
@@ -287,6 +288,21 @@ def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
     else:
         verdict = "Nothing speaks against the coverage asked for (p ≥ 0.05)."
     return [text, _table(["", "value"], rows), verdict, source]
+
+
+def _gauge(gauge: dict[str, Any] | None, source: str) -> list[str]:
+    """Write how well the routed pass alone tells what routing costs; nothing where the model has no gauge."""
+    if not gauge:
+        return []
+    rows = [
+        ["Spearman's ρ of the reading with the exact joint KL", number(gauge.get("spearman"))],
+        ["coverage: inputs with KL ≤ reading", share(gauge.get("coverage"))],
+        ["p-value of that coverage (beta-binomial)", number(gauge.get("coverage_p"))],
+        ["slack reading / KL: median and 90 % quantile", " and ".join(number(gauge.get(key), 3) for key in _SLACK)],
+        ["n", str(gauge.get("n"))],
+    ]
+    text = "The gauge reads off a routed pass alone, from how sure its predictions are, what its skips cost at most."
+    return ["### What a routed pass tells of its own cost", text, _table(["", "value"], rows), source]
 
 
 def _ranks(ranks: dict[str, Any] | None, layers: int, source: str) -> list[str]:

@@ -26,6 +26,7 @@ from adaskip.runtime.options import Mode, Observer
 from adaskip.runtime.patch import MARK, Patches, unwrap
 from adaskip.runtime.persist import read_saved, restore, save
 from adaskip.runtime.trial import try_tokens
+from adaskip.theory.gauge import Gauge
 
 if TYPE_CHECKING:
     from adaskip.generate.paths import Answers
@@ -43,7 +44,8 @@ class RoutedModel(Handle):
     task that enters them, `routing` is of the thread that reads it; all share weights, ``train()`` and `set_threshold`.
     ``policy`` is what was attached, and ``target`` what its decisions speak of.
     ``facts`` are figures measured with it; the model card shows them.
-    ``certificate`` is what `adaskip calibrate` proved about the threshold, or None.
+    ``certificate`` is what `adaskip calibrate` proved about the threshold, or None. ``gauge`` reads off a routed pass
+    what its skips cost, or is None.
     """
 
     def __init__(self, spec: BackboneSpec, policy: Policy):
@@ -52,6 +54,7 @@ class RoutedModel(Handle):
         self.runtime = Runtime(spec, policy)
         self.facts: dict[str, Any] = {}
         self.certificate: dict[str, Any] | None = None
+        self.gauge: Gauge | None = None
         self.patches = Patches(spec.model)
         self.patches.install(self.runtime)
 
@@ -254,7 +257,7 @@ class RoutedModel(Handle):
         return "soft" if self.training and torch.is_grad_enabled() else "skip"
 
     def set_threshold(self, threshold: float) -> None:
-        """Run a layer where its router's logit exceeds ``threshold``; saved with the policy, voids a certificate.
+        """Run a layer where its router's logit exceeds ``threshold``; saved with it, voids certificate and gauge.
 
         Raises:
             ConfigError: no finite number.
@@ -263,10 +266,10 @@ class RoutedModel(Handle):
             self.policy.threshold = read_number(threshold)
         except ValueError as error:
             raise ConfigError(f"threshold: {error}") from None
-        self.certificate = None
+        self.certificate = self.gauge = None
 
     def hold(self, layers: Iterable[int]) -> None:
-        """Run exactly these layers whatever the policy says; saved with it, voids a certificate.
+        """Run exactly these layers whatever the policy says; saved with it, voids certificate and gauge.
 
         Raises:
             ConfigError: a layer the model does not have.
@@ -277,7 +280,7 @@ class RoutedModel(Handle):
             raise ConfigError(f"held: {error}") from None
         _check_held(held, len(self.spec.layers))
         self.policy.held = held
-        self.certificate = None
+        self.certificate = self.gauge = None
 
     # -- life --------------------------------------------------------------------------------------------------------
 

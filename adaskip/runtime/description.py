@@ -10,6 +10,7 @@ from typing import Any
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import read_layers, read_number
 from adaskip.policy import Policy, find
+from adaskip.theory.gauge import Gauge
 
 CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"
 FORMAT = 3
@@ -142,7 +143,12 @@ def _faults(meta: Any) -> list[str]:
         read_policy(meta)
     except (ConfigError, ValueError) as error:
         faults.append(f"{name}: {error}")
-    for name in ("facts", "certificate"):
+    for name in ("facts", "certificate", "gauge"):
         if not isinstance(meta.get(name), dict | None):
             faults.append(f"{name}: expected an object, got {meta[name]!r}")
+    try:
+        if isinstance(gauge := meta.get("gauge"), dict):
+            Gauge.from_dict(gauge)
+    except ValueError as error:
+        faults.append(f"gauge: {error}")
     return faults

@@ -22,6 +22,7 @@ from adaskip.runtime.card import write_card
 from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_policy, read_config, read_policy, sign
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check_digest, check_fingerprint, fingerprint
 from adaskip.sources import model_name
+from adaskip.theory.gauge import Gauge
 from adaskip.version import __version__
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
         "trained": sign(policy),
         "facts": _plain("facts", model.facts),
         "certificate": _plain("certificate", model.certificate),
+        "gauge": None if model.gauge is None else model.gauge.to_dict(),
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in model.policy.state_dict().items()}
     count = sum(value.numel() for value in weights.values())
@@ -143,6 +145,7 @@ def restore(saved: Saved, model: RoutedModel, strict: bool) -> None:
     """Give an attached model's policy the weights that were saved, once the backbone is known to be the right one."""
     _check(saved.meta, saved.samples, model, strict)
     model.facts, model.certificate = saved.meta.get("facts") or {}, saved.meta.get("certificate")
+    model.gauge = None if (gauge := saved.meta.get("gauge")) is None else Gauge.from_dict(gauge)
     _check_shapes(saved.folder / WEIGHTS, saved.weights, model.policy.state_dict())
     model.policy.load_state_dict(saved.weights)
 

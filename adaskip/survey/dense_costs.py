@@ -22,14 +22,10 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.firstorder import DRAWS, first_order
 from adaskip.survey.record import Recorded
 from adaskip.theory.bounds import redundancy_bound
-from adaskip.theory.costs import per_input, predicted
+from adaskip.theory.costs import predicted
 from adaskip.theory.measures import relative_change
 from adaskip.theory.prices import Kind, Prices
-
-_AT_ONCE = 64
-"""Predicted tokens whose probabilities are taken at once, so that no second copy of all logits is made."""
-_SMALL = 1e-12
-_SURENESS = 6
+from adaskip.theory.sureness import SURENESS, describe_sureness
 
 
 @dataclass(frozen=True)
@@ -65,28 +61,7 @@ def describe_dense(entered: Tensor, batch: Batch, valid: Tensor, logits: Tensor)
 
 def feature_groups(features: Tensor) -> tuple[int, int]:
     """Return how many features tell of the prompt, and how many of the prediction."""
-    return features.shape[1] - _SURENESS, _SURENESS
-
-
-def describe_sureness(logits: Tensor, supervised: Tensor) -> Tensor:
-    """Return float64 (b 6): mean and largest of log entropy, of log(1 - p_top) and of the lead of the top label.
-
-    The lead is Z_top - Z_second; of it the mean and minus the smallest.
-
-    Args:
-        logits: (k v) of the dense model at the predicted tokens, row by row.
-        supervised: bool (b t-1).
-    """
-    columns = []
-    for part in logits.split(_AT_ONCE):
-        log_p = part.double().log_softmax(-1)
-        top = log_p.topk(2, -1).values if log_p.shape[-1] > 1 else log_p.expand(-1, 2)
-        entropy = torch.special.entr(log_p.exp()).sum(-1)
-        columns.append(torch.stack([entropy, -torch.expm1(top[:, 0]), top[:, 0] - top[:, 1].clamp_min(-1e4)], 1))
-    entropy, rest, lead = torch.cat(columns).unbind(1)
-    found = [per_input(values, supervised, kind) for values in (entropy, rest) for kind in ("mean", "max")]
-    found = [values.clamp_min(_SMALL).log() for values in found]
-    return torch.stack([*found, per_input(lead, supervised, "mean"), per_input(-lead, supervised, "max")], 1)
+    return features.shape[1] - SURENESS, SURENESS
 
 
 def describe_recorded(recorded: Recorded) -> Tensor:

@@ -37,6 +37,17 @@ def smallest_sample(alpha: float) -> int:
     return math.ceil(1 / Fraction(str(float(alpha)))) - 1
 
 
+def spread_over(count: int, n: int) -> Tensor:
+    """Mark ``count`` of ``n`` inputs, bool (n), spread evenly over their order, which may mean something.
+
+    >>> spread_over(2, 5).tolist()
+    [True, False, True, False, False]
+    """
+    marked = torch.zeros(n, dtype=torch.bool)
+    marked[torch.arange(count) * n // count] = True
+    return marked
+
+
 def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
     """Return the ceil((n+1)(1-alpha))-th smallest score, inf beyond n: calibrated, P(new score <= it) >= 1 - alpha.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError
-from adaskip.theory.conformal import conformal_quantile, safe_ratio, smallest_sample
+from adaskip.theory.conformal import conformal_quantile, safe_ratio, smallest_sample, spread_over
 from adaskip.theory.regression import Predictor, fit_predictor
 from adaskip.theory.tables import LayerMeasures
 
@@ -156,8 +156,7 @@ def calibrate_functional(features: Tensor, costs: Tensor, alpha: float, groups: 
             "give the calibration split more, raise conditions.examples, or take another objective.price"
         )
     count = max(smallest_sample(alpha), len(costs) // _SCORED_EVERY)
-    scored = torch.zeros(len(costs), dtype=torch.bool)
-    scored[torch.arange(count) * len(costs) // count] = True  # spread over the inputs, whose order may mean something
+    scored = spread_over(count, len(costs))
     own = costs[~scored].double()
     fitted, _ = fit_predictor(features[~scored], own, _FLOOR, groups)
     bias = torch.where(fitted.bias.isinf(), math.log(_FLOOR), fitted.bias)  # of a layer that cost none of them anything

@@ -21,6 +21,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.dense_costs import SkipCosts, price_inputs
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
+from adaskip.theory.gauge import judge_gauge
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.alarms import Alarm, describe, find_alarms
@@ -267,6 +268,8 @@ class ConditionCheck(lightning.Callback):
         )
         held, logits = model.policy.held, costs.get("logits")
         look = Look(step, model.target.group, self.tolerance, self.findings, joint, skips, held)
+        if model.gauge is not None:
+            look = replace(look, gauge=judge_gauge(model.gauge, costs["sureness"].T, costs["kl"]))
         if logits is None:  # a plan, or another policy that decides without any
             return look
         exact, threshold = measured.kl.double().mean(0), model.policy.threshold

@@ -93,27 +93,24 @@ def sentence(bank: Bank) -> str:
 
 
 @torch.no_grad()
-def finish_bank(
-    ending: Ending, model: RoutedModel, validation: list[Batch], calibration: list[Batch], plan: Plan | None
-) -> TrainResult:
+def finish_bank(ending: Ending, model: RoutedModel, validation: list[Batch], plan: Plan | None) -> TrainResult:
     """Hold the budget, certify, check, compare with a static ``plan``, and leave a complete run folder.
 
     Args:
-        ending: of the run.
+        ending: of the run; its calibration data fits the certificate's factor and the gauge, and nothing else.
         model: with the bank.
         validation: sets the price that holds the budget, and judges.
-        calibration: fits the certificate's factor, and nothing else.
         plan: the static one; None: none was sought, or none keeps so little.
     """
     policy, keep, stages = model.policy, ending.recipe.objective.keep, ending.stages
     assert isinstance(policy, PathBank)
-    batches, judges = ([batch.to(model.spec.device) for batch in part] for part in (validation, calibration))
+    batches, judges = ([batch.to(model.spec.device) for batch in part] for part in (validation, ending.calibration))
     with stages(f"finding the price for objective.keep={keep:g}"):
         predicted = torch.cat([policy.predict(describe(model, batch, policy.entry)) for batch in batches])
         policy.price = lowest_price(predicted.double(), policy.share.double(), keep)
     with stages("validating, and checking the conditions"):
         judgement = judge(model, batches)
-        look = ending.conditions.inspect(model, ending.prices, 0)
+        look = ending.look(model)
     with stages(f"certifying costs on {count(judges)} calibration inputs"):
         certificate = certify(model, judges, batches, ending.recipe.objective.alpha)
     budget = Budget(keep, judgement.figures["keep"], 0.0, float(policy.share.min()))

@@ -16,6 +16,7 @@ from adaskip.runfiles import CONDITIONS, KEEP_RATES, LEARNED, ROUTER, SUMMARY, a
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import Stages
 from adaskip.survey.certificate import Certificate
+from adaskip.survey.gauging import gauge_routing
 from adaskip.survey.greedy import Path as Plan
 from adaskip.survey.static import Contest, compare
 from adaskip.theory.prices import Prices
@@ -69,6 +70,7 @@ class TrainResult:
             "conditions": {
                 "layers": look["layers"],
                 "joint": look["joint"],
+                "gauge": look["gauge"],
                 "violations": sorted(self.look.violations),
                 "held": look["held"],
                 "alarms": list(self.alarms),
@@ -82,6 +84,7 @@ def finish(
     tuner: RouterTuner,
     conditions: ConditionCheck,
     validation: DataLoader[Any],
+    calibration: list[Batch],
     laps: Laps,
     stages: Stages,
     plan: Plan | None = None,
@@ -96,13 +99,12 @@ def finish(
     with stages("validating, and checking the conditions"):
         logged = trainer.validate(tuner, validation, verbose=False)[0]
         assert tuner.prices is not None
-        look = conditions.inspect(model, tuner.prices, trainer.global_step)
+        ending = Ending(recipe, trainer, tuner.prices, conditions, calibration, laps, stages)
+        look = ending.look(model)
     laps.lap("check")
     figures = {name: logged[f"val/{name}"] for name in ("accuracy", "kl", "keep")}
     rates = {kind: row.tolist() for kind, row in tuner.keep_by_kind.compute().items()}
-    return Ending(recipe, trainer, tuner.prices, conditions, laps, stages).end(
-        model, batches, budget, figures, look, rates, plan
-    )
+    return ending.end(model, batches, budget, figures, look, rates, plan)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,15 @@ class Ending:
     trainer: lightning.Trainer
     prices: Prices
     conditions: ConditionCheck
+    calibration: list[Batch]  # that neither routers nor threshold were fitted on
     laps: Laps
     stages: Stages
+
+    def look(self, model: RoutedModel) -> Look:
+        """Calibrate the gauge of a model's decisions, and look at their conditions."""
+        inputs = [batch.to(model.spec.device) for batch in self.calibration]
+        model.gauge = gauge_routing(model, inputs, self.recipe.objective.alpha)
+        return self.conditions.inspect(model, self.prices, self.trainer.global_step)
 
     def end(
         self,
@@ -170,7 +179,7 @@ class Ending:
         if self.trainer.is_global_zero:
             model.save_pretrained(Path(self.recipe.output) / LEARNED)
         model = attach_plan(model, contest.skip)
-        look = self.conditions.inspect(model, self.prices, self.trainer.global_step)
+        look = self.look(model)
         share = [0.0 if layer in contest.skip else 1.0 for layer in range(len(model.spec.layers))]
         return model, look, dict.fromkeys(rates, share)
 

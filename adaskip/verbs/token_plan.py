@@ -86,6 +86,6 @@ def finish_tokens(
         count, backbone = count + 1, model.detach()
     stages.note(f"objective.keep={keep:g}: mean keep rate {budget.keep:.3f} after {count} steps")
     with stages("checking the conditions"):
-        look = ending.conditions.inspect(model, ending.prices, 0)
+        look = ending.look(model)
     ending.laps.lap("check")
     return ending.end(model, batches, budget, judgement.figures, look, judgement.rates, static)

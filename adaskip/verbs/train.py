@@ -160,24 +160,27 @@ class _Training:
                 f"{self.folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
                 f"go on with: adaskip train {self.folder / RECIPE} --resume"
             )
-        return finish(recipe, trainer, tuner, conditions, validation, self.laps, self.stages, start.plan)
+        calibration = self._batches("calibration", fitted(recipe))
+        return finish(recipe, trainer, tuner, conditions, validation, calibration, self.laps, self.stages, start.plan)
 
     def _find_bank(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
         trainer = make_trainer(self.recipe, self.folder, 0, [])
         self.laps.lap("price")
         model = bank_model(self.recipe, self.folder, self.model, self.splits["train"], self.collate, self.stages)
         self.laps.lap("bank")
-        ending = Ending(self.recipe, trainer, prices, conditions, self.laps, self.stages)
-        calibration = self._batches("calibration", fitted(self.recipe))
-        return finish_bank(ending, model, self._batches("validation", None), calibration, plan)
+        return finish_bank(self._ending(trainer, prices, conditions), model, self._batches("validation", None), plan)
 
     def _plan_tokens(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
         trainer = make_trainer(self.recipe, self.folder, 0, [])
         self.laps.lap("price")
         plans = plan_tokens(self.recipe, self.folder, self.model, self.splits["train"], self.collate, self.stages)
         self.laps.lap("plan")
-        ending = Ending(self.recipe, trainer, prices, conditions, self.laps, self.stages)
+        ending = self._ending(trainer, prices, conditions)
         return finish_tokens(ending, self.model, plans, self._batches("validation", None), plan)
+
+    def _ending(self, trainer: lightning.Trainer, prices: Prices, conditions: ConditionCheck) -> Ending:
+        calibration = self._batches("calibration", fitted(self.recipe))
+        return Ending(self.recipe, trainer, prices, conditions, calibration, self.laps, self.stages)
 
     def _batches(self, split: str, limit: int | None) -> list[Batch]:
         return [*loader(self.splits[split][:limit], self.collate, self.recipe.trainer.batch_size)]

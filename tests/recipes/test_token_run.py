@@ -13,6 +13,7 @@ from adaskip.errors import ConfigError
 from adaskip.recipe import Recipe, load
 from adaskip.runfiles import TOKEN_PRICES
 from adaskip.survey import token_plan
+from adaskip.verbs.amounts import fitted
 from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.check import check
 from adaskip.verbs.evaluate import evaluate
@@ -69,6 +70,19 @@ def test_a_plan_holds_its_budget_and_the_layers_that_are_dear(run: Path) -> None
     assert model.policy.centres.norm(dim=1).allclose(torch.ones(5))
     assert any(model.policy.skips)
     assert not {layer for skip in model.policy.skips for layer in skip} & {*summary["conditions"]["held"]}
+
+
+def test_its_gauge_is_calibrated_apart_and_judged_on_validation(run: Path) -> None:
+    """Catches a gauge that is judged on the inputs it was fitted on, and one that is not exported.
+
+    Stands before the test that calibrates the run, which voids its gauge."""
+    summary = json.loads((run / "summary.json").read_text())
+    model = adaskip.RoutedModel.from_pretrained(run / "router", backbone())
+    assert model.gauge is not None
+    assert model.gauge.scored == fitted(recipe(run)) // 2
+    assert summary["conditions"]["gauge"]["n"] == summary["conditions"]["joint"]["n"]
+    assert check(run).to_dict()["summary"]["gauge"]["n"] > 0
+    assert "What a routed pass tells of its own cost" in (run / "report.md").read_text()
 
 
 def test_every_verb_takes_the_run(run: Path, tmp_path: Path) -> None:

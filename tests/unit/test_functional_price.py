@@ -14,13 +14,14 @@ from adaskip.batch import Batch
 from adaskip.errors import DataError
 from adaskip.plan import SkipPlan
 from adaskip.survey.calibration import price_layers
-from adaskip.survey.dense_costs import describe_sureness, price_dense, price_inputs
+from adaskip.survey.dense_costs import price_dense, price_inputs
 from adaskip.survey.firstorder import first_order_of
 from adaskip.survey.record import record
 from adaskip.theory.conditions import judge_joint
 from adaskip.theory.conformal import beta_binomial_pvalue
 from adaskip.theory.measures import spearman
 from adaskip.theory.prices import Functional, Prices, calibrate_functional, fewest_inputs
+from adaskip.theory.sureness import describe_sureness
 from adaskip.training.pricing import from_state, same, to_state
 from adaskip.verbs.prices import read_prices, write_prices
 from tests import toys
