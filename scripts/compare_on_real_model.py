@@ -3,12 +3,14 @@
     adaskip train smollm2
     python scripts/compare_on_real_model.py runs/smollm2 --keep 0.9 0.8 0.7
 
-Takes a finished run of method token-plan, and goes on with its search as far as the lowest keep rate asks; greedy
+Takes finished runs of method token-plan, and goes on with their search as far as the lowest keep rate asks; greedy
 static plans of the same keep rates are found by exact costs on the same training prompts. On prompts of the test split,
 which nothing was fitted on, it then really executes, for every keep rate: the plan by token class, the greedy static
 plan, the static plan of as many layers by block influence (those that turn the states least, mean cosine), and a random
 one. Differences are paired over prompts, with 95 % bootstrap intervals. Costs once measured stay in the run's folder.
-Writes a table, a JSON file, and a picture of KL against keep.
+Tells apart the tokens that all prompts begin with, such as a system prompt's, the prompt's own, and the answer's: their
+keep rates, and their shares of what is skipped. Writes a table, a JSON file, and a picture of the mean KL of all runs
+against keep.
 """
 
 from __future__ import annotations
@@ -132,12 +134,12 @@ def greedy_plans(model: RoutedModel, train: Prompts, keeps: Sequence[float], fil
 
 
 @torch.no_grad()
-def roles(model: RoutedModel, batches: Sequence[Batch], shared: int) -> dict[str, float]:
-    """Return what share of all skipped (token, layer) pairs belongs to which tokens.
+def roles(model: RoutedModel, batches: Sequence[Batch], shared: int) -> dict[str, dict[str, float]]:
+    """Return, by the sort of token, its keep rate and its share of all skipped (token, layer) pairs.
 
     They are the ``shared`` first of every prompt, which are the same in all, the prompt's own, and the answer's.
     """
-    counts = dict.fromkeys(("shared", "own", "answer"), 0)
+    counts = {name: torch.zeros(2) for name in ("shared", "own", "answer")}  # pairs, and those skipped
     for batch in batches:
         model(**batch.arguments())
         routing = model.routing
@@ -146,8 +148,13 @@ def roles(model: RoutedModel, batches: Sequence[Batch], shared: int) -> dict[str
         first = prompt & (prompt.cumsum(1) <= shared)
         masks = {"shared": first, "own": prompt & ~first, "answer": routing.tokens & ~prompt}
         for name, mask in masks.items():
-            counts[name] += int(skipped[mask].sum())
-    return {name: count / max(1, sum(counts.values())) for name, count in counts.items()}
+            counts[name] += torch.tensor([int(mask.sum()) * len(routing.keep), int(skipped[mask].sum())])
+    gone = max(1.0, sum(float(count[1]) for count in counts.values()))
+    parts = {"own and answer": counts["own"] + counts["answer"]} | counts
+    return {
+        name: {"keep": 1 - float(count[1] / count[0].clamp_min(1)), "of_skipped": float(count[1]) / gone}
+        for name, count in parts.items()
+    }
 
 
 def shared_prefix(batches: Sequence[Batch]) -> int:
@@ -206,22 +213,27 @@ def judge(
     model.detach()
     lines = {name: side.line(own["greedy static"]) for name, side in own.items()}
     gone = sum(len(step.parts) for step in found.steps[:count])
-    print(f"\nkeep {keep:g}, {len(test)} test prompts; static plan {static}; {gone} parts; skipped pairs by {by_role}")
+    print(f"\nkeep {keep:g}, {len(test)} test prompts; static plan {static}; {gone} parts")
+    for name, row in by_role.items():
+        print(f"  tokens {name}: keep {row['keep']:.3f}, {row['of_skipped']:.0%} of what is skipped")
     for name, row in lines.items():
         figures = f"keep {row['keep']:.3f}  KL {row['kl']:.3f}  agreement {row['agreement']:.3f}"
         gap = f"{row['less']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
         print(f"  {name:16} {figures}  ratio {row['ratio']:.2f}  less {gap}")
     return {"keep": keep, "examples": len(test), "static": static, "skips": found.skips(count), "lines": lines,
-            "skipped_by": by_role}  # fmt: skip
+            "tokens": by_role}  # fmt: skip
 
 
-def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw KL against keep, one curve a policy."""
+def plot(runs: Sequence[Sequence[dict[str, Any]]], file: Path) -> None:
+    """Draw the runs' mean KL against keep, one curve a policy, and the single runs as small dots."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(results[0]["lines"]):
-        points = sorted((r["lines"][name]["keep"], r["lines"][name]["kl"]) for r in results)
-        axes.plot(*zip(*points, strict=True), "os^D"[place % 4] + "-", label=name)
+    for place, name in enumerate(runs[0][0]["lines"]):
+        points = torch.tensor([[[r["lines"][name][axis] for axis in ("keep", "kl")] for r in run] for run in runs])
+        keep, kl = points.mean(0).T
+        colour, marker = f"C{place}", "os^D"[place % 4]
+        axes.plot(keep, kl, f"{marker}-", color=colour, label=name)
+        axes.plot(*points.flatten(0, 1).T, ".", color=colour, markersize=4)
     axes.set_xlabel("keep: executed over dense decoder FLOPs")
     axes.set_ylabel("KL to the dense model (nats a token)")
     axes.set_ylim(0)
@@ -231,16 +243,16 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.9, 0.8, 0.7])
     parser.add_argument("--examples", type=int, default=240)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/smollm2.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/kl_by_keep.png"))
     options = parser.parse_args()
-    results = compare(Run.open(options.run), options.keep, options.examples)
+    results = {folder.name: compare(Run.open(folder), options.keep, options.examples) for folder in options.runs}
     setting = environment(0, "cpu") | {"command": shlex.join(["python", *sys.argv])}
-    options.out.write_text(json.dumps({"environment": setting, "keeps": results}, indent=1) + "\n")
-    plot(results, options.picture)
+    options.out.write_text(json.dumps({"environment": setting, "runs": results}, indent=1) + "\n")
+    plot([*results.values()], options.picture)
     print(f"\n{options.out}, {options.picture}")
 
 

@@ -22,6 +22,7 @@ from adaskip.stages import SILENT, Stages
 from adaskip.survey.calibration import price_layers
 from adaskip.survey.greedy import Path as Plan
 from adaskip.survey.skips import measure_skips
+from adaskip.survey.standardise import standardise
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import ConditionCheck
@@ -126,6 +127,9 @@ class _Training:
             self.model, looked_at, self._batches("calibration", fitted(recipe)), recipe, self.stages
         )
         start = prepare(recipe, self.model, measured, looked_at, self._batches("validation", None), self.stages)
+        if recipe.router.features == "standardised" and recipe.method in ("end-to-end", "from-bounds"):
+            inputs = self._batches("calibration", fitted(recipe))
+            standardise(self.model, [batch.to(self.model.spec.device) for batch in inputs])
         conditions = ConditionCheck(
             recipe.conditions.every,
             tolerance=recipe.conditions.nats,

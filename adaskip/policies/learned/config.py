@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaskip.plan import Target, read_count, read_layers, read_number
+from adaskip.errors import did_you_mean
+from adaskip.plan import Target, read_count, read_count_or_none, read_layers, read_number
+
+FEATURES = ("mean", "directions", "standardised")
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,12 @@ class RouterConfig(Target):
         group: likewise.
         kv: likewise.
         phase: likewise.
+        features: what the routers of scope ``prompt`` read. ``mean``: the mean state of each kind of token.
+            ``directions``: every token is brought to norm 1 before the mean, the first token, whose state dwarfs the
+            others in many models, is left out, and the last prompt token's own direction stands beside the mean.
+            ``standardised``: that, each number centred and scaled over calibration inputs.
+        entry: a layer whose entering states decide it and all layers behind; those before it decide by their own. None:
+            every layer decides by its own.
         hidden: width of each router's hidden layer.
         keep_bias: every router's logit before training; positive, so that training starts from the dense model.
         threshold: a layer runs where its router's logit exceeds this value.
@@ -30,6 +39,8 @@ class RouterConfig(Target):
 
     kind: ClassVar[str] = "learned"
 
+    features: str = "mean"
+    entry: int | None = None
     hidden: int = 64
     keep_bias: float = 2.0
     threshold: float = 0.0
@@ -38,8 +49,23 @@ class RouterConfig(Target):
     def _faults(self) -> list[str]:
         faults = super()._faults()
         faults += self._convert(
-            {"hidden": read_count, "keep_bias": read_number, "threshold": read_number, "held": read_layers}
+            {
+                "entry": read_count_or_none,
+                "hidden": read_count,
+                "keep_bias": read_number,
+                "threshold": read_number,
+                "held": read_layers,
+            }
         )
+        if self.features not in FEATURES:
+            hint = did_you_mean(str(self.features), FEATURES)
+            faults.append(f"features: expected {' | '.join(FEATURES)}, got {self.features!r}; {hint}")
+        elif self.features != "mean" and self.scope == "token":
+            faults.append(
+                f"features: expected mean with scope token, whose routers read one token, got {self.features!r}"
+            )
+        if isinstance(self.entry, int) and self.entry < 0:
+            faults.append(f"entry: expected a layer >= 0 or none, got {self.entry!r}")
         if isinstance(self.hidden, int) and self.hidden < 1:
             faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
         return faults

@@ -1,4 +1,4 @@
-"""What a router sees: the prompt's states, averaged over each kind of token apart."""
+"""What a router sees: the prompt's states or their directions, averaged over each kind of token apart."""
 
 from __future__ import annotations
 
@@ -32,3 +32,25 @@ def pool(states: Tensor, weights: Tensor, padded: bool = True) -> Tensor:
     if padded:  # 0 times NaN would be NaN in the product
         states = states.masked_fill(rearrange((weights == 0).all(1), "b t -> b t 1"), 0.0)
     return torch.bmm(weights, states)
+
+
+def without_first(masks: Tensor, prompt: Tensor) -> Tensor:
+    """Take the first prompt token out of masks bool (b k t), and add one of the last -> bool (b k+1 t).
+
+    The first token's state is a hundred times larger than the others' in many language models, and the same for every
+    prompt. A prompt of one token keeps it.
+
+    Args:
+        masks: one a kind of token.
+        prompt: bool (b t).
+    """
+    place = prompt.cumsum(1)
+    last = prompt & (place == place[:, -1:])
+    rest = prompt & ((place > 1) | (place[:, -1:] == 1))
+    return torch.cat([masks & rest[:, None], last[:, None]], 1)
+
+
+def directions(states: Tensor) -> Tensor:
+    """Bring every token's state (b t d) to norm 1; what is padding may stay NaN."""
+    unit: Tensor = states.float() / states.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return unit

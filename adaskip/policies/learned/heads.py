@@ -9,22 +9,39 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
+class Standard(nn.Module):
+    """Centre and scale features (b k d) by what `adaskip.survey.standardise` measured; as they are until then."""
+
+    centre: Tensor  # float32 (k d)
+    scale: Tensor  # float32 (k d)
+
+    def __init__(self, kinds: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(kinds, width))
+        self.register_buffer("scale", torch.ones(kinds, width))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the features with mean 0 and variance 1 over the inputs that they were measured on."""
+        return (pooled - self.centre) / self.scale
+
+
 class RouterHead(nn.Module):
     """Turn pooled features of one layer's input into the logit of running that layer.
 
-    LayerNorm of each pooled state -> Linear -> GELU -> Linear. The last layer starts at zero with bias ``keep_bias``,
-    so that an untrained router keeps every layer for every input.
+    LayerNorm of each pooled state, or `Standard` -> Linear -> GELU -> Linear. The last layer starts at zero with bias
+    ``keep_bias``, so that an untrained router keeps every layer for every input.
 
     Args:
         width: d, the backbone's hidden size.
         kinds: k, how many kinds of token are pooled apart.
         hidden: width of the hidden layer.
         keep_bias: the logit before training.
+        standard: standardise the features, in place of a LayerNorm.
     """
 
-    def __init__(self, width: int, kinds: int, hidden: int, keep_bias: float) -> None:
+    def __init__(self, width: int, kinds: int, hidden: int, keep_bias: float, standard: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = Standard(kinds, width) if standard else nn.LayerNorm(width)
         self.inner = nn.Linear(kinds * width, hidden)
         self.outer = nn.Linear(hidden, 1)
         nn.init.zeros_(self.outer.weight)
@@ -53,8 +70,10 @@ class RouterHead(nn.Module):
             return nn.functional.gelu(self.inner(rearrange(self.norm(pooled), "b k d -> b (k d)")))
 
 
-def build_heads(n_layers: int, width: int, kinds: int, hidden: int, keep_bias: float, seed: int) -> nn.ModuleList:
+def build_heads(
+    n_layers: int, width: int, kinds: int, hidden: int, keep_bias: float, seed: int, standard: bool = False
+) -> nn.ModuleList:
     """Build one head per layer, the same for the same seed, whatever else drew random numbers before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.ModuleList(RouterHead(width, kinds, hidden, keep_bias) for _ in range(n_layers))
+        return nn.ModuleList(RouterHead(width, kinds, hidden, keep_bias, standard) for _ in range(n_layers))

@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from adaskip.backbone.inspect import BackboneSpec
+from adaskip.errors import ConfigError
 from adaskip.policies.learned.config import RouterConfig
-from adaskip.policies.learned.features import mean_weights, pool
+from adaskip.policies.learned.features import directions, mean_weights, pool, without_first
 from adaskip.policies.learned.heads import build_heads
 from adaskip.policy import Policy
 
@@ -37,26 +38,46 @@ class Learned(Policy):
         self.heads = nn.ModuleList()
 
     def build(self, spec: BackboneSpec, seed: int) -> None:
-        """Make one head a layer: the same for the same seed, whatever else drew random numbers before."""
+        """Make one head a layer: the same for the same seed, whatever else drew random numbers before.
+
+        Raises:
+            ConfigError: the model does not have the layer ``entry``.
+        """
+        config, layers = self.config, len(spec.layers)
+        if config.entry is not None and config.entry >= layers:
+            raise ConfigError(f"RouterConfig: entry: expected a layer 0 to {layers - 1}, got {config.entry}")
         # text and vision are pooled apart; under scope token a head sees one token, which is of one kind
         kinds = 2 if spec.vision_ids and self.target.scope == "prompt" else 1
-        self.heads = build_heads(len(spec.layers), spec.width, kinds, self.config.hidden, self.config.keep_bias, seed)
+        kinds += config.features != "mean"  # the last token, beside them
+        standard = config.features == "standardised"
+        self.heads = build_heads(layers, spec.width, kinds, config.hidden, config.keep_bias, seed, standard)
         self.to(spec.device)
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Return float32 logits (b), or (b t) under scope ``token``, from states that carry no gradient."""
+        entry = self.config.entry
+        with torch.autocast(states.device.type, enabled=False):
+            if entry is None or layer <= entry:
+                seen = self._see(states.detach(), request)
+                if layer == entry:
+                    request.memo["seen"] = seen
+            else:
+                seen = request.memo["seen"]
+            logits: Tensor = self.heads[layer](seen)
+        return logits if request.deciding is None else logits.view(len(states), -1)
+
+    def _see(self, states: Tensor, request: Request) -> Tensor:
+        """Return what a head reads of states (b t d): float32 (b k d), or (b*t 1 d) under scope ``token``."""
         if request.deciding is not None:
             # a token that does not decide may hold anything, NaN included
-            clean = states.detach().masked_fill(~rearrange(request.deciding, "b t -> b t 1"), 0.0).float()
-            with torch.autocast(states.device.type, enabled=False):
-                each: Tensor = self.heads[layer](rearrange(clean, "b t d -> (b t) 1 d"))
-            return each.view(len(states), -1)
+            clean = states.masked_fill(~rearrange(request.deciding, "b t -> b t 1"), 0.0).float()
+            return rearrange(clean, "b t d -> (b t) 1 d")
+        mean = self.config.features == "mean"
         if "weights" not in request.memo:  # the same for every layer of the request
-            weights = mean_weights(request.tokens.kinds(request.prompt))
+            masks = request.tokens.kinds(request.prompt)
+            weights = mean_weights(masks if mean else without_first(masks, request.prompt & request.tokens.valid))
             request.memo["weights"] = weights, bool((weights == 0).all(1).any())
-        with torch.autocast(states.device.type, enabled=False):
-            logit: Tensor = self.heads[layer](pool(states.detach(), *request.memo["weights"]))
-        return logit
+        return pool(states if mean else directions(states), *request.memo["weights"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of the `RouterConfig`, but for what may change after training."""
