@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,7 +186,7 @@ def conditions(looks: Sequence[dict[str, Any]], recipe: dict[str, Any], picture:
         source,
         "### The router's skips together",
         *_joint(look.get("joint"), _dig(recipe, "objective", "alpha"), source),
-        *_gauge(look.get("gauge"), source),
+        *_gauge(look.get("gauge"), look.get("together"), source),
         "### Which notion predicts the exact cost",
         *_ranks(look.get("rank_correlation"), len({row["layer"] for row in look["findings"]}), source),
     ]
@@ -290,19 +290,29 @@ def _joint(joint: dict[str, Any] | None, alpha: Any, source: str) -> list[str]:
     return [text, _table(["", "value"], rows), verdict, source]
 
 
-def _gauge(gauge: dict[str, Any] | None, source: str) -> list[str]:
-    """Write how well the routed pass alone tells what routing costs; nothing where the model has no gauge."""
+def _gauge(gauge: dict[str, Any] | None, together: dict[str, Any] | None, source: str) -> list[str]:
+    """Write how well the routed pass tells what routing costs, alone and beside B; nothing where there is no gauge."""
     if not gauge:
         return []
+    both = together or {}
+
+    def row(name: str, key: str, show: Callable[[Any], str]) -> list[str]:
+        return [name, show(gauge.get(key)), show(both.get(key))]
+
     rows = [
-        ["Spearman's ρ of the reading with the exact joint KL", number(gauge.get("spearman"))],
-        ["coverage: inputs with KL ≤ reading", share(gauge.get("coverage"))],
-        ["p-value of that coverage (beta-binomial)", number(gauge.get("coverage_p"))],
-        ["slack reading / KL: median and 90 % quantile", " and ".join(number(gauge.get(key), 3) for key in _SLACK)],
-        ["n", str(gauge.get("n"))],
+        row("Spearman's ρ with the exact joint KL", "spearman", number),
+        row("coverage: inputs with KL ≤ what is told", "coverage", share),
+        row("p-value of that coverage (beta-binomial)", "coverage_p", number),
+        row("slack: told over KL, median", "slack_median", number),
+        row("slack, 90 % quantile", "slack_90", number),
+        row("n", "n", str),
     ]
-    text = "The gauge reads off a routed pass alone, from how sure its predictions are, what its skips cost at most."
-    return ["### What a routed pass tells of its own cost", text, _table(["", "value"], rows), source]
+    text = (
+        "The gauge reads off a routed pass alone, from how sure its predictions are, what its skips cost at most. "
+        "Together: the geometric mean of B and the gauge's prediction, whose factor half of the inputs calibrate."
+    )
+    table = _table(["", "gauge", "together"], rows)
+    return ["### What a routed pass tells of its own cost", text, table, source]
 
 
 def _ranks(ranks: dict[str, Any] | None, layers: int, source: str) -> list[str]:

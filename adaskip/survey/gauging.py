@@ -9,8 +9,7 @@ import torch
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.record import record
-from adaskip.theory.gauge import Gauge, calibrate_gauge
-from adaskip.theory.sureness import describe_sureness
+from adaskip.theory.gauge import Gauge, calibrate_gauge, describe_outcome
 
 
 @torch.no_grad()
@@ -29,6 +28,7 @@ def gauge_routing(model: RoutedModel, batches: Sequence[Batch], alpha: float) ->
     for batch in batches:
         dense = record(model, batch, states=False)
         routed = record(model, batch, routed=True, states=False)
-        features.append(describe_sureness(routed.logits, batch.supervised).cpu())
+        keep = model.routing.keep_rate
+        features.append(describe_outcome(routed.logits, batch.supervised, batch.prompt_mask, keep).cpu())
         kl.append(dense.compare(routed.logits)["kl"].double().cpu())
     return calibrate_gauge(torch.cat(features), torch.cat(kl), alpha)

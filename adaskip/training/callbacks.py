@@ -21,7 +21,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.dense_costs import SkipCosts, price_inputs
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
-from adaskip.theory.gauge import judge_gauge
+from adaskip.theory.gauge import Reading, judge_gauge
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.alarms import Alarm, describe, find_alarms
@@ -269,7 +269,12 @@ class ConditionCheck(lightning.Callback):
         held, logits = model.policy.held, costs.get("logits")
         look = Look(step, model.target.group, self.tolerance, self.findings, joint, skips, held)
         if model.gauge is not None:
-            look = replace(look, gauge=judge_gauge(model.gauge, costs["sureness"].T, costs["kl"]))
+            outcome = costs["outcome"].T
+            # two estimators whose errors have little in common: the mean of their logarithms
+            both = (model.gauge.predict(outcome) * costs["bound"]).sqrt()
+            together = judge_joint(costs["kl"], both, costs["keep"], {}, prices.alpha)
+            reading = judge_gauge(model.gauge, outcome, costs["kl"])
+            look = replace(look, gauge=reading, together=Reading.of(together))
         if logits is None:  # a plan, or another policy that decides without any
             return look
         exact, threshold = measured.kl.double().mean(0), model.policy.threshold

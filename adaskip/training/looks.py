@@ -15,8 +15,7 @@ from adaskip.runtime.gates import hard
 from adaskip.survey.dense_costs import SkipCosts
 from adaskip.theory.conditions import Findings, Joint, SkipFinding
 from adaskip.theory.costs import compare_predicted, predicted
-from adaskip.theory.gauge import Reading
-from adaskip.theory.sureness import describe_sureness
+from adaskip.theory.gauge import Reading, describe_outcome
 from adaskip.training.alarms import Alarm, Routers
 
 
@@ -34,6 +33,7 @@ class Look:
     routers: Routers | None = None  # how much decisions depend on the input; None where no logits tell
     alarms: tuple[Alarm, ...] = ()  # what shows that routers have collapsed
     gauge: Reading | None = None  # what the model's gauge, if it has one, told of these inputs
+    together: Reading | None = None  # the geometric mean of B and what the gauge predicts, calibrated as B is
 
     @property
     def violations(self) -> dict[int, SkipFinding]:
@@ -56,6 +56,7 @@ class Look:
             "routers": None if self.routers is None else asdict(self.routers),
             "alarms": [alarm.to_dict() for alarm in self.alarms],
             "gauge": None if self.gauge is None else self.gauge.to_dict(),
+            "together": None if self.together is None else self.together.to_dict(),
         }
 
 
@@ -93,8 +94,8 @@ def joint_cost(
     """Measure what the routers' decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), ``keep`` (l n).
 
     ``requested`` (l n) is what the routers would do if no layer were held, ``logits`` (l n) are theirs, where the
-    policy has any, and under scope token the means over an input's tokens; ``sureness`` (6 n) is that of the routed
-    predictions. Under scope token an input counts as keeping
+    policy has any, and under scope token the means over an input's tokens; ``outcome`` (9 n) describes the
+    routed passes. Under scope token an input counts as keeping
     a layer if most of its tokens do (a heuristic), and its bound is computed from the share of them that skip.
 
     Args:
@@ -104,13 +105,13 @@ def joint_cost(
         dense: the memory of the same batches; None: they are looked at once.
     """
     dense = dense or DenseLogits(limit=0)
-    kl, keep, requested, logits, sureness = [], [], [], [], []
+    kl, keep, requested, logits, outcome = [], [], [], [], []
     for index, batch in enumerate(batches):
         before, supervised = dense(model, index, batch), batch.supervised
         routed = predicted(model(**batch.arguments()).logits, supervised)
         kl.append(compare_predicted(before, routed, supervised)["kl"].cpu())
-        sureness.append(describe_sureness(routed, supervised).T.cpu())
         routing = model.routing
+        outcome.append(describe_outcome(routed, supervised, batch.prompt_mask, routing.keep_rate).T.cpu())
         keep.append(routing.share.cpu())
         # `keep` has held layers as kept; the logits tell what the router itself asks for
         decisions = routing.keep if routing.logits is None else hard(routing.logits, model.policy.threshold)
@@ -119,7 +120,7 @@ def joint_cost(
             logits.append(routing.per_row(routing.logits).cpu())
     kept = torch.cat(keep, 1)
     bound = costs.bound(kept.T)
-    rows = {"keep": kept > 0.5, "share": kept, "requested": torch.cat(requested, 1), "sureness": torch.cat(sureness, 1)}
+    rows = {"keep": kept > 0.5, "share": kept, "requested": torch.cat(requested, 1), "outcome": torch.cat(outcome, 1)}
     if logits:
         rows["logits"] = torch.cat(logits, 1)
     return {"kl": torch.cat(kl), "bound": bound, **rows}

@@ -41,7 +41,7 @@ class CheckResult:
         verdict = {"verdict": self.conclusion.verdict, "reasons": list(self.conclusion.reasons)}
         summary = {**verdict, "tolerance": self.look.tolerance, **look["joint"], "layers": look["layers"]}
         values = {"ok": self.ok, **verdict, "rows": look["findings"], "skips": look["skips"]}
-        values["summary"] = summary | {"gauge": look["gauge"], "split": self.split}
+        values["summary"] = summary | {"gauge": look["gauge"], "together": look["together"], "split": self.split}
         if self.bands is not None:
             values["bands"] = [band.to_dict(len(look["layers"])) for band in self.bands]
         return values

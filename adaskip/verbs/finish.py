@@ -71,6 +71,7 @@ class TrainResult:
                 "layers": look["layers"],
                 "joint": look["joint"],
                 "gauge": look["gauge"],
+                "together": look["together"],
                 "violations": sorted(self.look.violations),
                 "held": look["held"],
                 "alarms": list(self.alarms),

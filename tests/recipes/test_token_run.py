@@ -79,7 +79,7 @@ def test_its_gauge_is_calibrated_apart_and_judged_on_validation(run: Path) -> No
     summary = json.loads((run / "summary.json").read_text())
     model = adaskip.RoutedModel.from_pretrained(run / "router", backbone())
     assert model.gauge is not None
-    assert model.gauge.scored == fitted(recipe(run)) // 2
+    assert model.gauge.scored == fitted(recipe(run)) // 3
     assert summary["conditions"]["gauge"]["n"] == summary["conditions"]["joint"]["n"]
     assert check(run).to_dict()["summary"]["gauge"]["n"] > 0
     assert "What a routed pass tells of its own cost" in (run / "report.md").read_text()
