@@ -56,3 +56,36 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"\0" * 40)
     with pytest.raises(CheckpointError, match=r"cannot be read .* remove it to measure them anew"):
         Ledger(Meter(), 3, file)
+
+
+def test_prices_come_in_the_order_that_they_were_asked_in() -> None:
+    """Catches columns in an order of the ledger's own, which would give every path another's price."""
+    ledger = Ledger(Meter(), inputs=1)
+    assert ledger([(4,), (0,), (2,)], [0]).tolist() == [[5.0, 1.0, 3.0]]
+    assert ledger([(2,), (4,)], [0]).tolist() == [[3.0, 5.0]]
+
+
+def test_what_was_measured_is_kept_though_the_rest_of_a_question_was_not(tmp_path: Path) -> None:
+    """One question may take several measurements; catches a file that is written once all of them are made."""
+    file = tmp_path / "prices"
+    ledger = Ledger(Meter(limit=5), 3, file)
+    ledger([(0,)], [0])  # so that (0,) lacks two inputs, and (1,) three
+    with pytest.raises(KeyboardInterrupt):
+        ledger([(0,), (1,)], [0, 1, 2])
+    known = Ledger(Meter(limit=0), 3, file)
+    assert known([(0,)], [0, 1, 2]).tolist() == [[1.0], [2.0], [3.0]]
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed while it writes; catches a file that is overwritten in place."""
+    file = tmp_path / "prices"
+    Ledger(Meter(), 3, file)([(0,)], [0])
+    before = file.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Ledger(Meter(), 3, file)([(1,)], [0])
+    assert file.read_bytes() == before
