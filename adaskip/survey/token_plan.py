@@ -93,8 +93,7 @@ def find_token_plans(
     """Find classes of tokens, and plans that keep ever less of the compute.
 
     Costs a dense pass, a suffix of the inputs for every part, and one for every step or one more than ``width`` where
-    its parts go one by one. Keeps the states
-    of all inputs and the logits that predict their answers in memory.
+    its parts go one by one. Keeps the states of all inputs and the logits that predict their answers in memory.
 
     Args:
         model: attached, of scope ``token``; whatever decides in it, only its execution is used. Layers it holds stay.

@@ -119,6 +119,28 @@ def test_the_first_step_is_the_best_bargain() -> None:
     assert first.parts == (min(bargains, key=bargains.get),)
 
 
+def test_each_step_is_the_best_bargain_beside_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, one part a step: what it adds to the cost for what it saves; catches a search by single costs alone."""
+    monkeypatch.setattr(token_plan, "_TOGETHER", -1.0)  # nothing goes at once
+    model, batches, plans = searched(keep=0.8, width=99)
+    recorded = [record(model, batch) for batch in batches]
+    prices = token_plan._Prices(recorded, plans.centres, plans.prompts, plans.entry, None)
+    left = {(label, (layer,)) for label in range(len(plans.centres)) for layer in range(plans.entry, 4)}
+    gone: list[tuple[int, tuple[int, ...]]] = []
+    now = (0.0, 1.0)
+    for step in plans.steps:
+        bargains = {}
+        for part in left:
+            kl, kept = prices([*gone, part])
+            if kept < now[1] - 1e-9:
+                bargains[part] = (kl - now[0]) / (now[1] - kept)
+        (part,) = step.parts
+        assert bargains[part] == pytest.approx(min(bargains.values()), rel=1e-6)
+        gone, now = [*gone, part], prices([*gone, part])
+        left.remove(part)
+    assert len(gone) > 2
+
+
 def test_parts_go_at_once_only_where_together_they_cost_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches parts that are each cheap alone and dear together, and a last step that overshoots the budget."""
     *_, quick = searched()
