@@ -22,6 +22,7 @@ from torch import Tensor
 from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError
 from adaskip.plan import Target, read_layers
+from adaskip.policies.features import describe_prompt
 from adaskip.policy import Policy
 
 if TYPE_CHECKING:
@@ -131,23 +132,3 @@ class PathBank(Policy):
             "nats": self.nats,
             "target": self.target.to_dict(),
         }
-
-
-def describe_prompt(states: Tensor, prompt: Tensor) -> Tensor:
-    """Return what a predictor sees of each prompt, float32 (b 2d): the mean of its tokens' directions, and the last's.
-
-    Every token is brought to norm 1 before it is averaged, and the first is left out: in many language models the
-    states of the first token are a hundred times larger than the others', and the same for every prompt.
-
-    Args:
-        states: (b t d), any float type; what does not belong to a prompt may be anything, NaN included.
-        prompt: bool (b t).
-    """
-    clean = states.float().masked_fill(~prompt[..., None], 0.0)
-    directions = clean / clean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    place = prompt.cumsum(1)
-    last = prompt & (place == place[:, -1:])
-    rest = prompt & (place > 1)
-    rest = torch.where(rest.any(1, keepdim=True), rest, prompt)  # a prompt of one token
-    mean = (directions * rest[..., None]).sum(1) / rest.sum(1, keepdim=True).clamp(min=1)
-    return torch.cat([mean, (directions * last[..., None]).sum(1)], 1)

@@ -23,7 +23,8 @@ from torch import Tensor
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Target
-from adaskip.policies.path_bank import PathBank, describe_prompt
+from adaskip.policies.features import describe_prompt
+from adaskip.policies.path_bank import PathBank
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.greedy import Path, exact_prices, greedy_paths

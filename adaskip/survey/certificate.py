@@ -21,7 +21,8 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
-from adaskip.policies.path_bank import PathBank, describe_prompt
+from adaskip.policies.features import describe_prompt
+from adaskip.policies.path_bank import PathBank
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.record import record
 from adaskip.theory.conformal import conformal_quantile, safe_ratio

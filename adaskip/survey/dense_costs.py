@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adaskip.batch import Batch
-from adaskip.policies.path_bank import describe_prompt
+from adaskip.policies.features import describe_prompt
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.firstorder import DRAWS, first_order
 from adaskip.survey.record import Recorded

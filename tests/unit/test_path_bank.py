@@ -8,7 +8,7 @@ import torch
 import adaskip
 from adaskip.errors import ConfigError
 from adaskip.policies import PathBank
-from adaskip.policies.path_bank import describe_prompt
+from adaskip.policies.features import describe_prompt
 from tests import toys
 
 

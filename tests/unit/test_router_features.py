@@ -9,8 +9,9 @@ import torch
 
 import adaskip
 from adaskip.errors import ConfigError
-from adaskip.policies.learned.features import directions, mean_weights, pool, without_first
+from adaskip.policies.features import directions, mean_weights, pool, without_first
 from adaskip.policies.learned.heads import Standard
+from adaskip.policies.learned.routers import Learned
 from adaskip.recipe import load
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.standardise import see, standardise
@@ -76,6 +77,12 @@ def test_each_kind_trains_saves_and_loads(features: str, tmp_path: Path) -> None
     assert loaded.policy.config.features == features
 
 
+def test_a_file_without_features_holds_routers_that_read_the_mean() -> None:
+    """Files of before there was a choice; catches them being read as the default of today."""
+    assert Learned.from_dict({"hidden": 8}).config.features == "mean"
+    assert Learned(hidden=8).config.features == "directions"
+
+
 def test_standardised_features_have_mean_0_and_variance_1_over_what_they_were_measured_on() -> None:
     model, inputs = attached(features="standardised").eval(), batches(5)
     before = see(model, inputs)
@@ -104,7 +111,7 @@ def test_a_run_standardises_on_calibration_inputs(tmp_path: Path) -> None:
     ("fields", "text"),
     [
         ({"features": "direction"}, "features: expected mean | directions | standardised, got 'direction'; did you"),
-        ({"features": "directions", "scope": "token"}, "features: expected mean with scope token"),
+        ({"features": "standardised", "scope": "token"}, "features: expected directions with scope token"),
         ({"entry": -1}, "entry: expected a layer >= 0 or none, got -1"),
         ({"entry": "two"}, "entry: expected an integer, got 'two'"),
         ({"entry": 99}, "entry: expected a layer 0 to 3, got 99"),

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import adaskip
 from adaskip.batch import exact_match
 from adaskip.errors import ConfigError, DataError
-from adaskip.policies.learned.features import mean_weights, pool
+from adaskip.policies.features import mean_weights, pool
 from adaskip.runtime.gates import hard, straight_through
 from adaskip.survey.search import Search, best
 from adaskip.survey.skips import measure_skips

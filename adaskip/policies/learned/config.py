@@ -25,7 +25,8 @@ class RouterConfig(Target):
         features: what the routers of scope ``prompt`` read. ``mean``: the mean state of each kind of token.
             ``directions``: every token is brought to norm 1 before the mean, the first token, whose state dwarfs the
             others in many models, is left out, and the last prompt token's own direction stands beside the mean.
-            ``standardised``: that, each number centred and scaled over calibration inputs.
+            ``standardised``: that, each number centred and scaled over calibration inputs. Under scope ``token`` a
+            router reads its token's state, and only the last is refused.
         entry: a layer whose entering states decide it and all layers behind; those before it decide by their own. None:
             every layer decides by its own.
         hidden: width of each router's hidden layer.
@@ -39,7 +40,7 @@ class RouterConfig(Target):
 
     kind: ClassVar[str] = "learned"
 
-    features: str = "mean"
+    features: str = "directions"
     entry: int | None = None
     hidden: int = 64
     keep_bias: float = 2.0
@@ -60,10 +61,8 @@ class RouterConfig(Target):
         if self.features not in FEATURES:
             hint = did_you_mean(str(self.features), FEATURES)
             faults.append(f"features: expected {' | '.join(FEATURES)}, got {self.features!r}; {hint}")
-        elif self.features != "mean" and self.scope == "token":
-            faults.append(
-                f"features: expected mean with scope token, whose routers read one token, got {self.features!r}"
-            )
+        elif self.features == "standardised" and self.scope == "token":
+            faults.append("features: expected directions with scope token, got 'standardised'")
         if isinstance(self.entry, int) and self.entry < 0:
             faults.append(f"entry: expected a layer >= 0 or none, got {self.entry!r}")
         if isinstance(self.hidden, int) and self.hidden < 1:

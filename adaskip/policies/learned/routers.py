@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError
+from adaskip.policies.features import directions, mean_weights, pool, without_first
 from adaskip.policies.learned.config import RouterConfig
-from adaskip.policies.learned.features import directions, mean_weights, pool, without_first
 from adaskip.policies.learned.heads import build_heads
 from adaskip.policy import Policy
 
@@ -46,9 +46,10 @@ class Learned(Policy):
         config, layers = self.config, len(spec.layers)
         if config.entry is not None and config.entry >= layers:
             raise ConfigError(f"RouterConfig: entry: expected a layer 0 to {layers - 1}, got {config.entry}")
-        # text and vision are pooled apart; under scope token a head sees one token, which is of one kind
-        kinds = 2 if spec.vision_ids and self.target.scope == "prompt" else 1
-        kinds += config.features != "mean"  # the last token, beside them
+        kinds = 1  # under scope token a head sees one token
+        if self.target.scope == "prompt":
+            kinds += bool(spec.vision_ids)  # text and vision are pooled apart
+            kinds += config.features != "mean"  # the last token, beside them
         standard = config.features == "standardised"
         self.heads = build_heads(layers, spec.width, kinds, config.hidden, config.keep_bias, seed, standard)
         self.to(spec.device)
@@ -88,7 +89,9 @@ class Learned(Policy):
     def from_dict(cls, values: dict[str, Any]) -> Learned:
         """Make routers, untrained until their weights are loaded, from what `to_dict` gave.
 
+        Files from before there were ``features`` hold routers that read the mean.
+
         Raises:
             ConfigError: a value outside its set or range.
         """
-        return cls(RouterConfig.from_dict(values))
+        return cls(RouterConfig.from_dict({"features": "mean"} | values))

@@ -1,4 +1,4 @@
-"""What a router sees: the prompt's states or their directions, averaged over each kind of token apart."""
+"""What a policy sees of a prompt: its states or their directions, averaged over each kind of token apart."""
 
 from __future__ import annotations
 
@@ -54,3 +54,14 @@ def directions(states: Tensor) -> Tensor:
     """Bring every token's state (b t d) to norm 1; what is padding may stay NaN."""
     unit: Tensor = states.float() / states.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return unit
+
+
+def describe_prompt(states: Tensor, prompt: Tensor) -> Tensor:
+    """Return what a predictor reads of each prompt, float32 (b 2d): the mean of its tokens' directions, and the last's.
+
+    Args:
+        states: (b t d), any float type; what does not belong to a prompt may be anything, NaN included.
+        prompt: bool (b t).
+    """
+    weights = mean_weights(without_first(prompt[:, None], prompt))
+    return pool(directions(states), weights).flatten(1)
