@@ -17,7 +17,7 @@
 What `adaskip VERB` does on the command line is a function of the same name; each returns a dataclass with ``to_dict``:
 
     adaskip.train("digits-vlm", {"objective.keep": 0.5})                 # a recipe's name, file or object
-    adaskip.evaluate("runs/digits-vlm").mean["routed_accuracy"]          # then check, calibrate and export
+    adaskip.evaluate("runs/digits-vlm").mean["routed_accuracy"]          # then check, calibrate, compare and export
 
 Names are loaded when they are first used; importing the package imports no torch.
 """
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from adaskip.training.objective import Objective as Objective
     from adaskip.verbs.calibrate import calibrate as calibrate
     from adaskip.verbs.check import check as check
+    from adaskip.verbs.compare import compare as compare
     from adaskip.verbs.evaluate import evaluate as evaluate
     from adaskip.verbs.export import export as export
     from adaskip.verbs.train import train as train
@@ -70,6 +71,7 @@ _HOMES = {
     "attach": "runtime.attach",
     "calibrate": "verbs.calibrate",
     "check": "verbs.check",
+    "compare": "verbs.compare",
     "cut": "generate.cut",
     "detach": "runtime.patch",
     "evaluate": "verbs.evaluate",

@@ -29,6 +29,7 @@ REPORT, PLOTS = "report.md", "plots"
 EVALUATION = "evaluation.json"
 CALIBRATION = "calibration.json"
 PROFILE, PROFILE_PLOT = "profile.json", "profile.png"  # of `profile`, whose folder is no run's
+COMPARISON, COMPARISON_TABLE, COMPARISON_PLOT = "compare.json", "compare.md", "compare.png"  # of `compare`
 
 STARTED = (RECIPE, ENVIRONMENT, METRICS, CONDITIONS, LOCK, CHECKPOINTS, WANDB)
 """What a start leaves in a folder before its first step."""
@@ -50,7 +51,7 @@ NAMES = frozenset(
         EVALUATION,
         CALIBRATION,
     }
-    | {PROFILE, PROFILE_PLOT}
+    | {PROFILE, PROFILE_PLOT, COMPARISON, COMPARISON_TABLE, COMPARISON_PLOT}
 )
 """All of them."""
 

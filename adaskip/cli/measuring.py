@@ -1,4 +1,4 @@
-"""`adaskip bench` and `profile`: what layers cost, and what they are worth; nothing is trained."""
+"""`adaskip bench`, `profile` and `compare`: what layers and policies cost and are worth; nothing is trained."""
 
 from __future__ import annotations
 
@@ -85,5 +85,55 @@ def profile(
         if oracle := result["oracle"]:
             say(fill(oracle["sentence"], 98))
         say(f"chain of bounds violated {result['chain_violations']} times\npicture: {result['picture']}")
+
+    do(work, show, as_json)
+
+
+@app.command()
+def compare(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|RUN", help="A Hugging Face id or folder, digits-vlm, or a run's folder.")
+    ],
+    policies: Annotated[
+        str | None, typer.Option("--policies", help="Names of methods, such as greedy,skip_it; default: all.")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Shares of the dense decoder FLOPs that they may keep.")
+    ] = "0.9,0.8,0.7,0.6,0.5",
+    data: Annotated[str | None, typer.Option("--data", help="A folder of JSON lines, or a dataset id.")] = None,
+    group: Annotated[str | None, typer.Option("--group", help="all or vision; default: the run's, or all.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Option("--run", help="A finished run to compare as well; may be repeated.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Judged on: validation, calibration or test.")] = "test",
+    examples: Annotated[int, typer.Option("--examples", min=1, help="Inputs to judge on.")] = 600,
+    fit: Annotated[int, typer.Option("--fit", min=1, help="Inputs of split train that plans are chosen by.")] = 200,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of a method that draws.")] = 3,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs at once.")] = 64,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Generated where seconds are taken.")] = 8,
+    oracle: Annotated[
+        int, typer.Option("--oracle", min=0, help="So many inputs also get a plan of their own; 0: none.")
+    ] = 0,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of cells, table and picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose layers by every method at every budget, and compare what is recovered, spent and saved."""
+
+    def work() -> Any:
+        from adaskip.verbs.compare import compare, read_budgets
+
+        return compare(
+            target, data, policies=None if policies is None else [name.strip() for name in policies.split(",")],
+            budgets=read_budgets(budgets), group=group, runs=runs or (), split=split, examples=examples, fit=fit,
+            seeds=seeds, batch_size=batch_size, new_tokens=new_tokens, oracle=oracle, output=output,
+            stages=terminal_stages(),
+        )  # fmt: skip
+
+    def show(result: dict[str, Any]) -> None:
+        shown = ("budget", "policy", "seeds", "keep", "accuracy", "recovery", "kl", "token_agreement", "prefill_ratio")
+        table([{name: row[name] for name in (*shown, "generate_ratio", "front")} for row in result["rows"]])
+        for text in result["left_out"]:
+            say(f"left out: {text}")
+        say(f"picture: {result['picture']}")
 
     do(work, show, as_json)

@@ -34,6 +34,7 @@ ORDER = [
     "generate",
     "policies",
     "survey",
+    "methods",
     "training",
     "sections",
     "recipe",

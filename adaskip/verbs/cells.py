@@ -1,0 +1,150 @@
+"""One cell of a comparison: what one policy at one budget does to every input, and what it saves; a file of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.batch import Batch
+from adaskip.errors import CheckpointError
+from adaskip.runfiles import write_json
+from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.timing import timed
+from adaskip.survey.record import record
+from adaskip.theory.costs import per_input
+
+ROUNDS = 5
+"""Times that seconds are taken of either side, in turn."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Hold one policy at one budget and seed; lists hold one number an input, in the order of the data."""
+
+    policy: str
+    budget: float
+    seed: int
+    plan: list[int] | None  # the layers that it leaves out for every input; None: it decides by the input
+    keep: list[float]  # executed over dense decoder FLOPs
+    kl: list[float]  # exact KL(dense || policy), nats per predicted token, teacher-forced
+    hit: list[float]  # 1 where the whole answer is right
+    dense_hit: list[float]
+    same: list[float]  # share of predicted tokens with the dense model's argmax
+    kind: list[str]
+    runs: list[float]  # share of inputs (or of their tokens) that ran each layer
+    seconds: dict[str, float]  # prefill, generate, and the dense model's beside them: medians over rounds, one batch
+
+    @property
+    def name(self) -> str:
+        """Return the name of its file, without a suffix."""
+        return f"{self.policy}-{self.budget:g}-seed{self.seed}"
+
+    def write(self, folder: Path) -> None:
+        """Write the cell into a folder, whole or not at all."""
+        write_json(folder / f"{self.name}.json", asdict(self))
+
+    @classmethod
+    def read(cls, file: Path) -> Cell:
+        """Read a cell.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{field.name: stored[field.name] for field in fields(cls)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: expected a cell of a comparison, cannot be read ({error!r}); remove it to measure it anew"
+            ) from error
+
+
+@torch.no_grad()
+def measure_cell(
+    model: RoutedModel,
+    batches: Sequence[Batch],
+    prompts: Batch,
+    *,
+    policy: str,
+    budget: float,
+    seed: int,
+    new_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Cell:
+    """Run every input densely and as the model's policy decides.
+
+    Args:
+        model: attached, on its device.
+        batches: prompts with answers.
+        prompts: a batch of prompts alone, whose reading and answering is timed.
+        policy: what it is called.
+        budget: what it was asked to keep.
+        seed: of its draws or its training.
+        new_tokens: that are generated where seconds are taken.
+        advance: called with the number of inputs done.
+    """
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("keep", "kl", "hit", "dense_hit", "same")}
+    kinds: list[str] = []
+    runs = torch.zeros(len(model.spec.layers), dtype=torch.float64)
+    for batch in batches:
+        batch = batch.to(model.spec.device)
+        dense = record(model, batch, states=False)
+        logits = record(model, batch, routed=True, states=False).logits
+        agrees = (logits.argmax(-1) == dense.logits.argmax(-1)).double()
+        found = {
+            "keep": model.routing.keep_rate,
+            "kl": dense.compare(logits)["kl"],
+            "hit": dense.match(logits),
+            "dense_hit": dense.match(dense.logits),
+            "same": per_input(agrees, batch.supervised, "mean"),
+        }
+        for name, values in found.items():
+            columns[name].append(values.double().cpu())
+        runs += model.routing.share.double().sum(1).cpu()
+        kinds += [str(kind or "all") for kind in batch.kind]
+        advance(len(kinds))
+    numbers = {name: torch.cat(values).tolist() for name, values in columns.items()}
+    known = model.policy.known(len(runs))
+    plan = None if known is None else (~known).nonzero().flatten().tolist()
+    shares = (runs / max(1, len(kinds))).tolist()
+    seconds = _seconds(model, prompts.to(model.spec.device), new_tokens)
+    return Cell(policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds)
+
+
+def _seconds(model: RoutedModel, prompts: Batch, new_tokens: int) -> dict[str, float]:
+    """Return median seconds of reading prompts, and of reading and answering them, routed and dense in turn."""
+
+    def prefill() -> Any:
+        return model(**prompts.inputs, use_cache=True)
+
+    def generate() -> Any:
+        return model.generate(**prompts.inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+
+    def dense(call: Callable[[], Any]) -> Callable[[], Any]:
+        def inside() -> Any:
+            with model.dense():
+                return call()
+
+        return inside
+
+    calls = {
+        "prefill": prefill,
+        "dense_prefill": dense(prefill),
+        "generate": generate,
+        "dense_generate": dense(generate),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for place in range(ROUNDS + 1):
+        # every other round backwards, so that a machine that slows down slows all alike
+        for name in reversed(calls) if place % 2 else calls:
+            _, seconds = timed(calls[name])
+            if place:  # the first round pays for allocation
+                taken[name].append(seconds)
+    return {name: statistics.median(values) for name, values in taken.items()}

@@ -1,0 +1,91 @@
+"""Make the rows of a comparison: seeds averaged, intervals paired over inputs, and who stands on the Pareto front."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.theory.intervals import bootstrap_mean, paired_difference
+from adaskip.theory.notions import plain
+from adaskip.verbs.cells import Cell
+
+TOLERANCE = 0.005
+"""Keep rates so near to one another count as equal."""
+
+
+def standings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return one row a policy and budget, by budget and then by cost.
+
+    ``recovery`` is the share of the dense model's right answers, ``front`` whether no other row that keeps as little
+    costs less. ``rival`` is the other policy that costs least, each by its lightest plan that keeps no less: ``kl_less``
+    and ``accuracy_more`` are the differences from it, paired over inputs, with 95 % intervals.
+    """
+    groups: dict[tuple[float, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.budget, cell.policy), []).append(cell)
+    rows = [_row(budget, policy, members) for (budget, policy), members in groups.items()]
+    for row in rows:
+        row["front"] = not any(
+            other["kl"] < row["kl"] and other["keep"] <= row["keep"] + TOLERANCE for other in rows if other is not row
+        )
+        _beside(row, [other for other in rows if other["policy"] not in (row["policy"], "none")], groups)
+    return sorted(rows, key=lambda row: (-row["budget"], row["kl"]))
+
+
+def _row(budget: float, policy: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    first = cells[0]
+    means = {name: float(_mean(cells, name).mean()) for name in ("keep", "kl", "hit", "dense_hit", "same")}
+    ratios = {
+        f"{name}_ratio": statistics.fmean(cell.seconds[name] / cell.seconds[f"dense_{name}"] for cell in cells)
+        for name in ("prefill", "generate")
+    }
+    return {
+        "policy": policy,
+        "budget": budget,
+        "seeds": len(cells),
+        "n": len(first.kind),
+        "keep": means["keep"],
+        "accuracy": means["hit"],
+        "accuracy_interval": plain(bootstrap_mean(_mean(cells, "hit"))),
+        "dense_accuracy": means["dense_hit"],
+        "recovery": means["hit"] / means["dense_hit"] if means["dense_hit"] else float("nan"),
+        "kl": means["kl"],
+        "token_agreement": means["same"],
+        **ratios,
+        "plans": [cell.plan for cell in cells],
+        "kinds": _kinds(cells),
+    }
+
+
+def _kinds(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """Return accuracy, KL and keep rate of each kind of input."""
+    names, kinds = cells[0].kind, sorted({*cells[0].kind})
+    chosen = {kind: torch.tensor([name == kind for name in names]) for kind in kinds}
+    return {
+        kind: {name: float(_mean(cells, name)[mask].mean()) for name in ("hit", "kl", "keep")}
+        for kind, mask in chosen.items()
+    }
+
+
+def _beside(row: dict[str, Any], others: Sequence[dict[str, Any]], groups: dict[tuple[float, str], list[Cell]]) -> None:
+    nearest: dict[str, dict[str, Any]] = {}  # of each other policy its lightest row that keeps no less
+    for other in sorted(others, key=lambda other: -float(other["keep"])):
+        if other["keep"] >= row["keep"] - TOLERANCE:
+            nearest[other["policy"]] = other
+    row["rival"] = None
+    if not nearest:
+        return
+    rival = min(nearest.values(), key=lambda other: float(other["kl"]))
+    own, its = groups[row["budget"], row["policy"]], groups[rival["budget"], rival["policy"]]
+    row["rival"], row["rival_keep"] = rival["policy"], rival["keep"]
+    row["kl_less"] = plain(paired_difference(_mean(its, "kl"), _mean(own, "kl")))
+    row["accuracy_more"] = plain(paired_difference(_mean(own, "hit"), _mean(its, "hit")))
+
+
+def _mean(cells: Sequence[Cell], name: str) -> Tensor:
+    """Return the mean over seeds of one figure of every input, float64 (n)."""
+    return torch.tensor([getattr(cell, name) for cell in cells], dtype=torch.float64).mean(0)

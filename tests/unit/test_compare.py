@@ -1,0 +1,139 @@
+"""`adaskip compare`: cells are stored one by one and never measured twice, rows by hand, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adaskip
+from adaskip.errors import AdaSkipError, CheckpointError, ConfigError
+from adaskip.verbs import compare as verb
+from adaskip.verbs.cells import Cell
+from adaskip.verbs.standings import standings
+
+SMALL: dict[str, Any] = {
+    "budgets": (0.8, 0.5), "examples": 24, "fit": 24, "seeds": 2, "batch_size": 24, "new_tokens": 1,
+}  # fmt: skip
+
+
+def cell(policy: str, keep: float, kl: list[float], hit: list[float], seed: int = 0, budget: float = 0.5) -> Cell:
+    count = len(kl)
+    return Cell(
+        policy, budget, seed, [1], [keep] * count, kl, hit, [1.0] * count, hit, ["a", "b"] * (count // 2), [1.0, 0.0],
+        {"prefill": 1.0, "dense_prefill": 2.0, "generate": 3.0, "dense_generate": 4.0},
+    )  # fmt: skip
+
+
+def test_rows_by_hand() -> None:
+    """Seeds are averaged input by input; catches a rival that keeps less, and a front that ignores what is kept."""
+    cells = [
+        cell("random", 0.5, [1.0, 3.0], [0.0, 0.0], seed=0),
+        cell("random", 0.5, [3.0, 5.0], [1.0, 0.0], seed=1),
+        cell("greedy", 0.5, [0.5, 1.0], [1.0, 0.0]),
+        cell("mean", 0.3, [0.1, 0.2], [1.0, 1.0]),
+        cell("dear", 0.6, [0.4, 0.4], [1.0, 1.0]),
+        cell("none", 1.0, [0.0, 0.0], [1.0, 1.0], budget=1.0),
+    ]
+    rows = {row["policy"]: row for row in standings(cells)}
+    assert [row["policy"] for row in standings(cells)] == ["none", "mean", "dear", "greedy", "random"]
+    drawn = rows["random"]
+    assert (drawn["seeds"], drawn["n"], drawn["kl"], drawn["accuracy"]) == (2, 2, 3.0, 0.25)
+    assert (drawn["prefill_ratio"], drawn["generate_ratio"]) == (0.5, 0.75)
+    assert drawn["kinds"]["a"] == {"hit": 0.5, "kl": 2.0, "keep": 0.5}
+    assert rows["greedy"]["rival"] == "dear"  # it keeps more; `mean` keeps less, so it is no measure
+    assert rows["greedy"]["kl_less"]["estimate"] == pytest.approx(-0.35)
+    assert rows["mean"]["rival"] == "dear"
+    assert rows["mean"]["accuracy_more"]["estimate"] == 0
+    assert {name for name, row in rows.items() if row["front"]} == {"none", "mean"}
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after three cells; catches cells that are measured twice, and a result that depends on the stop."""
+    whole = adaskip.compare("digits-vlm", policies=["late_entry"], output=tmp_path / "whole", **SMALL)
+    measured: list[str] = []
+    real = verb.measure_cell
+
+    def counted(*args: Any, **named: Any) -> Cell:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(named["policy"])
+        return real(*args, **named)
+
+    monkeypatch.setattr(verb, "measure_cell", counted)
+    with pytest.raises(KeyboardInterrupt):
+        adaskip.compare("digits-vlm", policies=["late_entry"], output=tmp_path / "part", **SMALL)
+    assert len([*(tmp_path / "part" / "cells").glob("*.json")]) == 3
+    monkeypatch.setattr(verb, "measure_cell", lambda *args, **named: measured.append("again") or real(*args, **named))
+    found = adaskip.compare("digits-vlm", policies=["late_entry"], output=tmp_path / "part", **SMALL)
+    assert measured.count("again") == 7 - 3  # none, two draws at two budgets, late entry at two
+    steady = ("policy", "budget", "seeds", "keep", "accuracy", "kl", "plans", "front")
+    assert [[row[name] for name in steady] for row in found.rows] == [
+        [row[name] for name in steady] for row in whole.rows
+    ]
+    stored = json.loads((tmp_path / "part" / "compare.json").read_text())
+    assert stored["rows"] == json.loads(json.dumps(found.rows))
+    assert (tmp_path / "part" / "compare.png").stat().st_size > 10_000
+    assert "| 0.5 | late_entry | 1 | " in (tmp_path / "part" / "compare.md").read_text()
+
+
+def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows hold those of before as well; a policy that cannot hold a budget is said and left out."""
+    adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL)
+    measured: list[str] = []
+    real = verb.measure_cell
+    monkeypatch.setattr(
+        verb, "measure_cell", lambda *args, **named: measured.append(named["policy"]) or real(*args, **named)
+    )
+    found = adaskip.compare("digits-vlm", policies=["early_exit", "attention_mass"], output=tmp_path, **SMALL)
+    assert measured == ["early_exit"] * 2
+    assert {row["policy"] for row in found.rows} == {"none", "random", "early_exit"}
+    assert found.left_out == [
+        "method attention_mass: expected group vision, got 'all'; attention mass speaks of no other tokens"
+    ]
+    assert {row["policy"] for row in found.agreement} == {"random", "early_exit"}
+
+
+def test_a_run_is_compared_beside_them(tmp_path: Path) -> None:
+    """A finished run names model, data and group, and stands at the budget that it was trained for."""
+    short = ["trainer.steps=2", "trainer.validate_every=2", "trainer.checkpoint_every=2", "trainer.batch_size=8"]
+    short += [f"data.examples.{split}=24" for split in ("train", "validation")] + ["data.examples.calibration=40"]
+    short += ["conditions.examples=20", "conditions.every=0", "static.width=0", "tracking.wandb=disabled"]
+    short += ["objective.price=calibrated", "objective.keep=0.8", f"output={tmp_path / 'run'}"]
+    adaskip.train("digits-vlm", short)
+    found = adaskip.compare(tmp_path / "run", policies=[], output=tmp_path / "out", **SMALL | {"budgets": (0.9, 0.8)})
+    row = next(row for row in found.rows if row["policy"] == "learned")
+    assert (row["budget"], row["plans"], row["rival"]) == (0.8, [None], "random")
+    assert row["rival_keep"] >= row["keep"] - 0.005  # its plans of budget 0.8 keep less
+    with pytest.raises(ConfigError, match=r"expected a run with router\.group=vision, got all; compare it apart"):
+        adaskip.compare(
+            "digits-vlm", group="vision", policies=[], runs=[tmp_path / "run"], output=tmp_path / "v", **SMALL
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"policies": ["gredy"]}, "'gredy': no such method, did you mean 'greedy'"),
+        ({"budgets": (0.0,)}, r"expected --budgets in \(0, 1\], such as 0.9,0.7, got 0"),
+        ({"group": "text"}, "expected --group all or vision, got 'text'"),
+        ({"split": "train"}, "plans are chosen by it; judge on test or validation"),
+        ({"seeds": 0}, "expected --seeds of at least 1, got 0"),
+    ],
+)
+def test_what_is_refused_before_anything_is_loaded(given: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(AdaSkipError, match=text):
+        adaskip.compare("no-such-model", output=tmp_path, **SMALL | given)
+
+
+def test_another_comparison_and_a_damaged_cell_are_said(tmp_path: Path) -> None:
+    adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL)
+    with pytest.raises(ConfigError, match=r"holds a comparison with examples=24; choose another folder"):
+        adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL | {"examples": 12})
+    (tmp_path / "cells" / "none-1-seed0.json").write_text('{"policy": "none"')
+    with pytest.raises(CheckpointError, match=r"none-1-seed0\.json: expected a cell .* remove it to measure it anew"):
+        adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL)
+    assert torch.is_grad_enabled()
