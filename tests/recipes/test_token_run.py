@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import adaskip
 from adaskip.errors import ConfigError
@@ -114,7 +115,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_alike(
         assert (folder / TOKEN_PRICES).is_file()
         patch.setattr(token_plan._Prices, "_measure", lambda *args: measured.append(1) or measure(*args))
         train(load(folder / "recipe.resolved.yaml"), resume=True)
-    known = len(token_plan.load_file(run / TOKEN_PRICES)["figures"])
+    known = len(load_file(run / TOKEN_PRICES)["figures"])
     assert len(measured) - 1 == known - 3
     one, other = (adaskip.RoutedModel.from_pretrained(place / "router", backbone()) for place in (run, folder))
     assert one.policy.to_dict() == other.policy.to_dict()
