@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -147,6 +148,32 @@ def take(batches: Iterable[Batch], limit: int | None, where: str) -> list[Batch]
 def count(batches: Iterable[Batch]) -> int:
     """Count the inputs that the batches hold."""
     return sum(map(len, batches))
+
+
+def fingerprints(batches: Iterable[Batch]) -> list[str]:
+    """Return one string an input, equal where tokens, labels and pictures are equal, whatever the padding.
+
+    A value that a processor returns without an axis for rows (all patches of all pictures, say) can only be compared
+    for the whole batch; one input in two such batches counts as two.
+    """
+    return [mark for batch in batches for mark in _rows(batch)]
+
+
+def _rows(batch: Batch) -> Iterator[str]:
+    shape = batch.labels.shape
+    named = {name: x.cpu() for name, x in batch.inputs.items() if isinstance(x, Tensor)} | {
+        "labels": batch.labels.cpu()
+    }
+    real = named.get("attention_mask", named["labels"] != IGNORED).bool()
+    real = real if real.shape == shape else torch.ones(shape, dtype=torch.bool)
+    for row in range(shape[0]):
+        mark = hashlib.sha256()
+        for name, value in sorted(named.items()):
+            part = value[row] if value.dim() and len(value) == shape[0] else value
+            part = part[real[row]] if value.shape == shape else part
+            mark.update(f"{name} {tuple(part.shape)} ".encode())
+            mark.update(part.contiguous().view(torch.uint8).numpy().tobytes() if part.dim() else str(part).encode())
+        yield mark.hexdigest()[:24]
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

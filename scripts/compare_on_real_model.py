@@ -37,6 +37,7 @@ from adaskip.stages import LineStages
 from adaskip.survey.greedy import Path as Plan
 from adaskip.survey.greedy import exact_prices, greedy_paths
 from adaskip.survey.ledger import Ledger
+from adaskip.survey.price_file import PriceFile, find_origin
 from adaskip.survey.record import Recorded, record
 from adaskip.survey.static import layer_savings
 from adaskip.survey.token_plan import TokenPlans, find_token_plans
@@ -122,7 +123,7 @@ def influence(model: RoutedModel, batches: Sequence[Batch]) -> list[int]:
 def greedy_plans(model: RoutedModel, train: Prompts, keeps: Sequence[float], file: Path) -> dict[float, Plan]:
     """Return the shortest of nested greedy plans that hold each keep rate, by exact costs."""
     layers, rows = len(model.spec.layers), range(len(train))
-    price = Ledger(exact_prices(model, train), len(train), file)
+    price = Ledger(exact_prices(model, train), len(train), PriceFile(file, find_origin(model, train.batches)))
     single = price([(layer,) for layer in range(layers)], rows).mean(0)
     saves = layer_savings(model, train.batches).mean(0)
 

@@ -44,7 +44,7 @@ class Fingerprint:
     quantised: bool
 
     def digest(self) -> str:
-        """Return a short hash of all that could be read; for people, and never compared."""
+        """Return a short hash of all that could be read: for people, and for what holds in one precision alone."""
         digest = hashlib.sha256()
         for name, sample in sorted(self.samples.items()):
             digest.update(f"{name}{sample.shape}".encode())

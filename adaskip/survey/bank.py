@@ -29,6 +29,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.greedy import Path, exact_prices, greedy_paths
 from adaskip.survey.ledger import Ledger
+from adaskip.survey.price_file import PriceFile, find_origin
 from adaskip.survey.record import record
 from adaskip.survey.static import layer_savings
 from adaskip.theory.regression import FLOOR, FOLDS, Predictor, fit_predictor
@@ -123,11 +124,12 @@ def find_bank(
     Raises:
         ConfigError: the budget cannot be held behind the entry.
         DataError: too few inputs to fit a predictor on.
-        CheckpointError: the file holds the prices of other inputs.
+        CheckpointError: the file is damaged, or holds prices of other inputs or of another model.
     """
     if inputs < 2 * FOLDS:
         raise DataError(f"find_bank: expected at least {2 * FOLDS} inputs to fit a predictor on, got {inputs}")
-    ledger = Ledger(exact_prices(model, batches), inputs, file)
+    stored = None if file is None else PriceFile(file, find_origin(model, batches(range(inputs))))
+    ledger = Ledger(exact_prices(model, batches), inputs, stored)
     rows = [*dict.fromkeys(i * inputs // sample for i in range(sample))]
     held, layers = model.policy.held, len(model.spec.layers)
     free = [layer for layer in range(entry, layers) if layer not in held]

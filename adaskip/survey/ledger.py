@@ -7,16 +7,12 @@ same order, and those that the ledger knows cost nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path as FilePath
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from adaskip import runfiles
-from adaskip.errors import CheckpointError
 from adaskip.survey.greedy import Path, Price
+from adaskip.survey.price_file import PriceFile
 
 
 class Ledger:
@@ -28,14 +24,15 @@ class Ledger:
         file: where prices are kept after every question that had to be measured; None: in memory only.
 
     Raises:
-        CheckpointError: the file is damaged, or holds the prices of another number of inputs.
+        CheckpointError: the file is damaged, or its prices were measured on something else.
     """
 
-    def __init__(self, price: Price, inputs: int, file: FilePath | None = None) -> None:
+    def __init__(self, price: Price, inputs: int, file: PriceFile | None = None) -> None:
         self.price, self.inputs, self.file = price, inputs, file
         self.known: dict[Path, Tensor] = {}  # float64 (n) each, NaN where it was not measured
-        if file is not None and file.is_file():
-            self._read(file)
+        stored = None if file is None else file.read("skip", "cost")
+        for skip, column in () if stored is None else zip(*stored, strict=True):
+            self.known[tuple(skip.nonzero().flatten().tolist())] = column.clone()
 
     def __call__(self, paths: Sequence[Path], rows: Sequence[int]) -> Tensor:
         """Return what paths cost inputs, float64 (n p); a `Price`."""
@@ -59,20 +56,4 @@ class Ledger:
         skip = torch.zeros(len(self.known), layers, dtype=torch.bool)
         for row, path in zip(skip, self.known, strict=True):
             row[list(path)] = True
-        runfiles.write(self.file, save({"skip": skip, "cost": torch.stack([*self.known.values()])}))
-
-    def _read(self, file: FilePath) -> None:
-        try:
-            stored = load_file(file)
-            skip, cost = stored["skip"], stored["cost"]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: expected the prices of paths, cannot be read ({error}); remove it to measure them anew"
-            ) from error
-        if cost.shape != (len(skip), self.inputs):
-            raise CheckpointError(
-                f"{file}: expected the prices of {self.inputs} inputs, got {tuple(cost.shape)[-1]}; the data were "
-                "others then: remove the file to measure anew"
-            )
-        for row, column in zip(skip, cost, strict=True):
-            self.known[tuple(row.nonzero().flatten().tolist())] = column.clone()
+        self.file.write({"skip": skip, "cost": torch.stack([*self.known.values()])})

@@ -17,18 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from adaskip import runfiles
 from adaskip.batch import Batch
-from adaskip.errors import CheckpointError, ConfigError, DataError
+from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Target
 from adaskip.policies.token_plan import TokenPlan, classify
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
+from adaskip.survey.price_file import PriceFile, find_origin
 from adaskip.survey.record import Recorded, record
 
 _ROUNDING = 1e-9
@@ -111,7 +109,7 @@ def find_token_plans(
     Raises:
         ConfigError: the model's decisions are not of scope ``token``, or so little cannot be kept behind the entry.
         DataError: fewer tokens than classes.
-        CheckpointError: the file is damaged, or of another search.
+        CheckpointError: the file is damaged, or holds costs of other inputs, classes or of another model.
     """
     if model.target.scope != "token":
         raise ConfigError(
@@ -121,7 +119,10 @@ def find_token_plans(
     with stages(f"recording {inputs} inputs"):
         recorded = [record(model, batch) for batch in batches]
         centres, prompts = find_classes(recorded, entry, classes, seed)
-    prices = _Prices(recorded, centres, prompts, entry, file)
+    stored = None
+    if file is not None:
+        stored = PriceFile(file, find_origin(model, batches, entry=entry, classes=classes, seed=seed))
+    prices = _Prices(recorded, centres, prompts, entry, stored)
     free = [layer for layer in range(entry, len(model.spec.layers)) if layer not in model.policy.held]
     bands = [tuple(free[start : start + band]) for start in range(0, len(free), band)]
     parts = [(label, layers) for label in range(len(centres)) for layers in bands]
@@ -200,7 +201,7 @@ class _Prices:
     """Measure what plans cost and keep on recorded inputs, each once, and remember it in a file."""
 
     def __init__(
-        self, recorded: Sequence[Recorded], centres: Tensor, prompts: int, entry: int, file: Path | None
+        self, recorded: Sequence[Recorded], centres: Tensor, prompts: int, entry: int, file: PriceFile | None
     ) -> None:
         self.recorded, self.file = recorded, file
         self.shape = (len(centres), len(recorded[0].keep))
@@ -208,8 +209,9 @@ class _Prices:
         self.labels = [
             classify(one.entered[entry], one.batch.prompt_mask & one.tokens.valid, centres, prompts) for one in recorded
         ]
-        if file is not None and file.is_file():
-            self._read(file)
+        stored = None if file is None else file.read("keep", "figures")
+        for plan, figures in () if stored is None else zip(*stored, strict=True):
+            self.known[plan.numpy().tobytes()] = tuple(figures.tolist())
 
     def __call__(self, parts: Sequence[Part]) -> tuple[float, float]:
         """Return the mean KL and the mean share kept with parts, (class, layers) each, gone."""
@@ -235,20 +237,4 @@ class _Prices:
             return
         plans = torch.tensor([[*key] for key in self.known], dtype=torch.bool)
         figures = torch.tensor([*self.known.values()], dtype=torch.float64)
-        runfiles.write(self.file, save({"keep": plans.reshape(-1, *self.shape), "figures": figures}))
-
-    def _read(self, file: Path) -> None:
-        try:
-            stored = load_file(file)
-            keep, figures = stored["keep"], stored["figures"]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: expected the costs of plans, cannot be read ({error}); remove it to measure them anew"
-            ) from error
-        if keep.shape[1:] != self.shape:
-            raise CheckpointError(
-                f"{file}: expected plans of {self.shape[0]} classes and {self.shape[1]} layers, got "
-                f"{tuple(keep.shape[1:])}; the settings were others then: remove the file to measure anew"
-            )
-        for plan, values in zip(keep, figures.tolist(), strict=True):
-            self.known[plan.numpy().tobytes()] = tuple(values)
+        self.file.write({"keep": plans.reshape(-1, *self.shape), "figures": figures})

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from adaskip.backbone.weights import find_packed
-from adaskip.batch import Batch, check_batch, exact_match
+from adaskip.batch import Batch, check_batch, exact_match, fingerprints
 from adaskip.errors import ConfigError
 from adaskip.plan import Routing
 from adaskip.runtime.attach import RoutedModel
@@ -20,7 +20,7 @@ from adaskip.survey.dense_costs import SkipCosts, price_dense
 from adaskip.theory.costs import compare
 from adaskip.theory.prices import Prices
 from adaskip.training.gradient import check_strategy, draw_path
-from adaskip.training.inputs import fingerprints, from_rank_zero
+from adaskip.training.inputs import from_rank_zero
 from adaskip.training.keep_rates import KeepByKind
 from adaskip.training.objective import Objective, check_gradient, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaskip.batch import Batch
+from adaskip.batch import Batch, fingerprints
 from adaskip.errors import DataError
 from adaskip.survey.calibration import MASS_EVERY, needed
 from adaskip.theory.prices import Prices, calibrate_prices
 from adaskip.theory.tables import LayerMeasures
-from adaskip.training.inputs import fingerprints
 from adaskip.training.module import RouterTuner
 
 JUDGED = 4

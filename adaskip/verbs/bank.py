@@ -41,7 +41,7 @@ def bank_model(
     Raises:
         ConfigError: several processes were started; or the budget cannot be held behind ``bank.entry``.
         DataError: too few training records.
-        CheckpointError: the prices in the folder are damaged.
+        CheckpointError: the prices in the folder are damaged, or of other inputs or another model.
     """
     if launched()[0] > 1:
         raise ConfigError("method path-bank: expected one process, got several; start it without torchrun")

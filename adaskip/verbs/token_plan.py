@@ -35,7 +35,7 @@ def plan_tokens(
     Raises:
         ConfigError: several processes were started; or the budget cannot be held behind ``tokens.entry``.
         DataError: too few tokens.
-        CheckpointError: the costs in the folder are damaged.
+        CheckpointError: the costs in the folder are damaged, or of other inputs or another model.
     """
     if launched()[0] > 1:
         raise ConfigError("method token-plan: expected one process, got several; start it without torchrun")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from safetensors.torch import load_file
 
 from adaskip.errors import CheckpointError
 from adaskip.recipe import load
+from adaskip.theory.prices import Prices
 from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
 from adaskip.training.module import RouterTuner
+from adaskip.verbs import train as verbs_train
 from adaskip.verbs.train import train
 from tests.faults.runs import EVERY, SHORT, STEPS, kill, numbers
 
@@ -70,6 +75,65 @@ def test_a_run_killed_in_mid_training_goes_on(
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert numbers(folder) == numbers(whole)
     assert (folder / "conditions.jsonl").read_text() == (whole / "conditions.jsonl").read_text()
+
+
+FUNCTIONAL = [
+    *SHORT,
+    "objective.price=functional",
+    "objective.bound_weight=1",  # so that another price would be another loss
+    "objective.task_weight=0.1",
+    "trainer.steps=10",
+    "conditions.every=3",
+]
+
+
+@pytest.fixture(scope="module")
+def priced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of price functional."""
+    folder = tmp_path_factory.mktemp("runs") / "priced"
+    train(load("digits-vlm", [*FUNCTIONAL, f"output={folder}"]))
+    return folder
+
+
+@pytest.mark.parametrize("otherwise", [False, True], ids=["priced alike", "priced otherwise"])
+def test_a_run_of_price_functional_goes_on_with_the_prices_it_began_with(
+    priced: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch, otherwise: bool
+) -> None:
+    """Stopped two steps behind a checkpoint, and one behind a look that the resume takes again.
+
+    Would catch: a predictor or its factor that the checkpoint does not keep, or that a resume fits anew: on another
+    machine it comes out otherwise, and the loss, the looks and ``prices.json`` with it; a look that is written twice.
+    """
+    folder, train_one, price = tmp_path / "stopped", RouterTuner.training_step, verbs_train.price_layers
+
+    def stopping(self: RouterTuner, batch: dict, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 7:
+            raise KeyboardInterrupt
+        return train_one(self, batch, batch_idx)
+
+    with monkeypatch.context() as until_stopped:
+        until_stopped.setattr(RouterTuner, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(load("digits-vlm", [*FUNCTIONAL, f"output={folder}"]))
+    assert [int(path.stem) for path in checkpoints(folder)] == [4]
+    looks = [json.loads(line)["step"] for line in (folder / "conditions.jsonl").read_text().splitlines()]
+    assert looks[-1] == 6
+    steps.clear()
+
+    def dearer(*arguments: Any, **options: Any) -> Prices:
+        prices = price(*arguments, **options)
+        assert prices.functional is not None
+        return replace(prices, functional=replace(prices.functional, factor=8 * prices.functional.factor))
+
+    if otherwise:
+        monkeypatch.setattr(verbs_train, "price_layers", dearer)
+    train(load(folder / "recipe.resolved.yaml"), resume=True)
+    assert steps == list(range(4, 10))
+    expected, resumed = (load_file(run / "router" / "router.safetensors") for run in (priced, folder))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert numbers(folder) == numbers(priced)
+    for name in ("prices.json", "conditions.jsonl"):
+        assert (folder / name).read_text() == (priced / name).read_text(), name
 
 
 # after every checkpoint is slow: "between two checkpoints" above goes on from one

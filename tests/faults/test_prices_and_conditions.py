@@ -127,7 +127,7 @@ def test_inputs_that_priced_never_judge(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_an_input_is_known_again_under_other_padding() -> None:
     """The same prompt padded to another length, beside other rows, is the same input; another answer makes another."""
-    from adaskip.training.inputs import fingerprints
+    from adaskip.batch import fingerprints
 
     batch = DATA[0]
     wider = adaskip.Batch(

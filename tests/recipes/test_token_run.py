@@ -7,22 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import adaskip
 from adaskip.errors import ConfigError
 from adaskip.recipe import Recipe, load
 from adaskip.runfiles import TOKEN_PRICES
+from adaskip.stages import SILENT
 from adaskip.survey import token_plan
+from adaskip.survey.token_plan import TokenPlans
+from adaskip.training.data import load_records
 from adaskip.verbs.amounts import fitted
 from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.check import check
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.export import export
 from adaskip.verbs.generate import answer
+from adaskip.verbs.token_plan import plan_tokens
 from adaskip.verbs.train import train
 
 SHORT = [
     "method=token-plan",
+    "seed=3",
     "router.scope=token",
     "trainer.steps=0",
     "trainer.batch_size=24",
@@ -69,7 +76,33 @@ def test_a_plan_holds_its_budget_and_the_layers_that_are_dear(run: Path) -> None
     assert model.target.scope == "token"
     assert model.policy.centres.norm(dim=1).allclose(torch.ones(5))
     assert any(model.policy.skips)
-    assert not {layer for skip in model.policy.skips for layer in skip} & {*summary["conditions"]["held"]}
+    held = summary["conditions"]["held"]
+    assert held
+    assert model.policy.held == tuple(held), "whoever loads the routers has them held as well"
+    assert not {layer for skip in model.policy.skips for layer in skip} & {*held}
+
+
+def test_plans_go_a_little_below_the_budget(tmp_path: Path) -> None:
+    """Validation inputs may keep more than those planned on; catches plans that end at the budget itself."""
+    model = adaskip.attach(backbone(), adaskip.RouterConfig(scope="token")).eval()
+    collate, records = adaskip.Collator(adaskip.demo.backbone.load()[1]), load_records("digits-vlm", "train", 12, 0)
+
+    def found(keep: float) -> TokenPlans:
+        asked = load("digits-vlm", [*SHORT, f"objective.keep={keep}"])
+        return plan_tokens(asked, tmp_path, model, records, collate, SILENT)
+
+    ended = found(0.8).steps
+    further = found(ended[-1].keep + 0.005).steps
+    assert further[: len(ended)] == ended
+    assert further[-1].keep < ended[-1].keep - 0.005
+
+
+def test_costs_are_of_the_recipes_classes(run: Path) -> None:
+    """Their file names what they were measured with; catches a seed or a number of classes that is not the recipe's."""
+    with safe_open(run / TOKEN_PRICES, "pt") as file:
+        named = file.metadata()
+    assert named["inputs"].startswith("12 inputs ")
+    assert named["settings"].endswith(" entry=1 classes=(2, 1) seed=3")
 
 
 def test_its_gauge_is_calibrated_apart_and_judged_on_validation(run: Path) -> None:
@@ -114,7 +147,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_alike(
         assert (folder / TOKEN_PRICES).is_file()
         patch.setattr(token_plan._Prices, "_measure", lambda *args: measured.append(1) or measure(*args))
         train(load(folder / "recipe.resolved.yaml"), resume=True)
-    known = len(token_plan.load_file(run / TOKEN_PRICES)["figures"])
+    known = len(load_file(run / TOKEN_PRICES)["figures"])
     assert len(measured) - 1 == known - 3
     one, other = (adaskip.RoutedModel.from_pretrained(place / "router", backbone()) for place in (run, folder))
     assert one.policy.to_dict() == other.policy.to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,10 +75,129 @@ def test_the_price_spends_the_budget_where_it_costs_least() -> None:
     price = lowest_price(costs, share, 0.9)
     chosen = choose(costs, share, price)
     assert chosen.tolist() == [0] * 4 + [2] * 4
+    # at .001 / .1 nats they are just between two paths: a little more, so that rounding does not take them back
+    assert price == pytest.approx(0.01 * (1 + 1e-4), rel=1e-7)
     assert lowest_price(costs, share, 1.0) == 0.0
     assert choose(costs, share, lowest_price(costs, share, 0.8)).tolist() == [2] * 8
     with pytest.raises(ConfigError, match=r"expected a keep of at least 0.800, got 0.5"):
         lowest_price(costs, share, 0.5)
+
+
+def test_each_further_path_is_the_one_that_the_best_choices_gain_most_by() -> None:
+    """By hand, keep .5, after the dense path and the static plan.
+
+    At a price of 2, at which both are worth 2 to everybody, path 2 saves three inputs 1.5, .5 and 1.5. With it the
+    price is 4/3, and path 3 saves the second input 1/3; at the first price it would save nothing. Catches a price that
+    is not found anew, costs without it, and inputs that lose by a path they need not take.
+    """
+    costs = [[0.0, 1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0, 3.0], [0.0, 1.0, 0.0, 0.0, 3.0], [0.0, 1.0, 8.0, 8.0, 2.0]]
+    share = torch.tensor([1.0, 0.5, 0.25, 0.75, 0.5], dtype=torch.float64)
+    assert bank._select(torch.tensor(costs).double(), share, 0.5, 5) == [0, 1, 2, 3]
+    assert bank._select(torch.tensor(costs).double(), share, 0.5, 3) == [0, 1, 2]
+
+
+def test_groups_are_of_inputs_that_find_the_same_layers_dear() -> None:
+    """Catches inputs that are grouped by how dear everything is, and a group of a few that gets paths of its own."""
+    single = torch.full((30, 4), 1.0, dtype=torch.float64)
+    single[:12, :2] = single[12:27, 2:] = single[27:, ::2] = 0.05
+    single[::2] *= 30.0
+    assert sorted(bank._groups(single, 3, seed=0)) == [[*range(12)], [*range(12, 27)]]
+    assert bank._groups(single, 1, seed=0) == []
+
+
+def found_on(monkeypatch: pytest.MonkeyPatch, single: torch.Tensor, guess=None, **settings):
+    """A bank on planted prices; layers save alike, one number is known of each input, and ``guess`` judges costs."""
+    held, features = settings.pop("held", ()), (single.sum(1, keepdim=True)).log().float()
+    monkeypatch.setattr(bank, "exact_prices", lambda *_: price_of(single))
+    monkeypatch.setattr(bank, "layer_savings", lambda *_: torch.full((1, LAYERS), 1 / LAYERS, dtype=torch.float64))
+    monkeypatch.setattr(bank, "describe", lambda model, rows, entry: features[list(rows)])
+    if guess is not None:
+        monkeypatch.setattr(bank, "fit_predictor", lambda x, costs: (fit_predictor(x, costs)[0], guess(costs)))
+    model = SimpleNamespace(policy=SimpleNamespace(held=held), spec=SimpleNamespace(layers=range(LAYERS)))
+    options = {"keep": 0.75, "entry": 1, "groups": 0, "paths": 4} | settings
+    return features, find_bank(model, lambda rows: [rows], len(single), **options)
+
+
+def levels() -> torch.Tensor:
+    """Layers cost every second input a hundred times more, all but the last layer a little more than the next."""
+    single = 1.0 + 0.01 * torch.arange(LAYERS, dtype=torch.float64).flip(0).expand(INPUTS, -1).clone()
+    single[::2] *= 0.01
+    return single
+
+
+def test_choosing_must_pay_on_inputs_that_the_predictor_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A predictor that is right of what it has seen, and cross-fitted takes dear inputs for cheap ones.
+
+    Catches a bank that is judged, or priced, by the former or by the true costs; one plan for all is left.
+    """
+    single = levels()
+    features, found = found_on(monkeypatch, single, lambda costs: costs.roll(1, 0))
+    assert found.paths == ((6, 7),)
+    assert not found.chosen.any()
+    assert found.price == 0
+    assert {round(found.figures[name], 9) for name in ("static", "chosen", "best")} == {1.01505}
+    assert found.static == 0
+    fitted = fit_predictor(features, torch.stack([torch.zeros(INPUTS).double(), single[:, 6:].sum(1)], 1))[0]
+    torch.testing.assert_close(found.predictor(features)[:, 0], fitted(features)[:, 1])
+
+
+def test_where_choosing_pays_every_input_takes_the_path_guessed_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cheap inputs go far and dear ones stay dense, which pays in the mean though every second input loses by it.
+
+    Catches a gain over another path than the static plan, of the wrong sign or without its standard error, and a
+    ceiling at the guesses' price.
+    """
+    guesses = []
+
+    def guess(costs: torch.Tensor) -> torch.Tensor:
+        guesses.append(300.0 * costs)
+        return guesses[0]
+
+    single = levels()
+    _, found = found_on(monkeypatch, single, guess)
+    assert found.paths[:2] == ((), (6, 7))
+    assert found.static == 1
+    assert found.price == lowest_price(guesses[0], found.share, 0.75)
+    assert torch.equal(found.chosen, choose(guesses[0], found.share, found.price))
+    gain = found.costs[:, 1] - found.costs.gather(1, found.chosen[:, None])[:, 0]
+    assert (gain < 0).any()
+    assert gain.std() > gain.mean() > 0.5 * gain.std()
+    assert found.figures["chosen"] == pytest.approx(float((found.costs[:, 1] - gain).mean()))
+    assert found.figures["best"] == pytest.approx(found.figures["chosen"]), "by the guesses all inputs are alike dearer"
+    assert found.figures["chosen_keep"] <= 0.75
+
+
+def test_groups_of_inputs_get_paths_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned on every second input; catches a group's plan made on other inputs, or from what layers cost all."""
+    monkeypatch.setattr(bank, "_CLEAR", -torch.inf)
+    single = planted(torch.Generator().manual_seed(0))
+    _, found = found_on(monkeypatch, single, lambda costs: costs, groups=2, paths=12, width=2, sample=20)
+    assert {(3, 4), (5, 6)} <= {*found.paths}
+
+
+def test_no_path_leaves_out_what_is_held_or_more_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a held layer in a path of some group, and paths that go deeper than they may."""
+    monkeypatch.setattr(bank, "_CLEAR", -torch.inf)
+    for held, deepest, longest in (((), None, 5), ((7,), None, 5), ((), 3, 3), ((), 1, 2)):
+        _, found = found_on(monkeypatch, levels(), lambda costs: costs, held=held, deepest=deepest)
+        assert max(map(len, found.paths)) == longest, "twice the static plan and one; no shallower than that plan"
+        assert not {*held} & {layer for path in found.paths for layer in path}
+
+
+def test_paths_are_planned_on_inputs_from_all_over_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are sorted by length: catches a sample of the shortest."""
+    asked: list[Sequence[int]] = []
+    single = levels()
+
+    def asking(*_: object):
+        return lambda paths, rows: asked.append(rows) or price_of(single)(paths, rows)
+
+    with monkeypatch.context() as patch:
+        found_on(patch, single)
+        patch.setattr(bank, "exact_prices", asking)
+        model = SimpleNamespace(policy=SimpleNamespace(held=()), spec=SimpleNamespace(layers=range(LAYERS)))
+        find_bank(model, lambda rows: [rows], INPUTS, keep=0.75, entry=1, groups=0, sample=10)
+    assert [*asked[0]] == [*range(0, INPUTS, 4)]
 
 
 @pytest.mark.parametrize("pays", [True, False])

@@ -16,6 +16,8 @@ from adaskip.batch import Batch
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.recipe import load
 from adaskip.survey.flips import Flips, survey_flips
+from adaskip.survey.record import record
+from adaskip.theory import bounds
 from adaskip.theory.costs import compare
 from adaskip.training import fit_run
 from adaskip.training.fit import FitState, fit_from_bounds, fit_round, read_logits
@@ -29,7 +31,8 @@ LAYERS, WIDTH = 4, 32
 
 
 def routed(seed: int = 0) -> adaskip.RoutedModel:
-    return adaskip.attach(toys.make("llama", seed=seed).model)
+    """Routers of a mean state, as the planted inputs have it."""
+    return adaskip.attach(toys.make("llama", seed=seed).model, adaskip.RouterConfig(features="mean"))
 
 
 def mixed(model: adaskip.RoutedModel) -> None:
@@ -102,6 +105,42 @@ def test_pairs_are_covariances_of_what_the_flips_do() -> None:
     unclipped = replace(found, cost=found.cost + 100)
     mean = torch.stack([unclipped.expected_cost(keep) for keep in drawn]).mean(0)
     assert torch.allclose(mean, unclipped.expected_cost(gates), rtol=0.01)
+
+
+def test_the_expected_cost_and_keep_rate_by_hand() -> None:
+    """Layer 0 leaves the path with chance .5, layer 1 joins it with chance .25.
+
+    Catches a pair that counts twice, a layer that counts as a pair with itself, and a cost below 0.
+    """
+    flips = Flips(
+        pooled=torch.zeros(1, 2, 1, 1),
+        keep=torch.tensor([[True, False]]),
+        cost=torch.tensor([1.0]),
+        change=torch.tensor([[0.3, 0.5]]),
+        pairs=torch.tensor([[[0.7, 0.2], [0.2, 0.9]]]),
+        share=torch.tensor([[0.25, 0.5]]),
+        floor=torch.tensor([0.25]),
+    )
+    gates = torch.tensor([[0.5, 0.25]])
+    assert flips.expected_cost(gates).tolist() == pytest.approx([1 + 0.5 * 0.3 + 0.25 * 0.5 + 0.5 * 0.25 * 0.2])
+    assert flips.keep_rate(gates).tolist() == pytest.approx([0.25 + 0.5 * 0.25 + 0.25 * 0.5])
+    assert replace(flips, change=torch.tensor([[-4.0, 0.5]])).expected_cost(gates).tolist() == [0.0]
+
+
+def test_pairs_are_means_over_an_inputs_own_tokens() -> None:
+    """Answers of three tokens and of one; catches a sum, a mean over all, other rows' tokens, a weight left out."""
+    model, inputs = routed(), toys.make("llama").batch([7, 6])
+    labels = inputs["input_ids"].clone()
+    labels[0, :-3] = labels[1, :-1] = -100
+    batch = Batch(inputs, labels, inputs["attention_mask"].bool() & (labels == -100))
+    done: list[int] = []
+    found = survey_flips(model, [batch, batch], task_weight=0.5, progress=done.append)
+    assert done == [2, 4]
+    dense = record(model, batch)
+    flipped = torch.stack([dense.rerun(dense.skipping([layer])) for layer in range(LAYERS)], 1)
+    each = 1.5 * bounds.gate_matrix(dense.logits, flipped)
+    expected = torch.stack([each[:3].mean(0), each[3]]).float()
+    torch.testing.assert_close(found.pairs, torch.cat([expected, expected]), rtol=1e-4, atol=1e-6)
 
 
 def planted(count: int, seed: int) -> tuple[Flips, torch.Tensor]:
@@ -196,6 +235,9 @@ def test_what_cannot_be_fitted_is_said() -> None:
     plan = adaskip.attach(toys.make("llama").model, adaskip.SkipPlan.static([1]))
     with pytest.raises(ConfigError, match=r"expected one decision a layer and prompt, by learned routers; attach with"):
         survey_flips(plan, batches(1))
+    tokens = adaskip.attach(plan.detach(), adaskip.RouterConfig(scope="token"))
+    with pytest.raises(ConfigError, match=r"expected one decision a layer and prompt, by learned routers; attach with"):
+        survey_flips(tokens, batches(1))
     with pytest.raises(ConfigError) as caught:
         Fit(rounds=0, steps=-1, learning_rate=0)
     assert str(caught.value).count("expected") == 3

@@ -14,13 +14,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
 import adaskip
-from adaskip.errors import ConfigError
+from adaskip.errors import ConfigError, DataError
 from adaskip.policy import Policy
 from adaskip.recipe import load
 from adaskip.runtime import gates
 from adaskip.survey.flips import PathCost
 from adaskip.theory.costs import predicted
-from adaskip.training.gradient import check_strategy, draw_layers, draw_path
+from adaskip.training.gradient import check_strategy, draw_layers, draw_path, slope_of
 from adaskip.verbs.train import train
 from tests import toys
 from tests.own_data import SHORT
@@ -81,6 +81,96 @@ def test_the_mean_over_all_paths_is_the_gradient_of_the_expected_cost(
     expected.backward()
     assert torch.allclose(found.double(), biases.grad, rtol=1e-3, atol=1e-6)
     assert biases.grad.abs().min() > 1e-3
+
+
+def answers_of(counts: list[int]) -> adaskip.Batch:
+    """Prompts whose answers are so many tokens long."""
+    inputs = toys.make("llama").batch([8] * len(counts))
+    labels = inputs["input_ids"].clone()
+    for row, count in zip(labels, counts, strict=True):
+        row[:-count] = -100
+    return adaskip.Batch(inputs, labels, labels == -100)
+
+
+@pytest.mark.parametrize("gradient", ["straight-through", "flips"])
+def test_a_drawn_path_costs_what_it_costs_each_input_in_the_mean(gradient: Any) -> None:
+    """Answers of one, three and five tokens, along the path that was drawn, run again.
+
+    Catches a mean over tokens, a KL the wrong way round, another token's label, and a slope that adds to the value.
+    """
+    model, batch = biased("llama"), answers_of([1, 3, 5])
+    dense = dense_logits(model, batch)
+    goal = adaskip.Objective(**{**FLIPS, "gradient": gradient})
+    kl, task = draw_path(model, batch, dense, goal, torch.Generator().manual_seed(1), 0.7)
+    keep, cost = model.routing.keep, PathCost(predicted(dense, batch.supervised), batch, 1.0)
+    assert 0 < keep.float().mean() < 1
+    with torch.no_grad():
+        logits = predicted(model(**batch.arguments(), routing=keep).logits, batch.supervised)
+    assert float(kl.detach()) == pytest.approx(float(cost.kl(logits).mean()), rel=1e-4)
+    assert float(task.detach()) == pytest.approx(float(cost.task(logits).mean()), rel=1e-4)
+
+
+def test_the_temperature_is_that_of_flips_draws_and_of_straight_through_slopes() -> None:
+    """Biases .4, -.7, 1.1 and .1 at a threshold of .2: nearly at temperature 0 flips leave nothing to chance.
+
+    A straight-through gate is drawn alike at any temperature, and hardly slopes at a high one. Catches one left out.
+    """
+    model, batch = biased("llama"), answers_of([1] * 16)
+    dense, found = dense_logits(model, batch), []
+    draw_path(model, batch, dense, adaskip.Objective(**FLIPS), torch.Generator().manual_seed(0), 1e-4)
+    assert model.routing.keep.T.tolist() == [[True, False, True, False]] * 16
+    for temperature in (1.0, 1000.0):
+        model.policy.zero_grad()
+        goal, noise = adaskip.Objective(bound_weight=0.0), torch.Generator().manual_seed(0)
+        draw_path(model, batch, dense, goal, noise, temperature)[0].backward()
+        found.append((model.routing.keep, slopes(model).abs()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[1][1] < 0.01 * found[0][1]).all()
+
+
+def test_a_flip_counts_for_those_that_were_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of four, drawn with chance 1/4, moves its router four times as far as if it were drawn always."""
+    model, batch, found = biased("llama"), answers_of([1, 2, 3]), []
+    goal = adaskip.Objective(**FLIPS)
+    for chance in (1.0, 0.25):
+        drawn = torch.full((1, 3), 2), torch.full((1, 3), chance)
+        monkeypatch.setattr("adaskip.training.gradient.draw_layers", lambda *_, drawn=drawn: drawn)
+        model.policy.zero_grad()
+        draw_path(model, batch, dense_logits(model, batch), goal, torch.Generator().manual_seed(0), 1.0)[0].backward()
+        found.append(slopes(model))
+    assert found[0][2] != 0
+    assert not found[0][[0, 1, 3]].any()
+    assert torch.allclose(found[1], 4 * found[0])
+
+
+def test_layers_are_drawn_by_how_far_a_logit_moves_them() -> None:
+    """p (1 - p) at the threshold and the temperature of the draws; catches ones that draw what is settled."""
+    model = biased("llama")
+    model(**answers_of([1, 2]).arguments())
+    p = torch.sigmoid((torch.tensor(BIASES) - 0.2) / 0.5)
+    assert torch.allclose(slope_of(model, 0.5), (p * (1 - p))[:, None].expand(-1, 2))
+
+
+def test_rows_draw_layers_apart_and_by_their_own_weights() -> None:
+    """Two rows that want other layers, and layers without any weight; catches one draw, or one law, for a batch."""
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(1, 500)
+    layers, chance = draw_layers(weight, 1, torch.Generator().manual_seed(0))
+    assert layers[0].tolist() == [0, 1] * 500
+    assert torch.allclose(chance, torch.ones(1, 1000), atol=1e-5)
+    layers, chance = draw_layers(torch.ones(2, 1000), 1, torch.Generator().manual_seed(0))
+    assert 400 < int(layers.sum()) < 600
+    layers, chance = draw_layers(torch.zeros(2, 1000), 1, torch.Generator().manual_seed(0))
+    assert 400 < int(layers.sum()) < 600
+    assert chance.unique().tolist() == [0.5]
+
+
+def test_an_input_without_an_answer_is_refused() -> None:
+    model, batch = biased("llama"), answers_of([1, 2])
+    batch.labels[1] = -100
+    with pytest.raises(
+        DataError, match=r"rows \[1\] of a batch have no answer to learn from: .* leave such inputs out"
+    ):
+        draw_path(model, batch, torch.zeros(()), adaskip.Objective(**FLIPS), torch.Generator(), 1.0)
 
 
 def test_layers_drawn_stand_for_all() -> None:

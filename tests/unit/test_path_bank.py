@@ -50,6 +50,17 @@ def test_a_price_or_what_a_prompt_may_cost_decides_how_far_it_goes() -> None:
     assert chosen(nats=0.05) == [0, 1], "twice what is predicted must be within it"
     assert chosen(nats=0.5) == [1, 1]
     assert chosen(nats=2.0) == [2, 2]
+    assert chosen(nats=0.04) == [0, 1], "what costs just so much is within it"
+    costs += torch.tensor([0.7, 0.1, 0.1])
+    assert chosen(nats=0.1) == [1, 1], "where nothing is, the one that costs least, not the first or the lightest"
+
+
+def test_what_a_prompt_may_cost_is_saved_with_the_bank() -> None:
+    """Catches routers that are loaded again and decide by another rule."""
+    bank = PathBank([[], [1, 2]], entry=1, nats=0.1)
+    again = PathBank(**{**bank.to_dict(), "target": bank.target})
+    assert (again.nats, again.price, again.paths) == (0.1, 0.0, bank.paths)
+    assert again.to_dict() == bank.to_dict()
 
 
 def test_without_a_fit_every_prompt_takes_the_first_path() -> None:
