@@ -14,6 +14,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.greedy import Path
 from adaskip.survey.ledger import Ledger
 from adaskip.survey.plans import plan_costs
+from adaskip.survey.price_file import PriceFile, find_origin
 from adaskip.survey.record import record
 from adaskip.survey.skips import measure_skips
 from adaskip.survey.static import ROUNDING, layer_savings
@@ -33,6 +34,9 @@ class Evidence:
         batches: makes batches, on the model's device, of inputs given by number, in that order.
         inputs: how many there are.
         folder: where exact prices are kept, so that a search that was stopped goes on; None: in memory only.
+
+    Raises:
+        CheckpointError: the folder's prices are damaged, or were measured on something else.
     """
 
     def __init__(
@@ -44,8 +48,10 @@ class Evidence:
     ) -> None:
         self.model, self.batches, self.inputs = model, batches, inputs
         self.layers, self.group = len(model.spec.layers), model.target.group
-        self.costs = Ledger(lambda paths, rows: self._measure(paths, rows)[0], inputs, folder and folder / COSTS)
-        self.hits = Ledger(lambda paths, rows: self._measure(paths, rows)[1], inputs, folder and folder / HITS)
+        origin = {} if folder is None else find_origin(model, batches(self.everyone))
+        files = [None if folder is None else PriceFile(folder / name, origin) for name in (COSTS, HITS)]
+        self.costs = Ledger(lambda paths, rows: self._measure(paths, rows)[0], inputs, files[0])
+        self.hits = Ledger(lambda paths, rows: self._measure(paths, rows)[1], inputs, files[1])
 
     @property
     def everyone(self) -> range:

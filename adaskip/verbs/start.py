@@ -16,7 +16,18 @@ from adaskip import runfiles
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.ranks import is_first_process, launched
 from adaskip.recipe import Recipe, dump, load
-from adaskip.runfiles import BANK_PRICES, ENVIRONMENT, FIT_ROUTERS, LOCK, METRICS, RECIPE, ROUTER, STARTED, SUMMARY
+from adaskip.runfiles import (
+    BANK_PRICES,
+    ENVIRONMENT,
+    FIT_ROUTERS,
+    LOCK,
+    METRICS,
+    RECIPE,
+    ROUTER,
+    STARTED,
+    SUMMARY,
+    TOKEN_PRICES,
+)
 from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkpoint
 from adaskip.training.tracking import environment, wandb_mode
 from adaskip.verbs.run import check_writable
@@ -99,6 +110,7 @@ def has_progress(folder: Path) -> bool:
     made = (
         (folder / FIT_ROUTERS).is_file()
         or (folder / BANK_PRICES).is_file()
+        or (folder / TOKEN_PRICES).is_file()
         or (folder / ROUTER).is_dir()
         or (folder / SUMMARY).is_file()
     )
