@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -53,7 +54,14 @@ def table(verb: str) -> str:
 
 def _value(hint: Any) -> str:
     """Return what stands for an option's value; of a type that may be left out, the type itself."""
-    return next(_VALUES[kind] for kind in (hint, *get_args(hint)) if kind in _VALUES)
+    return next(_VALUES[kind] for kind in _parts(hint) if kind in _VALUES)
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """Yield a type and those inside it, outermost first: of ``list[Path] | None`` also ``Path``."""
+    yield hint
+    for part in get_args(hint):
+        yield from _parts(part)
 
 
 def _shown(default: Any) -> str:

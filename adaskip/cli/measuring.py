@@ -132,6 +132,12 @@ def compare(
     def show(result: dict[str, Any]) -> None:
         shown = ("budget", "policy", "seeds", "keep", "accuracy", "recovery", "kl", "token_agreement", "prefill_ratio")
         table([{name: row[name] for name in (*shown, "generate_ratio", "front")} for row in result["rows"]])
+        held = ("policy", "budget", "seed", "jaccard", "spearman", "inside", "outside", "p")
+        if result["agreement"]:
+            say(f"\nskips beside what the theory admits, layers {', '.join(map(str, result['admitted'])) or 'none'}:")
+            table(result["agreement"], shown=held)
+        for found in result["oracle"]:
+            say(fill(found["sentence"], 98))
         for text in result["left_out"]:
             say(f"left out: {text}")
         say(f"picture: {result['picture']}")

@@ -21,8 +21,8 @@ def standings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return one row a policy and budget, by budget and then by cost.
 
     ``recovery`` is the share of the dense model's right answers, ``front`` whether no other row that keeps as little
-    costs less. ``rival`` is the other policy that costs least, each by its lightest plan that keeps no less. Differences
-    from it, ``kl_less`` and ``accuracy_more``, are paired over inputs, with 95 % intervals.
+    costs less. ``rival`` is the other policy that costs least, each by its lightest plan that keeps no less;
+    differences from it, ``kl_less`` and ``accuracy_more``, are paired over inputs, with 95 % intervals.
     """
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in cells:

@@ -13,6 +13,7 @@ import pytest
 
 from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.check import check
+from adaskip.verbs.compare import compare
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.export import export
 from adaskip.verbs.generate import answer, answer_many
@@ -54,6 +55,13 @@ def test_what_is_done_with_a_run(run: Path, tmp_path: Path) -> None:
 
 def test_a_profile(tmp_path: Path) -> None:
     same("profile", profile_model("digits-vlm", group="all", examples=33, output=tmp_path).to_dict())
+
+
+def test_a_comparison(tmp_path: Path) -> None:
+    small = {"examples": 12, "fit": 40, "seeds": 1, "batch_size": 12, "new_tokens": 1, "oracle": 2}
+    found = compare("digits-vlm", policies=[], budgets=(0.7,), output=tmp_path, **small)
+    same("compare", found.to_dict())
+    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(found.to_dict()))
 
 
 @pytest.mark.parametrize(
