@@ -115,6 +115,7 @@ def compare(
         int, typer.Option("--oracle", min=0, help="So many inputs also get a plan of their own; 0: none.")
     ] = 0,
     output: Annotated[Path | None, typer.Option("--output", help="Folder of cells, table and picture.")] = None,
+    wandb: Annotated[str, typer.Option("--wandb", help="Weights & Biases: disabled, offline or online.")] = "disabled",
     as_json: Json = False,
 ) -> None:
     """Choose layers by every method at every budget, and compare what is recovered, spent and saved."""
@@ -126,7 +127,7 @@ def compare(
             target, data, policies=None if policies is None else [name.strip() for name in policies.split(",")],
             budgets=read_budgets(budgets), group=group, runs=runs or (), split=split, examples=examples, fit=fit,
             seeds=seeds, batch_size=batch_size, new_tokens=new_tokens, oracle=oracle, output=output,
-            stages=terminal_stages(),
+            wandb=wandb, stages=terminal_stages(),
         )  # fmt: skip
 
     def show(result: dict[str, Any]) -> None:

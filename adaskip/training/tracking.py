@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,17 @@ class Board:
                     "keep_rate_table": wandb.Table(columns=["kind", "layer", "keep"], data=rows),
                 }
             )
+
+    def comparison(self, rows: Sequence[dict[str, Any]], picture: Path) -> None:
+        """Send the rows of a comparison as a table of their plain figures, and its picture."""
+        if not self.runs:
+            return
+        import wandb
+
+        columns: list[Any] = [name for name, value in rows[0].items() if not isinstance(value, dict | list)]
+        values: list[Any] = [[row.get(name) for name in columns] for row in rows]
+        for run in self.runs:
+            run.log({"comparison": wandb.Table(columns=columns, data=values), "pareto": wandb.Image(str(picture))})
 
     def router(self, folder: Path, facts: dict[str, Any]) -> None:
         """Send the routers as an artifact."""

@@ -27,11 +27,12 @@ from adaskip.survey.oracle import find_oracle
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.admission import agree
 from adaskip.training.data import Collator, Record, load_records, loader
-from adaskip.training.tracking import environment
+from adaskip.training.tracking import Board, environment, wandb_logger
 from adaskip.verbs.cells import Cell, measure_cell
 from adaskip.verbs.run import Run, check_writable, load_model, load_processor, read_recipe
 from adaskip.verbs.splits import check_split
 from adaskip.verbs.standings import standings
+from adaskip.verbs.start import check_tracking
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 _CELLS = "cells"
@@ -89,6 +90,7 @@ def compare(
     new_tokens: int = 8,
     oracle: int = 0,
     output: str | Path | None = None,
+    wandb: str = "disabled",
     stages: Stages = SILENT,
 ) -> Comparison:
     """Choose layers by every method at every budget, run the plans and finished runs on the same inputs, and compare.
@@ -112,6 +114,7 @@ def compare(
         new_tokens: generated where seconds are taken.
         oracle: so many inputs also get a plan of their own at every budget; 0: none.
         output: the folder; default ``runs/compare-NAME-GROUP``.
+        wandb: ``offline`` or ``online``: the rows and the picture also go to Weights & Biases.
         stages: hears what is under way.
 
     Raises:
@@ -119,6 +122,7 @@ def compare(
         CheckpointError: no such run, or a file of the comparison is damaged.
     """
     chosen = _check(policies, budgets, group, split, seeds)
+    mode = check_tracking(wandb, "--wandb", "--wandb offline")
     subject = _open(target, data, group)
     folder = Path(output or f"runs/compare-{Path(subject.model).name}-{subject.group}")
     check_writable(folder, "the comparison", "choose another folder: --output DIR")
@@ -132,7 +136,12 @@ def compare(
     left_out = [text for method in chosen if (text := bench.method(method, budgets, seeds))]
     for run in folders:
         bench.run(run)
-    return bench.conclude(left_out, oracle, budgets)
+    found = bench.conclude(left_out, oracle, budgets)
+    if mode != "disabled":
+        board = Board([wandb_logger(folder, mode, "adaskip", None, ["compare"], found.setting)])
+        board.comparison(found.rows, folder / COMPARISON_PLOT)
+        board.finish()
+    return found
 
 
 class _Bench:

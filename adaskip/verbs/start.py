@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from adaskip import runfiles
-from adaskip.errors import CheckpointError, ConfigError
+from adaskip.errors import CheckpointError, ConfigError, did_you_mean
 from adaskip.ranks import is_first_process, launched
 from adaskip.recipe import Recipe, dump, load
 from adaskip.runfiles import (
@@ -52,7 +52,7 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
     _check_launch(recipe)
     if not is_first_process():
         return
-    _check_tracking(recipe)
+    check_tracking(recipe.tracking.wandb)
     if resume:
         _check_same_run(recipe, folder)
     elif has_progress(folder):
@@ -188,20 +188,33 @@ def _check_launch(recipe: Recipe) -> None:
         )
 
 
-def _check_tracking(recipe: Recipe) -> None:
-    """Ask for the W&B key before minutes of pricing, not after them."""
-    if wandb_mode(recipe.tracking.wandb) != "online":
-        return
+def check_tracking(wanted: str, name: str = "tracking.wandb", offline: str = "tracking.wandb=offline") -> str:
+    """Ask for the W&B key before minutes of work, not after them; return the mode that then holds.
+
+    Args:
+        wanted: ``disabled``, ``offline`` or ``online``; the environment may say a quieter one.
+        name: of the setting, for an error.
+        offline: how one types that the work stays on this machine.
+
+    Raises:
+        ConfigError: it is none of them, or there is no key for ``online``, or W&B refuses it.
+    """
+    if wanted not in (modes := ("disabled", "offline", "online")):
+        raise ConfigError(f"{name}: expected {' | '.join(modes)}, got {wanted!r}; {did_you_mean(wanted, modes)}")
+    mode = wandb_mode(wanted)
+    if mode != "online":
+        return mode
     # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
     answer = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
     if answer.returncode == _NO_KEY:
         raise ConfigError(
-            "tracking.wandb: online needs a W&B API key, and none is configured; type `wandb login`, "
-            "or keep the run on this machine: tracking.wandb=offline"
+            f"{name}: online needs a W&B API key, and none is configured; type `wandb login`, "
+            f"or keep the run on this machine: {offline}"
         )
     if answer.returncode:
         reason = next(reversed(answer.stderr.strip().splitlines()), "no reason given")
         raise ConfigError(
-            f"tracking.wandb: online was refused ({reason}); mend the key with `wandb login --relogin`, "
-            "or keep the run on this machine: tracking.wandb=offline"
+            f"{name}: online was refused ({reason}); mend the key with `wandb login --relogin`, "
+            f"or keep the run on this machine: {offline}"
         )
+    return mode

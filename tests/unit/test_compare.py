@@ -14,6 +14,7 @@ from adaskip.errors import AdaSkipError, CheckpointError, ConfigError
 from adaskip.verbs import compare as verb
 from adaskip.verbs.cells import Cell
 from adaskip.verbs.standings import standings
+from tests import wandb_file
 
 SMALL: dict[str, Any] = {
     "budgets": (0.8, 0.5), "examples": 24, "fit": 24, "seeds": 2, "batch_size": 24, "new_tokens": 1,
@@ -80,6 +81,16 @@ def test_a_comparison_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: 
     assert "| 0.5 | late_entry | 1 | " in (tmp_path / "part" / "compare.md").read_text()
 
 
+def test_weights_and_biases_gets_the_rows_and_the_picture(tmp_path: Path) -> None:
+    found = adaskip.compare(
+        "digits-vlm", policies=[], output=tmp_path, wandb="offline", **SMALL | {"budgets": (0.8,), "seeds": 1}
+    )
+    logged = wandb_file.read(tmp_path)
+    (row,) = (row for row in logged["history"] if "pareto/_type" in row)
+    assert (row["pareto/_type"], row["comparison/nrows"]) == ("image-file", len(found.rows))
+    assert logged["config"]["group"] == "all"
+
+
 def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows hold those of before as well; a policy that cannot hold a budget is said and left out."""
     adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL)
@@ -122,6 +133,7 @@ def test_a_run_is_compared_beside_them(tmp_path: Path) -> None:
         ({"group": "text"}, "expected --group all or vision, got 'text'"),
         ({"split": "train"}, "plans are chosen by it; judge on test or validation"),
         ({"seeds": 0}, "expected --seeds of at least 1, got 0"),
+        ({"wandb": "onlin"}, r"--wandb: expected disabled \| offline \| online, got 'onlin'; did you mean 'online'"),
     ],
 )
 def test_what_is_refused_before_anything_is_loaded(given: dict[str, Any], text: str, tmp_path: Path) -> None:

@@ -174,8 +174,9 @@ def test_evidence_is_what_the_model_costs(evidence: Evidence) -> None:
     assert not mass.any()
 
 
-def test_greedy_is_the_best_pair_where_pairs_are_nested(evidence: Evidence) -> None:
-    """Catches greed for what costs most, and plans that keep too much."""
+def test_greedy_takes_the_cheapest_layer_and_then_the_best_beside_it(evidence: Evidence) -> None:
+    """Catches greed for what costs most, plans that keep too much, and a layer that goes where none has to."""
+    assert find("greedy").plan(evidence, 1.0).skip == ()
     keep = evidence.keeps((0, 1))
     plan = find("greedy").plan(evidence, keep)
     single = int(evidence.single.argmin())
