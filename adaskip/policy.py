@@ -11,6 +11,7 @@ from adaskip.errors import ConfigError, did_you_mean
 from adaskip.plan import Target
 
 if TYPE_CHECKING:
+    from adaskip.backbone.attention import AttentionCall
     from adaskip.backbone.inspect import BackboneSpec
     from adaskip.runtime.request import Request
 
@@ -62,6 +63,20 @@ class Policy(nn.Module):
         decision may look at.
         """
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Return the layers whose attention it wants to see; they are run by every token of the request."""
+        return ()
+
+    def attend(self, layer: int, call: AttentionCall, request: Request) -> None:
+        """Look at the attention of a layer of `reads`, before it is computed; it cannot change it.
+
+        Args:
+            layer: counted from 0.
+            call: queries, keys and mask of the whole chunk; ``call.weights(places)`` gives probabilities.
+            request: what is known beside it; notes for `decide` go into ``request.memo``.
+        """
+
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Decide who runs a layer. A row's decision may depend on that row alone, and on no token behind its prompt.
 
@@ -105,6 +120,7 @@ class Settings(Protocol):
 
 # One line a method. Modules are named, not imported: nobody loads fifteen methods to use one.
 HOMES = {
+    "fastv": "adaskip.policies.fastv:FastV",
     "learned": "adaskip.policies.learned.routers:Learned",
     "path_bank": "adaskip.policies.path_bank:PathBank",
     "static": "adaskip.policies.static:Static",

@@ -177,5 +177,5 @@ def intercept_attention(layers: Sequence[nn.Module], visitor: Visitor) -> Iterat
         raise BackboneError(
             "attention cannot be read: expected every decoder layer to ask transformers' attention interface for its "
             f"kernel once a pass, got these numbers of calls: {', '.join(map(str, calls))}; "
-            "leave the cross-modal measures out for this model"
+            "cross-modal measures, and policies that read attention, do not go with this model"
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from adaskip.backbone.attention import AttentionCall, intercept_attention
 from adaskip.plan import KEEP_ALL, mean_over
 from adaskip.policy import Policy
 from adaskip.runtime import gates
@@ -61,6 +65,22 @@ def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
         return result | ~request.deciding
     _put(request.keep, index, result)
     return tuple(result.tolist())
+
+
+def showing(
+    policy: Policy, request: Request, index: int, layer: nn.Module, call: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Wrap the call of a layer whose attention the policy reads."""
+
+    def visit(attention: AttentionCall) -> Any:
+        policy.attend(index, attention, request)
+        return attention.run()
+
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        with intercept_attention([layer], visit):
+            return call(*args, **kwargs)
+
+    return shown
 
 
 def _draw(logits: Tensor, request: Request, index: int) -> Tensor:

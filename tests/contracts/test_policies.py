@@ -51,6 +51,7 @@ class Coin(Policy):
 
 POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "coin": lambda target: Coin(target=adaskip.Target(**target)),
+    "fastv": lambda target: adaskip.policies.FastV(2, 0.5, adaskip.Target(**target, scope="token")),
     "learned": lambda target: adaskip.RouterConfig(**target),
     "path_bank": lambda target: adaskip.policies.PathBank([[1], [3], [1, 2]], 1, adaskip.Target(**target)),
     "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
@@ -60,16 +61,24 @@ POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 """Every kind of `adaskip.policy.HOMES`, and the one above, for a target."""
 
-GIVES_LOGITS = {"coin": False, "learned": True, "path_bank": False, "static": False, "token_plan": False}
+GIVES_LOGITS = {
+    "coin": False,
+    "fastv": False,
+    "learned": True,
+    "path_bank": False,
+    "static": False,
+    "token_plan": False,
+}
 """Whether a kind's `decide` gives logits, which a threshold is compared with; else it gives booleans, or nothing."""
 
 CASES = [
     (kind, name, target)
     for kind in POLICIES
-    for name in (("llama", "llava", "qwen2_vl", "gemma2") if kind == "coin" else ("llama", "llava"))
+    for name in (("llama", "llava", "qwen2_vl", "gemma2") if kind in ("coin", "fastv") else ("llama", "llava"))
     for target in ({}, {"unit": "mlp"}, {"phase": "decode"}, {"group": "vision"}, {"group": "vision", "kv": "kept"})
     if "group" not in target or name in families.VISION
     if target.get("unit") != "mlp" or name != "gemma2"
+    if kind != "fastv" or target == {"group": "vision"}  # single vision tokens leave whole layers
     if kind != "token_plan" or "phase" not in target  # a prompt alone has no tokens that would decide then
 ]
 
