@@ -1,4 +1,4 @@
-"""What a method is: where it is from, what it can leave out, and the plan that it makes for a budget."""
+"""What a method is: where it is from, what it can leave out, and the policy that it makes for a budget."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.methods.evidence import Evidence
 from adaskip.plan import KV, Group, SkipPlan
+from adaskip.policy import Policy
 from adaskip.survey.greedy import Path
 
-Rule = Callable[[Evidence, float, int], Path]
-"""Choose the layers that go, from evidence, for a keep rate and with a seed.
+Rule = Callable[[Evidence, float, int], Path | Policy]
+"""Choose the layers that go for every input, or a policy, from evidence, for a keep rate and with a seed.
 
 Raises `ConfigError` where no choice of the method keeps so little.
 """
@@ -21,7 +22,7 @@ Raises `ConfigError` where no choice of the method keeps so little.
 
 @dataclass(frozen=True)
 class Method:
-    """Describe one method, and make its plans.
+    """Describe one method, and make its policies.
 
     Args:
         name: by which it is asked for.
@@ -59,8 +60,8 @@ class Method:
             )
         return SkipPlan(group=group, kv=self.kv if group == "vision" else "absent")
 
-    def plan(self, evidence: Evidence, keep: float, seed: int = 0) -> SkipPlan:
-        """Return the plan of least skipping that holds a budget, mean over the evidence's inputs.
+    def policy(self, evidence: Evidence, keep: float, seed: int = 0) -> SkipPlan | Policy:
+        """Return the policy of least skipping that holds a budget, mean over the evidence's inputs.
 
         Args:
             evidence: of a model attached with `empty`.
@@ -76,7 +77,8 @@ class Method:
                 f"method {self.name}: expected evidence of kv={empty.kv!r}, got {target.kv!r}; "
                 f"attach find({self.name!r}).empty({empty.group!r})"
             )
-        return replace(empty, skip=self.choose(evidence, keep, seed))
+        chosen = self.choose(evidence, keep, seed)
+        return chosen if isinstance(chosen, Policy) else replace(empty, skip=chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what it is, JSON-ready."""
@@ -102,6 +104,7 @@ METHODS = (
     "block_influence",
     "relative_change",
     "attention_mass",
+    "fastv",
     "skip_it",
     "shortv",
     "greedy",

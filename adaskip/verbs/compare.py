@@ -238,8 +238,8 @@ class _Bench:
             self.cells.append(Cell.read(file))
             return
         with self._attached(method.empty(self.subject.group)) as evidence:
-            plan = method.plan(evidence, budget, seed)
-        model = attach(self.subject.backbone, plan)
+            policy = method.policy(evidence, budget, seed)
+        model = attach(self.subject.backbone, policy)
         try:
             self._measure(model, method.name, budget, seed)
         finally:

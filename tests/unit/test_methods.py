@@ -95,6 +95,14 @@ def test_rules_by_hand(name: str, expected: tuple[int, ...]) -> None:
     assert find(name).choose(evidence, 0.5, 0) == expected
 
 
+def test_fastv_keeps_the_share_that_the_budget_leaves() -> None:
+    """Layers 2 and 3 can save .5: a budget of .8 drops two fifths; catches a share of what stays for what goes."""
+    evidence = weighed(EVEN, group="vision")
+    assert find("fastv").choose(evidence, 0.8, 0).share == pytest.approx(0.6)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"keep=0\.4: expected at least 0\.500, without any vision token behind"):
+        find("fastv").choose(evidence, 0.4, 0)
+
+
 def test_drawn_layers_follow_their_seed_and_are_nested() -> None:
     rule, evidence = find("random").choose, weighed([0.1] * 10)
     plans = [rule(evidence, keep, 1) for keep in (0.8, 0.5)]
@@ -176,9 +184,9 @@ def test_evidence_is_what_the_model_costs(evidence: Evidence) -> None:
 
 def test_greedy_takes_the_cheapest_layer_and_then_the_best_beside_it(evidence: Evidence) -> None:
     """Catches greed for what costs most, plans that keep too much, and a layer that goes where none has to."""
-    assert find("greedy").plan(evidence, 1.0).skip == ()
+    assert find("greedy").policy(evidence, 1.0).skip == ()
     keep = evidence.keeps((0, 1))
-    plan = find("greedy").plan(evidence, keep)
+    plan = find("greedy").policy(evidence, keep)
     single = int(evidence.single.argmin())
     assert single in plan.skip
     assert len(plan.skip) == 2
@@ -189,9 +197,9 @@ def test_greedy_takes_the_cheapest_layer_and_then_the_best_beside_it(evidence: E
 
 def test_a_method_refuses_a_group_that_it_does_not_speak_of(evidence: Evidence) -> None:
     with pytest.raises(ConfigError, match="method attention_mass: expected group vision, got 'all'"):
-        find("attention_mass").plan(evidence, 0.5)
+        find("attention_mass").policy(evidence, 0.5)
     with pytest.raises(ConfigError, match=r"expected evidence of kv='kept', got 'absent'; attach find\('shortv'\)"):
-        find("shortv").plan(weighed(EVEN, group="vision", model=evidence.model), 0.5)
+        find("shortv").policy(weighed(EVEN, group="vision", model=evidence.model), 0.5)
     with pytest.raises(ConfigError, match="'gredy': no such method, did you mean 'greedy'"):
         find("gredy")
 
