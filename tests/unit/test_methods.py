@@ -139,8 +139,10 @@ def scored(paths: Sequence[tuple[int, ...]]) -> Tensor:
     [
         ("greedy", 0.5, None, (1, 2)),  # J: 1, then (2,) 1.125, then (1, 2) 1.1875, then .5
         ("greedy", 0.1, None, (2,)),  # the second layer costs .0625 of the score and is worth .025
+        ("greedy", 0.24, None, (2,)),  # (1, 2) is worth .9375 + .12, less than 1 + .06: shares of the dense score
         ("greedy", 0.1, 3, (1, 2, 3)),  # a budget asks for more than J would take
         ("reverse", 0.1, None, (2,)),  # 3 costs .25, 2 nothing, 1 too much
+        ("reverse", 0.0, None, (2,)),  # what costs nothing goes, whatever it is worth
         ("reverse", 1.5, None, (1, 2, 3)[1:]),  # 3 is worth .375 and costs .25; 2 then costs .125; 1 then costs .5
         ("reverse", 0.1, 2, (1, 2)),  # the sweep found one layer; greedy goes on
     ],
@@ -180,6 +182,18 @@ def test_evidence_is_what_the_model_costs(evidence: Evidence) -> None:
     assert (cosine > 0).all()
     assert (change > 0).all()
     assert not mass.any()
+
+
+def test_an_input_without_the_group_does_not_count() -> None:
+    """A text beside a picture, group vision; catches a mean over no token, which is not a number."""
+    toy = toys.make("llava")
+    seen, unseen = tuning.with_answers(toy.batch([5])), tuning.batches(1, rows=1)[0]
+    model = adaskip.attach(toy.model, adaskip.SkipPlan(group="vision"))
+    alone, both = (
+        Evidence(model, lambda rows, inputs=inputs: [inputs[row] for row in rows], len(inputs)).geometry  # type: ignore[misc]
+        for inputs in ([seen], [unseen, seen])
+    )
+    assert all(torch.equal(a, b) and bool(a.gt(0).all()) for a, b in zip(alone, both, strict=True))
 
 
 def test_greedy_takes_the_cheapest_layer_and_then_the_best_beside_it(evidence: Evidence) -> None:
