@@ -36,7 +36,9 @@ def pareto_plot(rows: Sequence[dict[str, Any]], path: Path | None = None) -> Fig
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharex="col", sharey="row", squeeze=False)
     for column, (axis, label) in enumerate(AXES.items()):
-        for row, (figure_name, title) in enumerate((("recovery", "recovery: routed over dense score"), ("kl", "KL"))):
+        for row, (figure_name, title) in enumerate(
+            (("recovery", "recovery: routed over dense score"), ("kl", "KL (nats a token)"))
+        ):
             _panel(grid[row, column], rows, policies, axis, figure_name)
             if not column:
                 grid[row, column].set_ylabel(title, color=INK)

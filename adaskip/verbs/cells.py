@@ -17,9 +17,11 @@ from adaskip.errors import CheckpointError
 from adaskip.runfiles import write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
-from adaskip.survey.record import record
-from adaskip.theory.costs import per_input
+from adaskip.survey.record import match_predicted, record
+from adaskip.theory.costs import Reference, per_input
 
+ROOM = 2**31
+"""Bytes of dense logits that are kept between cells."""
 ROUNDS = 5
 """Times that seconds are taken of either side, in turn."""
 
@@ -66,10 +68,33 @@ class Cell:
             ) from error
 
 
+class DenseLogits:
+    """Predict every batch densely once for all cells, as far as memory allows.
+
+    Args:
+        batches: prompts with answers.
+        room: bytes that logits may take; those of further batches are computed for every cell.
+    """
+
+    def __init__(self, batches: Sequence[Batch], room: int = ROOM) -> None:
+        self.batches, self.room = batches, room
+        self._known: dict[int, Tensor] = {}
+
+    def __call__(self, place: int, model: RoutedModel) -> Tensor:
+        """Return the dense logits (k v) at the predicted tokens of a batch, from any routed model of the backbone."""
+        if place in self._known:
+            return self._known[place]
+        logits = record(model, self.batches[place], states=False).logits
+        if (size := logits.numel() * logits.element_size()) <= self.room:
+            self.room -= size
+            self._known[place] = logits
+        return logits
+
+
 @torch.no_grad()
 def measure_cell(
     model: RoutedModel,
-    batches: Sequence[Batch],
+    dense: DenseLogits,
     prompts: Batch,
     *,
     policy: str,
@@ -82,7 +107,7 @@ def measure_cell(
 
     Args:
         model: attached, on its device.
-        batches: prompts with answers.
+        dense: of the prompts with answers, on the model's device.
         prompts: a batch of prompts alone, whose reading and answering is timed.
         policy: what it is called.
         budget: what it was asked to keep.
@@ -93,16 +118,15 @@ def measure_cell(
     columns: dict[str, list[Tensor]] = {name: [] for name in ("keep", "kl", "hit", "dense_hit", "same")}
     kinds: list[str] = []
     runs = torch.zeros(len(model.spec.layers), dtype=torch.float64)
-    for batch in batches:
-        batch = batch.to(model.spec.device)
-        dense = record(model, batch, states=False)
+    for place, batch in enumerate(dense.batches):
+        expected = dense(place, model)
         logits = record(model, batch, routed=True, states=False).logits
-        agrees = (logits.argmax(-1) == dense.logits.argmax(-1)).double()
+        agrees = (logits.argmax(-1) == expected.argmax(-1)).double()
         found = {
             "keep": model.routing.keep_rate,
-            "kl": dense.compare(logits)["kl"],
-            "hit": dense.match(logits),
-            "dense_hit": dense.match(dense.logits),
+            "kl": Reference(expected).compare(logits, batch.supervised)["kl"],
+            "hit": match_predicted(logits, batch),
+            "dense_hit": match_predicted(expected, batch),
             "same": per_input(agrees, batch.supervised, "mean"),
         }
         for name, values in found.items():
@@ -114,7 +138,7 @@ def measure_cell(
     known = model.policy.known(len(runs))
     plan = None if known is None else (~known).nonzero().flatten().tolist()
     shares = (runs / max(1, len(kinds))).tolist()
-    seconds = _seconds(model, prompts.to(model.spec.device), new_tokens)
+    seconds = _seconds(model, prompts, new_tokens)
     return Cell(policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds)
 
 

@@ -28,7 +28,7 @@ from adaskip.survey.skips import measure_skips
 from adaskip.theory.admission import agree
 from adaskip.training.data import Collator, Record, load_records, loader
 from adaskip.training.tracking import Board, environment, wandb_logger
-from adaskip.verbs.cells import Cell, measure_cell
+from adaskip.verbs.cells import Cell, DenseLogits, measure_cell
 from adaskip.verbs.run import Run, check_writable, load_model, load_processor, read_recipe
 from adaskip.verbs.splits import check_split
 from adaskip.verbs.standings import standings
@@ -151,10 +151,11 @@ class _Bench:
         self.subject, self.folder, self.setting, self.stages = subject, folder, setting, stages
         self.size, collate = setting["batch_size"], Collator(subject.processor)
         self.test = subject.records(setting["split"], setting["examples"])
-        self.batches = [*loader(self.test, collate, self.size)]
-        self.prompts = next(iter(loader(self.test, Collator(subject.processor, answers=False), self.size)))
-        fitted = subject.records("train", setting["fit"])
         self.device = subject.backbone.device
+        self.dense = DenseLogits([batch.to(self.device) for batch in loader(self.test, collate, self.size)])
+        prompts = next(iter(loader(self.test, Collator(subject.processor, answers=False), self.size)))
+        self.prompts = prompts.to(self.device)
+        fitted = subject.records("train", setting["fit"])
 
         def chosen(rows: Sequence[int]) -> list[Batch]:
             parts = loader([fitted[row] for row in rows], collate, self.size)
@@ -249,7 +250,7 @@ class _Bench:
         self, model: RoutedModel, policy: str, budget: float, seed: int, advance: Any = lambda n: None
     ) -> None:
         cell = measure_cell(
-            model, self.batches, self.prompts, policy=policy, budget=budget, seed=seed,
+            model, self.dense, self.prompts, policy=policy, budget=budget, seed=seed,
             new_tokens=self.setting["new_tokens"], advance=advance,
         )  # fmt: skip
         cell.write(self.folder / _CELLS)
@@ -263,7 +264,7 @@ class _Bench:
         try:
             with self.stages("verdicts on every layer"), self._attached(SkipPlan(group=self.subject.group)) as evidence:
                 verdicts = evidence.findings(TOLERANCE).layers
-                some = [batch.to(self.device) for batch in self.batches[: max(1, _JUDGED // self.size)]]
+                some = self.dense.batches[: max(1, _JUDGED // self.size)]
                 cost = measure_skips(evidence.model, some).kl
         except DataError as error:
             self.stages.note(f"no agreement with the theory is told: {error}")

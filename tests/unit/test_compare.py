@@ -10,15 +10,24 @@ import pytest
 import torch
 
 import adaskip
+from adaskip.demo.backbone import load
 from adaskip.errors import AdaSkipError, CheckpointError, ConfigError
+from adaskip.survey.skips import measure_skips
+from adaskip.training.data import load_records
+from adaskip.verbs import cells
 from adaskip.verbs import compare as verb
 from adaskip.verbs.cells import Cell
 from adaskip.verbs.standings import standings
-from tests import wandb_file
+from tests import toys, tuning, wandb_file
 
 SMALL: dict[str, Any] = {
     "budgets": (0.8, 0.5), "examples": 24, "fit": 24, "seeds": 2, "batch_size": 24, "new_tokens": 1,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seconds_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "ROUNDS", 1)
 
 
 def cell(policy: str, keep: float, kl: list[float], hit: list[float], seed: int = 0, budget: float = 0.5) -> Cell:
@@ -51,6 +60,19 @@ def test_rows_by_hand() -> None:
     assert rows["mean"]["rival"] == "dear"
     assert rows["mean"]["accuracy_more"]["estimate"] == 0
     assert [row["policy"] for row in standings(cells) if row["front"]] == ["none", "dear", "mean"]
+
+
+def test_dense_logits_are_computed_once_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches logits of another batch, a cell's own logits in the dense place, and memory without an end."""
+    model, inputs = adaskip.attach(toys.make("llama").model, adaskip.SkipPlan.static([1])), tuning.batches(2, rows=2)
+    passes: list[int] = []
+    real = cells.record
+    monkeypatch.setattr(cells, "record", lambda *args, **named: passes.append(1) or real(*args, **named))
+    exact = [real(model, batch).logits for batch in inputs]
+    dense = cells.DenseLogits(inputs, room=exact[0].numel() * 4)
+    for _ in range(2):
+        assert all(torch.equal(dense(place, model), exact[place]) for place in (0, 1))
+    assert len(passes) == 3
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +122,13 @@ def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         verb, "measure_cell", lambda *args, **named: measured.append(named["policy"]) or real(*args, **named)
     )
+    splits: list[tuple[str, int]] = []
+    records = verb.load_records
+    monkeypatch.setattr(
+        verb,
+        "load_records",
+        lambda *args: splits.append((args[1], args[2])) or records(*args),  # who fits never judges
+    )
     found = adaskip.compare("digits-vlm", policies=["early_exit", "attention_mass"], output=tmp_path, **SMALL)
     assert measured == ["early_exit"] * 2
     assert {row["policy"] for row in found.rows} == {"none", "random", "early_exit"}
@@ -107,23 +136,20 @@ def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypa
         "method attention_mass: expected group vision, got 'all'; attention mass speaks of no other tokens"
     ]
     assert {row["policy"] for row in found.agreement} == {"random", "early_exit"}
+    assert splits == [("test", 24), ("train", 24)]
 
 
-def test_a_run_is_compared_beside_them(tmp_path: Path) -> None:
-    """A finished run names model, data and group, and stands at the budget that it was trained for."""
-    short = ["trainer.steps=2", "trainer.validate_every=2", "trainer.checkpoint_every=2", "trainer.batch_size=8"]
-    short += [f"data.examples.{split}=24" for split in ("train", "validation")] + ["data.examples.calibration=40"]
-    short += ["conditions.examples=20", "conditions.every=0", "static.width=0", "tracking.wandb=disabled"]
-    short += ["objective.price=calibrated", "objective.keep=0.8", f"output={tmp_path / 'run'}"]
-    adaskip.train("digits-vlm", short)
-    found = adaskip.compare(tmp_path / "run", policies=[], output=tmp_path / "out", **SMALL | {"budgets": (0.9, 0.8)})
-    row = next(row for row in found.rows if row["policy"] == "learned")
-    assert (row["budget"], row["plans"], row["rival"]) == (0.8, [None], "random")
-    assert row["rival_keep"] >= row["keep"] - 0.005  # its plans of budget 0.8 keep less
-    with pytest.raises(ConfigError, match=r"expected a run with router\.group=vision, got all; compare it apart"):
-        adaskip.compare(
-            "digits-vlm", group="vision", policies=[], runs=[tmp_path / "run"], output=tmp_path / "v", **SMALL
-        )
+def test_agreement_is_of_what_a_policy_skips(tmp_path: Path) -> None:
+    """Against exact costs of the judged inputs; catches the layers that run in the place of those that do not."""
+    found = adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL | {"budgets": (0.8,), "seeds": 1})
+    (row,) = found.agreement
+    (plan,) = next(each["plans"] for each in found.rows if each["policy"] == "random")
+    base, processor = load()
+    model = adaskip.attach(base, adaskip.SkipPlan())
+    cost = measure_skips(model, [adaskip.Collator(processor)(load_records("digits-vlm", "test", 24, 0))]).kl.mean(0)
+    admitted = [layer for layer in plan if layer in found.admitted]
+    total = (row["inside"] or 0) * len(admitted) + (row["outside"] or 0) * (len(plan) - len(admitted))
+    assert total == pytest.approx(float(cost[plan].sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""`adaskip compare` of a finished run: it names model, data and group, and stands beside the methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adaskip
+from adaskip.errors import ConfigError
+from adaskip.verbs import cells
+from tests.faults.finished import copy_of
+
+SMALL: dict[str, Any] = {"examples": 24, "fit": 24, "seeds": 1, "batch_size": 24, "new_tokens": 1, "policies": []}
+
+
+def test_a_run_stands_beside_the_methods(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the budget that it was trained for; catches a method's plan under its name, and a rival that keeps less."""
+    monkeypatch.setattr(cells, "ROUNDS", 1)
+    copied = copy_of(run, tmp_path / "run", spread=0.5)
+    found = adaskip.compare(copied, budgets=(0.9, 0.5), output=tmp_path / "out", **SMALL)
+    row = next(row for row in found.rows if row["policy"] == "learned")
+    assert (row["budget"], row["plans"]) == (0.6, [None])
+    assert 0 < row["keep"] < 1
+    assert row["rival"] == "random"
+    assert row["rival_keep"] >= row["keep"] - 0.005  # its plan of budget 0.5 keeps less
+    assert (tmp_path / "out" / "cells" / "learned-0.6-seed0.json").is_file()
+
+
+def test_a_run_of_another_group_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "ROUNDS", 1)
+    with pytest.raises(ConfigError, match=r"expected a run with router\.group=vision, got all; compare it apart"):
+        adaskip.compare("digits-vlm", budgets=(0.9,), group="vision", runs=[run], output=tmp_path, **SMALL)
+    with pytest.raises(ConfigError, match="routes group all; leave --group out, or name a model instead"):
+        adaskip.compare(run, budgets=(0.9,), group="vision", output=tmp_path, **SMALL)
