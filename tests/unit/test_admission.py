@@ -34,6 +34,16 @@ def test_the_order_is_that_of_the_cheapest_layers() -> None:
     assert agree(torch.tensor([0.0, 0.1, 1.0, 0.5]), [0], COST).spearman == pytest.approx(-1.0)
 
 
+def test_a_few_dear_inputs_count_by_what_they_cost() -> None:
+    """Outside costs a fifth of the inputs much, and all others a little less: its mean is larger; catches ranks."""
+    cost = torch.tensor([[0.02, 0.01]]).repeat(40, 1)
+    cost[:8, 1] = 1.0
+    found = agree(torch.tensor([1.0, 1.0]), [0], cost)
+    assert found.outside == pytest.approx(0.208)
+    assert found.p is not None
+    assert found.p < 0.01
+
+
 def test_one_side_alone_tells_no_difference() -> None:
     """Catches a mean over nothing, which is NaN."""
     inside = agree(torch.tensor([1.0, 0.0, 0.0, 0.0]), [0, 1], COST)
