@@ -137,6 +137,8 @@ def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypa
     ]
     assert {row["policy"] for row in found.agreement} == {"random", "early_exit"}
     assert splits == [("test", 24), ("train", 24)]
+    again = adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL)
+    assert {row["policy"] for row in again.rows} == {"none", "random", "early_exit"}, "what was compared before stays"
 
 
 def test_agreement_is_of_what_a_policy_skips(tmp_path: Path) -> None:
