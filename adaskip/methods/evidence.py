@@ -90,6 +90,16 @@ class Evidence:
         return cosine, change, mass
 
     @cached_property
+    def patches(self) -> Tensor:
+        """Return float64 (n): how many vision tokens each input has; inputs without any are left out."""
+        counts = []
+        for batch in self.batches(self.everyone):
+            vision = self.model.read_tokens(batch.inputs).vision
+            counts.append(torch.zeros(len(batch)) if vision is None else vision.sum(1).cpu())
+        found = torch.cat(counts).double()
+        return found[found > 0]
+
+    @cached_property
     def single(self) -> Tensor:
         """Return float64 (l): the exact cost of leaving out each layer alone, nats per predicted token, mean."""
         return self.costs([(layer,) for layer in range(self.layers)], self.everyone).mean(0)

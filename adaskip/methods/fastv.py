@@ -11,13 +11,19 @@ LAYER = 2
 
 
 def choose(evidence: Evidence, keep: float, seed: int) -> FastV:
-    """Return the policy whose share of vision tokens stays within the budget; a row's count is rounded up."""
-    most = float(evidence.saves[LAYER:].sum())  # what dropping all of them saves
-    if (least := 1 - most) > keep:
-        raise ConfigError(
-            f"keep={keep:g}: expected at least {least:.3f}, without any vision token behind layer {LAYER}"
-        )
-    return FastV(LAYER, max(1e-6, 1 - (1 - keep) / most))
+    """Return the policy with the largest share of vision tokens that holds the budget.
+
+    Raises:
+        ConfigError: one vision token an input is too many.
+    """
+    most, patches = float(evidence.saves[LAYER:].sum()), evidence.patches  # what dropping all of them saves
+    steps = int(patches.max())
+    for count in range(steps, 0, -1):
+        share = count / steps
+        kept = 1 - most * float(1 - ((share * patches - 1e-9).ceil() / patches).mean())
+        if kept <= keep:
+            return FastV(LAYER, share)
+    raise ConfigError(f"keep={keep:g}: expected at least {kept:.3f}, with one vision token behind layer {LAYER}")
 
 
 METHOD = Method(

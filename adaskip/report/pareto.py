@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -58,7 +59,8 @@ def _panel(axes: Axes, rows: Sequence[dict[str, Any]], policies: Sequence[str], 
     for place, policy in enumerate(policies):
         points = sorted((row[axis], row[name]) for row in rows if row["policy"] == policy)
         style = f"{_MARKS[place % len(_MARKS)]}-"
-        axes.plot(*zip(*points, strict=True), style, color=f"C{place % 10}", markersize=5, linewidth=1, label=policy)
+        colour = colormaps["tab20"](place * 2 % 20 + place // 10 % 2)  # ten strong ones, then ten pale ones
+        axes.plot(*zip(*points, strict=True), style, color=colour, markersize=5, linewidth=1, label=policy)
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -96,10 +96,12 @@ def test_rules_by_hand(name: str, expected: tuple[int, ...]) -> None:
 
 
 def test_fastv_keeps_the_share_that_the_budget_leaves() -> None:
-    """Layers 2 and 3 can save .5: a budget of .8 drops two fifths; catches a share of what stays for what goes."""
-    evidence = weighed(EVEN, group="vision")
-    assert find("fastv").choose(evidence, 0.8, 0).share == pytest.approx(0.6)  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"keep=0\.4: expected at least 0\.500, without any vision token behind"):
+    """Layers 2 and 3 can save .5: of 10 tokens 4 go at .8, of 7 and 10 another; catches what stays for what goes."""
+    evidence = weighed(EVEN, group="vision", patches=torch.tensor([10.0, 10.0]).double())
+    assert find("fastv").choose(evidence, 0.8, 0).share == 0.6  # type: ignore[union-attr]
+    uneven = weighed(EVEN, group="vision", patches=torch.tensor([7.0, 10.0]).double())
+    assert find("fastv").choose(uneven, 0.8, 0).share == 0.5  # type: ignore[union-attr]  # at .6 five of seven stay
+    with pytest.raises(ConfigError, match=r"keep=0\.4: expected at least 0\.550, with one vision token behind layer 2"):
         find("fastv").choose(evidence, 0.4, 0)
 
 
