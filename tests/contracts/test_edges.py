@@ -271,7 +271,7 @@ def test_words_and_types_that_mean_nothing() -> None:
 def test_autocast_and_another_precision(unit: Any) -> None:
     """The routers stay in float32 and decide the same; states follow the backbone's precision."""
     toy = make("llama")
-    model = attach(toy.model, RouterConfig(unit=unit))
+    model = attach(toy.model, RouterConfig(unit=unit, features="mean"))  # whose heads read one state
     for head in model.routers:
         torch.nn.init.normal_(head.outer.weight)
     batch, keep = toy.batch([6, 4]), some_keep(2)

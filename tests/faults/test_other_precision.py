@@ -84,12 +84,17 @@ def old_routers(model: adaskip.RoutedModel, folder: Path) -> None:
     save_file(model.routers.state_dict(), folder / "router.safetensors")
 
 
+MEANS = adaskip.RouterConfig(features="mean")
+"""What routers of adaskip 0.1 read, and their files do not say."""
+
+
 def test_routers_of_format_1_are_read(tmp_path) -> None:
     """Routers saved by an earlier adaskip; catches an upgrade that loses them, or stops checking them."""
-    old_routers(routed(), tmp_path)
+    old_routers(spread(adaskip.attach(llama(), MEANS)), tmp_path)
     for precision in (torch.float32, torch.bfloat16):
         adaskip.RoutedModel.from_pretrained(tmp_path, llama().to(precision))
-    assert torch.equal(answers(adaskip.RoutedModel.from_pretrained(tmp_path, llama())), answers(routed()))
+    expected = spread(adaskip.attach(llama(), MEANS))
+    assert torch.equal(answers(adaskip.RoutedModel.from_pretrained(tmp_path, llama())), answers(expected))
     with pytest.raises(BackboneError, match=r"another backbone: weights: hash '\w+' expected, '\w+' found"):
         adaskip.RoutedModel.from_pretrained(tmp_path, llama(seed=1))
     adaskip.RoutedModel.from_pretrained(tmp_path, llama()).save_pretrained(tmp_path)
@@ -98,10 +103,10 @@ def test_routers_of_format_1_are_read(tmp_path) -> None:
 
 def test_routers_of_format_1_in_float16(tmp_path) -> None:
     """A hash of bfloat16 values cannot be made of float16 ones; catches 'another backbone' where it is the same."""
-    old_routers(spread(adaskip.attach(extreme())), tmp_path / "bfloat16")
+    old_routers(spread(adaskip.attach(extreme(), MEANS)), tmp_path / "bfloat16")
     with pytest.warns(UserWarning, match="cannot be made in this precision.*save the routers anew"):
         adaskip.RoutedModel.from_pretrained(tmp_path / "bfloat16", extreme().to(torch.float16))
-    old_routers(spread(adaskip.attach(extreme().to(torch.float16))), tmp_path / "float16")
+    old_routers(spread(adaskip.attach(extreme().to(torch.float16), MEANS)), tmp_path / "float16")
     adaskip.RoutedModel.from_pretrained(tmp_path / "float16", extreme())
     with pytest.raises(BackboneError, match="another backbone"):
         adaskip.RoutedModel.from_pretrained(tmp_path / "float16", extreme(seed=1))

@@ -94,4 +94,4 @@ class Learned(Policy):
         Raises:
             ConfigError: a value outside its set or range.
         """
-        return cls(RouterConfig.from_dict({"features": "mean"} | values))
+        return cls(RouterConfig.from_dict({"features": "mean"} | values if isinstance(values, dict) else values))
