@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.training.collate import Collator
 from adaskip.training.pictures import pictures_of
@@ -124,6 +126,26 @@ def loader(records: Sequence[Record], collate: Collator, batch_size: int, worker
     if all(_sorts(records)):
         order = {"batch_sampler": in_order(records, batch_size)}
     return DataLoader(records, **order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+
+
+class NumberedBatches:
+    """Make batches of records given by number, in that order; rows with pictures and rows without never in one.
+
+    Args:
+        records: all that may be asked for.
+        collate: makes a batch of records.
+        device: where batches are put.
+        batch_size: records of a batch, at most.
+    """
+
+    def __init__(self, records: Sequence[Record], collate: Collator, device: torch.device, batch_size: int) -> None:
+        self.records, self.collate, self.device, self.batch_size = records, collate, device, batch_size
+
+    def __call__(self, rows: Sequence[int]) -> list[Batch]:
+        """Collate these records."""
+        chosen = [self.records[row] for row in rows]
+        runs = [[*run] for _, run in groupby(chosen, key=lambda record: bool(pictures_of(record)))]
+        return [batch.to(self.device) for run in runs for batch in loader(run, self.collate, self.batch_size)]
 
 
 def training_loader(

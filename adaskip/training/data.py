@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaskip.training.batches import RoundBatches, RoundSampler, in_order, loader, training_loader
+from adaskip.training.batches import NumberedBatches, RoundBatches, RoundSampler, in_order, loader, training_loader
 from adaskip.training.collate import Collator, append_answers
 from adaskip.training.pictures import open_image, pictures_of
 from adaskip.training.records import FIELDS, SPLITS, Record, load_records, read_prompts, where
@@ -11,6 +11,7 @@ __all__ = [
     "FIELDS",
     "SPLITS",
     "Collator",
+    "NumberedBatches",
     "Record",
     "RoundBatches",
     "RoundSampler",

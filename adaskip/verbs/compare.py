@@ -12,7 +12,6 @@ from typing import Any, cast, get_args
 import torch
 
 from adaskip import sources
-from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
 from adaskip.methods.evidence import Evidence
 from adaskip.methods.method import METHODS, Method, find
@@ -22,14 +21,15 @@ from adaskip.recipe import Recipe
 from adaskip.report.pareto import comparison_table, pareto_plot
 from adaskip.runfiles import COMPARISON, COMPARISON_PLOT, COMPARISON_TABLE, RECIPE, write_json, write_text
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.runtime.description import read_config
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.oracle import find_oracle
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.admission import agree
-from adaskip.training.data import Collator, Record, load_records, loader
+from adaskip.training.data import Collator, NumberedBatches, Record, load_records, loader
 from adaskip.training.tracking import Board, environment, wandb_logger
 from adaskip.verbs.cells import Cell, DenseLogits, measure_cell
-from adaskip.verbs.run import Run, check_writable, load_model, load_processor, read_recipe
+from adaskip.verbs.run import Run, check_writable, load_model, load_processor, read_recipe, router_folder
 from adaskip.verbs.splits import check_split
 from adaskip.verbs.standings import standings
 from adaskip.verbs.start import check_tracking
@@ -156,12 +156,7 @@ class _Bench:
         prompts = next(iter(loader(self.test, Collator(subject.processor, answers=False), self.size)))
         self.prompts = prompts.to(self.device)
         fitted = subject.records("train", setting["fit"])
-
-        def chosen(rows: Sequence[int]) -> list[Batch]:
-            parts = loader([fitted[row] for row in rows], collate, self.size)
-            return [batch.to(self.device) for batch in parts]
-
-        self.fitted, self.count = chosen, len(fitted)
+        self.fitted, self.count = NumberedBatches(fitted, collate, self.device, self.size), len(fitted)
         self.cells: list[Cell] = []
         self._evidence: dict[KV, Evidence] = {}
 
@@ -194,14 +189,14 @@ class _Bench:
         ):
             if own != here:
                 raise ConfigError(f"{folder}: expected a run with {name}={here}, got {own}; compare it apart")
-        kind = recipe.method if recipe.method != "end-to-end" else "learned"
-        file = self._file(kind.replace("-", "_"), recipe.objective.keep, recipe.seed)
+        name = _name(recipe, folder)
+        file = self._file(name, recipe.objective.keep, recipe.seed)
         if file.is_file():
             self.cells.append(Cell.read(file))
             return
         with self.stages(f"{folder}: the routers of keep {recipe.objective.keep:g}", len(self.test)) as advance:
             model = Run.open(folder).model
-            self._measure(model, kind.replace("-", "_"), recipe.objective.keep, recipe.seed, advance)
+            self._measure(model, name, recipe.objective.keep, recipe.seed, advance)
 
     def conclude(self, left_out: list[str], oracle: int, budgets: Sequence[float]) -> Comparison:
         """Read all cells that the folder holds, also of earlier calls, and write table, picture and JSON."""
@@ -281,11 +276,8 @@ class _Bench:
         """Search a plan of each input's own, at every budget."""
         if not inputs:
             return []
-        collate, found = Collator(self.subject.processor), []
-
-        def some(rows: Sequence[int]) -> list[Batch]:
-            return [b.to(self.device) for b in loader([self.test[row] for row in rows], collate, self.size)]
-
+        some = NumberedBatches(self.test, Collator(self.subject.processor), self.device, self.size)
+        found = []
         with self._attached(SkipPlan(group=self.subject.group)) as evidence:
             saved = float(evidence.saves.mean())
             for budget in budgets:
@@ -346,6 +338,13 @@ def _open(target: str | Path, data: str | None, group: str | None) -> _Subject:
     if torch.cuda.is_available():
         torch.nn.Module.cuda(backbone)
     return _Subject(None, name, data or name, cast(Group, group or "all"), load.load_processor(name), backbone)
+
+
+def _name(recipe: Recipe, folder: Path) -> str:
+    """Return what a run is called beside the methods: by what it found, which may be a plan that beat its routers."""
+    meta = read_config(router_folder(folder))
+    kind: str = meta["policy"]["kind"] if "policy" in meta else "learned"
+    return "from_bounds" if (kind, recipe.method) == ("learned", "from-bounds") else kind
 
 
 def _claim(folder: Path, setting: dict[str, Any]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -13,7 +12,6 @@ import torch
 
 from adaskip import sources
 from adaskip.backbone import load
-from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Group, SkipPlan
 from adaskip.report.redundancy import profile_plot
@@ -23,7 +21,7 @@ from adaskip.stages import SILENT, Stages
 from adaskip.survey.oracle import Oracle, find_oracle
 from adaskip.survey.profile import Profile, profile, smallest_profile
 from adaskip.theory.sinks import SINK
-from adaskip.training.data import Collator, Record, load_records, loader, pictures_of
+from adaskip.training.data import Collator, NumberedBatches, load_records, loader
 from adaskip.training.records import describe_half
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split
@@ -114,7 +112,11 @@ def profile_model(
         try:
             some = records[:oracle]
             found = find_oracle(
-                chosen, _Batches(some, processor, base.device, batch_size), len(some), skips=skips, stages=stages
+                chosen,
+                NumberedBatches(some, Collator(processor), base.device, batch_size),
+                len(some),
+                skips=skips,
+                stages=stages,
             )
         finally:
             chosen.detach()
@@ -122,20 +124,6 @@ def profile_model(
     write_json(folder / PROFILE, result.stored(), indent=1)
     profile_plot(result.stored(), result.picture)
     return result
-
-
-class _Batches:
-    """Make batches of records given by number, in that order; rows with pictures and rows without never in one."""
-
-    def __init__(self, records: Sequence[Record], processor: Any, device: torch.device, batch_size: int) -> None:
-        self.records, self.collate = records, Collator(processor)
-        self.device, self.batch_size = device, batch_size
-
-    def __call__(self, rows: Sequence[int]) -> list[Batch]:
-        """Collate these records."""
-        chosen = [self.records[row] for row in rows]
-        runs = [[*run] for _, run in groupby(chosen, key=lambda record: bool(pictures_of(record)))]
-        return [batch.to(self.device) for run in runs for batch in loader(run, self.collate, self.batch_size)]
 
 
 def _check_numbers(examples: int, tolerance: float, batch_size: int, tangents: int, oracle: int, keep: float) -> None:

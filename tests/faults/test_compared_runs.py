@@ -28,6 +28,19 @@ def test_a_run_stands_beside_the_methods(run: Path, tmp_path: Path, monkeypatch:
     assert (tmp_path / "out" / "cells" / "learned-0.6-seed0.json").is_file()
 
 
+def test_a_run_that_fell_back_to_its_plan_is_no_learned_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the static plan was better, `router` holds it; catches the plan's figures under the routers' name."""
+    monkeypatch.setattr(cells, "ROUNDS", 1)
+    copied = copy_of(run, tmp_path / "run")
+    base = adaskip.RoutedModel.from_pretrained(copied / "router").detach()
+    adaskip.attach(base, adaskip.SkipPlan.static([4, 9])).save_pretrained(copied / "router")
+    found = adaskip.compare(copied, budgets=(0.9,), output=tmp_path / "out", **SMALL)
+    assert {row["policy"]: row["plans"] for row in found.rows}["static"] == [[4, 9]]
+    assert "learned" not in {row["policy"] for row in found.rows}
+
+
 def test_a_run_of_another_group_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "ROUNDS", 1)
     with pytest.raises(ConfigError, match=r"expected a run with router\.group=vision, got all; compare it apart"):

@@ -20,7 +20,8 @@ from adaskip.stages import Stages
 from adaskip.survey.oracle import find_oracle
 from adaskip.survey.plans import plan_costs
 from adaskip.theory.prediction import describe_ranks
-from adaskip.verbs.profile import _Batches, profile_model
+from adaskip.training.data import Collator, NumberedBatches
+from adaskip.verbs.profile import profile_model
 from tests import toys
 from tests.tuning import with_answers
 
@@ -118,7 +119,7 @@ def test_inputs_with_and_without_pictures_keep_their_order() -> None:
     for record in records[1::2]:
         record.pop("image")
         record["prompt"] = record["prompt"].replace("<image> ", "")
-    made = _Batches(records, processor, base.device, 4)
+    made = NumberedBatches(records, Collator(processor), base.device, 4)
     rows = [5, 0, 2, 4, 1, 3]
     assert [answer for batch in made(rows) for answer in batch.answer] == [records[row]["answer"] for row in rows]
 
