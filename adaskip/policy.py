@@ -65,7 +65,7 @@ class Policy(nn.Module):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Return the layers whose attention it wants to see; they are run by every token of the request."""
+        """Return the layers whose attention it wants to see; `decide` must let every token of the request run them."""
         return ()
 
     def attend(self, layer: int, call: AttentionCall, request: Request) -> None:

@@ -42,11 +42,12 @@ class Cell:
     kind: list[str]
     runs: list[float]  # share of inputs (or of their tokens) that ran each layer
     seconds: dict[str, float]  # prefill, generate, and the dense model's beside them: medians over rounds, one batch
+    origin: str = ""  # a mark of the saved policy that it is of; empty: a method's
 
     @property
     def name(self) -> str:
         """Return the name of its file, without a suffix."""
-        return f"{self.policy}-{self.budget:g}-seed{self.seed}"
+        return cell_name(self.policy, self.budget, self.seed)
 
     def write(self, folder: Path) -> None:
         """Write the cell into a folder, whole or not at all."""
@@ -66,6 +67,11 @@ class Cell:
             raise CheckpointError(
                 f"{file}: expected a cell of a comparison, cannot be read ({error!r}); remove it to measure it anew"
             ) from error
+
+
+def cell_name(policy: str, budget: float, seed: int) -> str:
+    """Return what the file of a cell is called, without a suffix."""
+    return f"{policy}-{budget:g}-seed{seed}"
 
 
 class DenseLogits:
@@ -101,6 +107,7 @@ def measure_cell(
     budget: float,
     seed: int,
     new_tokens: int,
+    origin: str = "",
     advance: Callable[[int], None] = lambda done: None,
 ) -> Cell:
     """Run every input densely and as the model's policy decides.
@@ -113,6 +120,7 @@ def measure_cell(
         budget: what it was asked to keep.
         seed: of its draws or its training.
         new_tokens: that are generated where seconds are taken.
+        origin: a mark of the saved policy that is measured; empty: a method's.
         advance: called with the number of inputs done.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in ("keep", "kl", "hit", "dense_hit", "same")}
@@ -139,7 +147,7 @@ def measure_cell(
     plan = None if known is None else (~known).nonzero().flatten().tolist()
     shares = (runs / max(1, len(kinds))).tolist()
     seconds = _seconds(model, prompts, new_tokens)
-    return Cell(policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds)
+    return Cell(policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds, origin=origin)
 
 
 def _seconds(model: RoutedModel, prompts: Batch, new_tokens: int) -> dict[str, float]:

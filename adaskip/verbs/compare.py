@@ -21,15 +21,15 @@ from adaskip.recipe import Recipe
 from adaskip.report.pareto import comparison_table, pareto_plot
 from adaskip.runfiles import COMPARISON, COMPARISON_PLOT, COMPARISON_TABLE, RECIPE, write_json, write_text
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.runtime.description import read_config
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.oracle import find_oracle
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.admission import agree
 from adaskip.training.data import Collator, NumberedBatches, Record, load_records, loader
 from adaskip.training.tracking import Board, environment, wandb_logger
-from adaskip.verbs.cells import Cell, DenseLogits, measure_cell
-from adaskip.verbs.run import Run, check_writable, load_model, load_processor, read_recipe, router_folder
+from adaskip.verbs.cells import Cell, DenseLogits, cell_name, measure_cell
+from adaskip.verbs.entries import Entry, read_entries
+from adaskip.verbs.run import Run, check_writable, load_model, load_processor, read_recipe
 from adaskip.verbs.splits import check_split
 from adaskip.verbs.standings import standings
 from adaskip.verbs.start import check_tracking
@@ -132,10 +132,11 @@ def compare(
         "fit": fit, "batch_size": batch_size, "new_tokens": new_tokens,
     }  # fmt: skip
     _claim(folder, setting)
+    entries = read_entries(folders, subject.model, subject.group, folder / _CELLS)
     bench = _Bench(subject, folder, setting, stages)
-    left_out = [text for method in chosen if (text := bench.method(method, budgets, seeds))]
-    for run in folders:
-        bench.run(run)
+    left_out = [text for method in chosen for text in bench.method(method, budgets, seeds)]
+    for entry in entries:
+        bench.run(entry)
     found = bench.conclude(left_out, oracle, budgets)
     if mode != "disabled":
         board = Board([wandb_logger(folder, mode, "adaskip", None, ["compare"], found.setting)])
@@ -160,8 +161,9 @@ class _Bench:
         self.cells: list[Cell] = []
         self._evidence: dict[KV, Evidence] = {}
 
-    def method(self, method: Method, budgets: Sequence[float], seeds: int) -> str:
-        """Fill a method's cells; return why not, where it cannot."""
+    def method(self, method: Method, budgets: Sequence[float], seeds: int) -> list[str]:
+        """Fill a method's cells; return why not, for each budget that it cannot hold."""
+        reasons: dict[str, None] = {}
         wanted = [
             (budget, seed)
             for budget in (budgets if method.name != "none" else (1.0,))
@@ -172,31 +174,18 @@ class _Bench:
                 try:
                     self._cell(method, budget, seed)
                 except ConfigError as error:
-                    return str(error)
+                    reasons[str(error)] = None
                 advance(place)
-        return ""
+        return [*reasons]
 
-    def run(self, folder: Path) -> None:
-        """Fill the cell of a finished run.
-
-        Raises:
-            ConfigError: it is of another model, data or group.
-        """
-        recipe = read_recipe(folder)
-        for name, own, here in (
-            ("backbone.path", recipe.backbone.path, self.subject.model),
-            ("router.group", recipe.router.group, self.subject.group),
-        ):
-            if own != here:
-                raise ConfigError(f"{folder}: expected a run with {name}={here}, got {own}; compare it apart")
-        name = _name(recipe, folder)
-        file = self._file(name, recipe.objective.keep, recipe.seed)
-        if file.is_file():
-            self.cells.append(Cell.read(file))
+    def run(self, entry: Entry) -> None:
+        """Fill the cell of a finished run."""
+        if entry.file.is_file():
+            self.cells.append(Cell.read(entry.file))
             return
-        with self.stages(f"{folder}: the routers of keep {recipe.objective.keep:g}", len(self.test)) as advance:
-            model = Run.open(folder).model
-            self._measure(model, name, recipe.objective.keep, recipe.seed, advance)
+        with self.stages(f"{entry.folder}: the policy of keep {entry.keep:g}", len(self.test)) as advance:
+            model = Run.open(entry.folder).model
+            self._measure(model, entry.policy, entry.keep, entry.seed, entry.origin, advance)
 
     def conclude(self, left_out: list[str], oracle: int, budgets: Sequence[float]) -> Comparison:
         """Read all cells that the folder holds, also of earlier calls, and write table, picture and JSON."""
@@ -242,17 +231,17 @@ class _Bench:
             model.detach()
 
     def _measure(
-        self, model: RoutedModel, policy: str, budget: float, seed: int, advance: Any = lambda n: None
+        self, model: RoutedModel, policy: str, budget: float, seed: int, origin: str = "", advance: Any = lambda n: None
     ) -> None:
         cell = measure_cell(
             model, self.dense, self.prompts, policy=policy, budget=budget, seed=seed,
-            new_tokens=self.setting["new_tokens"], advance=advance,
+            new_tokens=self.setting["new_tokens"], origin=origin, advance=advance,
         )  # fmt: skip
         cell.write(self.folder / _CELLS)
         self.cells.append(cell)
 
     def _file(self, policy: str, budget: float, seed: int) -> Path:
-        return self.folder / _CELLS / f"{policy}-{budget:g}-seed{seed}.json"
+        return self.folder / _CELLS / f"{cell_name(policy, budget, seed)}.json"
 
     def _agreement(self, cells: Sequence[Cell]) -> tuple[list[int], list[dict[str, Any]]]:
         """Hold every cell against the verdicts, on inputs that neither was fitted on."""
@@ -328,7 +317,10 @@ def _open(target: str | Path, data: str | None, group: str | None) -> _Subject:
         if group not in (None, own):
             raise ConfigError(f"compare: {target} routes group {own}; leave --group out, or name a model instead")
         source = data or recipe.data.source
-        return _Subject(recipe, recipe.backbone.path, source, own, load_processor(recipe), load_model(recipe))
+        backbone = load_model(recipe)
+        if torch.cuda.is_available() and not recipe.backbone.device_map:
+            torch.nn.Module.cuda(backbone)
+        return _Subject(recipe, recipe.backbone.path, source, own, load_processor(recipe), backbone)
     from adaskip.backbone import load
 
     name = str(target)
@@ -338,13 +330,6 @@ def _open(target: str | Path, data: str | None, group: str | None) -> _Subject:
     if torch.cuda.is_available():
         torch.nn.Module.cuda(backbone)
     return _Subject(None, name, data or name, cast(Group, group or "all"), load.load_processor(name), backbone)
-
-
-def _name(recipe: Recipe, folder: Path) -> str:
-    """Return what a run is called beside the methods: by what it found, which may be a plan that beat its routers."""
-    meta = read_config(router_folder(folder))
-    kind: str = meta["policy"]["kind"] if "policy" in meta else "learned"
-    return "from_bounds" if (kind, recipe.method) == ("learned", "from-bounds") else kind
 
 
 def _claim(folder: Path, setting: dict[str, Any]) -> None:

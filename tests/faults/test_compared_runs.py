@@ -28,6 +28,19 @@ def test_a_run_stands_beside_the_methods(run: Path, tmp_path: Path, monkeypatch:
     assert (tmp_path / "out" / "cells" / "learned-0.6-seed0.json").is_file()
 
 
+def test_another_run_of_the_same_name_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same method, budget and seed, other weights; catches the first run's figures under the second's folder."""
+    monkeypatch.setattr(cells, "ROUNDS", 1)
+    other = copy_of(run, tmp_path / "other", spread=0.5)
+    text = r"other: expected one run of learned, keep 0\.6 and seed 0, found another in learned-0\.6-seed0\.json"
+    with pytest.raises(ConfigError, match=text):
+        adaskip.compare(run, budgets=(0.9,), runs=[other], output=tmp_path / "both", **SMALL)
+    assert not [*(tmp_path / "both" / "cells").iterdir()], "said before anything is measured"
+    adaskip.compare(run, budgets=(0.9,), runs=[run], output=tmp_path / "out", **SMALL)
+    with pytest.raises(ConfigError, match=text):
+        adaskip.compare("digits-vlm", budgets=(0.9,), runs=[other], output=tmp_path / "out", **SMALL)
+
+
 def test_a_run_that_fell_back_to_its_plan_is_no_learned_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

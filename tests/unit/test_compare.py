@@ -141,6 +141,15 @@ def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypa
     assert {row["policy"] for row in again.rows} == {"none", "random", "early_exit"}, "what was compared before stays"
 
 
+def test_a_budget_that_cannot_be_held_leaves_the_others(tmp_path: Path) -> None:
+    """The lowest comes first; catches a method that is given up at its first budget."""
+    found = adaskip.compare(
+        "digits-vlm", policies=["uniform"], output=tmp_path, **SMALL | {"budgets": (0.01, 0.8), "seeds": 1}
+    )
+    assert [(row["policy"], row["budget"]) for row in found.rows if row["policy"] == "uniform"] == [("uniform", 0.8)]
+    assert [text[:10] for text in found.left_out] == ["keep=0.01:"]
+
+
 def test_agreement_is_of_what_a_policy_skips(tmp_path: Path) -> None:
     """Against exact costs of the judged inputs; catches the layers that run in the place of those that do not."""
     found = adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL | {"budgets": (0.8,), "seeds": 1})
@@ -177,4 +186,3 @@ def test_another_comparison_and_a_damaged_cell_are_said(tmp_path: Path) -> None:
     (tmp_path / "cells" / "none-1-seed0.json").write_text('{"policy": "none"')
     with pytest.raises(CheckpointError, match=r"none-1-seed0\.json: expected a cell .* remove it to measure it anew"):
         adaskip.compare("digits-vlm", policies=[], output=tmp_path, **SMALL)
-    assert torch.is_grad_enabled()
