@@ -64,7 +64,8 @@ class TrainerSection(Section):
     steps: Count  # optimiser steps; from-bounds: of the tuning after the fit, 0: none; path-bank, token-plan: 0
     batch_size: Positive  # examples a step and device
     learning_rate: float = Field(gt=0)
-    temperature: float = Field(1.0, gt=0)  # of the routers' gates
+    temperature: float = Field(1.0, gt=0)  # of the routers' gates, at the first step
+    last_temperature: float | None = Field(None, gt=0)  # at the last step; None: the same
     gradient_clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: no clipping
     accelerator: Text = "auto"  # this and the next three go to lightning.Trainer as they are
     devices: int | str | list[int] = "auto"

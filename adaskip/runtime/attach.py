@@ -180,9 +180,9 @@ class RoutedModel(Handle):
 
     @contextmanager
     def explore(self, noise: torch.Generator, temperature: float = 1.0, soft: bool = True) -> Iterator[None]:
-        """Run inside as `soft` does, with gates drawn at random from their logits; ``temperature`` is the slope's.
+        """Run inside as `soft` does, with gates drawn at random from their logits, at this temperature.
 
-        ``soft=False``: layers are really skipped, by draws at this temperature. The pass has no gradient, but
+        ``soft=False``: layers are really skipped. The pass has no gradient, but
         ``routing.gates``, the probabilities to run, have one into the policy.
         """
         options = {"mode": "soft" if soft else "skip", "noise": noise, "temperature": temperature}

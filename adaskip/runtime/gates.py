@@ -28,13 +28,12 @@ def straight_through(
 ) -> Tensor:
     """Return gates that are exactly 0 or 1 forward and have the slope of a sigmoid backward.
 
-    With a generator the decision is drawn, so that training explores; the temperature is the slope's alone. Without
-    one it is `hard`.
+    With a generator the decision is drawn at the temperature, so that training explores. Without one it is `hard`.
 
     >>> straight_through(torch.tensor([2.0, -1.0]))
     tensor([1., 0.])
     """
     if generator is not None:
-        logits = perturb(logits, generator)
+        logits = perturb(logits, generator, temperature)
     soft = torch.sigmoid((logits - threshold) / temperature)
     return hard(logits, threshold).to(soft.dtype) + (soft - soft.detach())

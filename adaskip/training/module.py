@@ -56,7 +56,9 @@ class RouterTuner(lightning.LightningModule):
         calibration: batches or a loader to calibrate them on instead; at most 256 inputs are read.
         learning_rate: peak of a one-cycle schedule.
         steps: length of the schedule in optimiser steps; None: as many as the trainer will run.
-        temperature: of the gates' slope; of the draws with ``gradient="flips"``.
+        temperature: of the gates, at the first step: of what is drawn and of the slope.
+        last_temperature: at the last step; it falls geometrically in between. As it falls, what is drawn, and with it
+            the budget, becomes what the routers decide. None: it stays.
         kinds: labels that keep rates are reported by, for instance kinds of question; all others count as ``other``.
         seed: of the gates' exploration noise and of what calibration draws.
 
@@ -78,17 +80,20 @@ class RouterTuner(lightning.LightningModule):
         learning_rate: float = 1e-3,
         steps: int | None = None,
         temperature: float = 1.0,
+        last_temperature: float | None = None,
         kinds: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_arguments(model, objective, prices, calibration, learning_rate, steps, temperature)
+        last_temperature = temperature if last_temperature is None else last_temperature
+        _check_arguments(model, objective, prices, calibration, learning_rate, steps, (temperature, last_temperature))
         check_gradient(objective, model.target.scope)
         self.strict_loading = False  # checkpoints hold no frozen weights
         self.model, self.objective, self.prices, self.calibration = model, objective, prices, calibration
-        self.learning_rate, self.steps, self.temperature, self.seed = learning_rate, steps, temperature, seed
+        self.learning_rate, self.steps, self.seed = learning_rate, steps, seed
+        self.temperatures = temperature, last_temperature
         self.calibrated_on: frozenset[str] = frozenset()  # fingerprints of the inputs that the prices were fitted on
-        self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("multiplier", torch.tensor(objective.budget_start, dtype=torch.float64))
         self.val_kl, self.val_keep, self.val_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self.test_kl, self.test_keep, self.test_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self.keep_by_kind = KeepByKind(len(model.spec.layers), [*kinds])
@@ -163,7 +168,7 @@ class RouterTuner(lightning.LightningModule):
         check_batch(batch, "training")
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
         dense, costs = self._dense(batch)
-        kl, task = draw_path(self.model, batch, dense, self.objective, self._noise(), self.temperature)
+        kl, task = draw_path(self.model, batch, dense, self.objective, self._noise(), self.temperature())
         routing, share = self._soft_keep()
         bound = self._bound(routing, costs)
         goal = self.objective
@@ -174,6 +179,7 @@ class RouterTuner(lightning.LightningModule):
         parts = {"loss": loss, "kl": kl, "task": task, "bound": bound, "budget": budget}
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()})
         self.log_dict({"router/keep_soft": share.detach(), "router/target": self.target()})
+        self.log("router/temperature", self.temperature())
         self.log_dict({f"router/keep/layer_{i:02d}": row.float().mean() for i, row in enumerate(routing.share)})
         return loss
 
@@ -191,6 +197,11 @@ class RouterTuner(lightning.LightningModule):
         over = self.objective.warmup * self._length
         ramp = min(1.0, self.global_step / max(1.0, over)) if over else 1.0
         return 1.0 + ramp * (self.objective.keep - 1.0)
+
+    def temperature(self) -> float:
+        """Return the temperature of the gates at this step."""
+        first, last = self.temperatures
+        return float(first * (last / first) ** min(1.0, self.global_step / self._length))
 
     def _noise(self, stream: int = 0) -> torch.Generator:
         """Make a source of draws that is a pure function of (seed, step, micro-batch, rank, stream)."""
@@ -297,7 +308,7 @@ class RouterTuner(lightning.LightningModule):
 
 
 def _check_arguments(
-    model: Any, objective: Any, prices: Any, calibration: Any, learning_rate: Any, steps: Any, temperature: Any
+    model: Any, objective: Any, prices: Any, calibration: Any, learning_rate: Any, steps: Any, temperatures: Any
 ) -> None:
     if not isinstance(model, RoutedModel):
         raise ConfigError(f"RouterTuner: expected a RoutedModel, got {type(model).__name__}; call adaskip.attach first")
@@ -313,8 +324,9 @@ def _check_arguments(
         "objective": (isinstance(objective, Objective), objective, "an Objective, as in adaskip.Objective(keep=0.6)"),
         "learning_rate": (is_number(learning_rate) and learning_rate > 0, learning_rate, "a number > 0"),
         "steps": (steps is None or is_count(steps), steps, "an integer >= 1, or None for as many as the trainer runs"),
-        "temperature": (is_number(temperature) and temperature > 0, temperature, "a number > 0"),
     }
+    for name, value in zip(("temperature", "last_temperature"), temperatures, strict=True):
+        ranges[name] = is_number(value) and value > 0, value, "a number > 0"
     faults = [f"{name}: expected {span}, got {value!r}"[:200] for name, (ok, value, span) in ranges.items() if not ok]
     if faults:
         raise ConfigError("RouterTuner: " + "; ".join(faults))

@@ -42,7 +42,8 @@ class Objective:
             back-propagation through the backbone) or ``flips`` (exact reruns of drawn paths with one decision flipped:
             unbiased, forward passes only; scope ``prompt``).
         flips: layers of each drawn path that ``gradient: flips`` reruns, in each of so many parts of the model one.
-        budget_rate: step size of the dual ascent on the budget's Lagrange multiplier.
+        budget_start: the budget's Lagrange multiplier before the first step, nats per unit of keep.
+        budget_rate: step size of the dual ascent on it.
         budget_weight: weight of the squared overshoot beside it (augmented Lagrangian).
 
     Raises:
@@ -60,6 +61,7 @@ class Objective:
     warmup: float = 0.3
     gradient: Gradient = "straight-through"
     flips: int = 4
+    budget_start: float = 0.0
     budget_rate: float = 0.05
     budget_weight: float = 10.0
 
@@ -74,6 +76,7 @@ class Objective:
             "warmup": (is_number(self.warmup) and 0 <= self.warmup < 1, "a share in [0, 1)"),
             "gradient": (self.gradient in get_args(Gradient), " | ".join(get_args(Gradient))),
             "flips": (is_count(self.flips), "an integer >= 1"),
+            "budget_start": (is_number(self.budget_start) and self.budget_start >= 0, "a number >= 0"),
             "budget_rate": (is_number(self.budget_rate) and self.budget_rate > 0, "a number > 0"),
             "budget_weight": (is_number(self.budget_weight) and self.budget_weight >= 0, "a number >= 0"),
         }

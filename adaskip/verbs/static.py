@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel, build
 from adaskip.stages import Stages
 from adaskip.survey.greedy import Path
-from adaskip.survey.static import Contest, as_plan, find_static, layer_savings, name_layers, start_logits
+from adaskip.survey.plans import plan_costs
+from adaskip.survey.static import ROUNDING, Contest, as_plan, find_static, layer_savings, name_layers, start_logits
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.dear import find_dear
 from adaskip.training.objective import Objective
@@ -62,7 +64,7 @@ def prepare(
     if not section.start:
         return Start(plan, recipe.objective)
     begin_at(model, plan)
-    return Start(plan, replace(recipe.objective, warmup=0.0))
+    return Start(plan, price_budget(recipe.objective, model, inputs, plan))
 
 
 def _hold_dear(recipe: Recipe, model: RoutedModel, measured: LayerMeasures, saved: Tensor, stages: Stages) -> None:
@@ -82,6 +84,21 @@ def begin_at(model: RoutedModel, plan: Path) -> None:
     assert model.routers is not None
     for head, logit in zip(model.routers, start_logits(plan, model.policy.held, len(model.routers)), strict=True):
         head.outer.bias.fill_(float(logit) + model.policy.threshold)  # type: ignore[union-attr, operator]
+
+
+def price_budget(objective: Objective, model: RoutedModel, inputs: Sequence[Batch], plan: Path) -> Objective:
+    """Return the objective with a budget that pays what the plan pays for a unit of compute, from the first step on.
+
+    Where a layer costs nats, a multiplier that grows by hundredths a step holds nothing for as long as routers train:
+    the layers that the plan leaves out come back.
+    """
+    keep = torch.ones(len(model.spec.layers), dtype=torch.bool)
+    keep[list(plan)] = False
+    costs = plan_costs(model, inputs, [keep])
+    price = float(costs.kl.mean() / (1 - costs.keep.mean()).clamp(min=ROUNDING)) if plan else 0.0
+    scale = max(1.0, price)
+    rate, weight = scale * objective.budget_rate, scale * objective.budget_weight
+    return replace(objective, warmup=0.0, budget_start=price, budget_rate=rate, budget_weight=weight)
 
 
 def attach_plan(model: RoutedModel, plan: Path) -> RoutedModel:

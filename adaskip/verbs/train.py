@@ -199,6 +199,7 @@ class _Training:
             learning_rate=recipe.trainer.learning_rate,
             steps=recipe.trainer.steps or None,  # 0: nothing is tuned after a fit from bounds
             temperature=recipe.trainer.temperature,
+            last_temperature=recipe.trainer.last_temperature,
             kinds=sorted(kinds),
             seed=recipe.seed,
         )

@@ -110,22 +110,44 @@ def test_a_drawn_path_costs_what_it_costs_each_input_in_the_mean(gradient: Any) 
     assert float(task.detach()) == pytest.approx(float(cost.task(logits).mean()), rel=1e-4)
 
 
-def test_the_temperature_is_that_of_flips_draws_and_of_straight_through_slopes() -> None:
-    """Biases .4, -.7, 1.1 and .1 at a threshold of .2: nearly at temperature 0 flips leave nothing to chance.
+@pytest.mark.parametrize("gradient", ["flips", "straight-through"])
+def test_the_temperature_is_that_of_draws(gradient: Any) -> None:
+    """Biases .4, -.7, 1.1 and .1 at a threshold of .2: near temperature 0 nothing is left to chance, at 1000 all is."""
+    model, batch = biased("llama"), answers_of([1] * 64)
+    dense, goal = dense_logits(model, batch), adaskip.Objective(**FLIPS | {"gradient": gradient})
+    draw_path(model, batch, dense, goal, torch.Generator().manual_seed(0), 1e-4)
+    assert model.routing.keep.T.tolist() == [[True, False, True, False]] * 64
+    draw_path(model, batch, dense, goal, torch.Generator().manual_seed(0), 1000.0)
+    assert ((model.routing.keep.float().mean(1) - 0.5).abs() < 0.2).all()
 
-    A straight-through gate is drawn alike at any temperature, and hardly slopes at a high one. Catches one left out.
-    """
-    model, batch = biased("llama"), answers_of([1] * 16)
-    dense, found = dense_logits(model, batch), []
-    draw_path(model, batch, dense, adaskip.Objective(**FLIPS), torch.Generator().manual_seed(0), 1e-4)
-    assert model.routing.keep.T.tolist() == [[True, False, True, False]] * 16
+
+def test_the_temperature_is_that_of_straight_through_slopes() -> None:
+    """A gate hardly slopes at a high temperature; catches one left out."""
+    model, batch, found = biased("llama"), answers_of([1] * 16), []
     for temperature in (1.0, 1000.0):
         model.policy.zero_grad()
         goal, noise = adaskip.Objective(bound_weight=0.0), torch.Generator().manual_seed(0)
-        draw_path(model, batch, dense, goal, noise, temperature)[0].backward()
-        found.append((model.routing.keep, slopes(model).abs()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert (found[1][1] < 0.01 * found[0][1]).all()
+        draw_path(model, batch, dense_logits(model, batch), goal, noise, temperature)[0].backward()
+        found.append(slopes(model).abs())
+    assert (found[1] < 0.1 * found[0]).all()
+
+
+def test_the_temperature_falls_geometrically_to_the_last_step() -> None:
+    """From 1 to .01 in 4 steps: 1, .32, .1, .03 and, where training goes on, .01; without a last one it stays."""
+    model = biased("llama")
+    goal = adaskip.Objective(bound_weight=0.0)
+    falling = adaskip.RouterTuner(model, goal, steps=4, last_temperature=0.01)
+    found = []
+    for step in (0, 1, 2, 3, 4, 9):
+        falling._trainer = SimpleNamespace(global_step=step)  # type: ignore[assignment]
+        falling._length = 4
+        found.append(falling.temperature())
+    assert found == pytest.approx([1.0, 10**-0.5, 0.1, 10**-1.5, 0.01, 0.01])
+    staying = adaskip.RouterTuner(model, goal, steps=4, temperature=0.7)
+    staying._trainer = SimpleNamespace(global_step=3)  # type: ignore[assignment]
+    assert staying.temperature() == 0.7
+    with pytest.raises(ConfigError, match="last_temperature: expected a number > 0, got 0"):
+        adaskip.RouterTuner(model, goal, last_temperature=0)
 
 
 def test_a_flip_counts_for_those_that_were_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +16,7 @@ from adaskip.survey.plans import PlanCosts, plan_costs
 from adaskip.survey.skips import measure_skips
 from adaskip.survey.static import Contest, as_plan, compare, find_static, layer_savings, start_logits
 from adaskip.training.dear import find_dear
-from adaskip.verbs.static import begin_at
+from adaskip.verbs.static import begin_at, price_budget
 from tests import toys
 from tests.tuning import batches, planted, with_answers
 
@@ -135,6 +136,24 @@ def test_the_drawn_keep_rate_is_the_plans(skip: tuple[int, ...], held: tuple[int
     expected = float(torch.sigmoid(logits[free]).sum())
     assert expected == pytest.approx(len(free) - len(skip), abs=0.1)
     assert logits.max() <= 4
+
+
+def test_a_budget_pays_what_the_plan_pays_for_compute() -> None:
+    """The multiplier starts at the plan's nats for all of the compute, and its steps and the overshoot grow with it.
+
+    A multiplier of hundredths held nothing where a layer costs nats: the layers of the plan came back.
+    """
+    model, rows = routed()
+    goal, cheap = adaskip.Objective(), torch.tensor([True, False, False, True])
+    costs = plan_costs(model, rows, [cheap])
+    price = float(costs.kl.mean() / (1 - costs.keep.mean()))
+    priced = price_budget(goal, model, rows, (1, 2))
+    assert priced.budget_start == pytest.approx(price)
+    assert (priced.warmup, priced.keep) == (0.0, goal.keep)
+    assert priced.budget_rate == pytest.approx(goal.budget_rate * max(1.0, price))
+    assert priced.budget_weight == pytest.approx(goal.budget_weight * max(1.0, price))
+    assert price_budget(goal, model, rows, ()).budget_start == 0
+    assert adaskip.RouterTuner(model, replace(priced, bound_weight=0.0)).multiplier == pytest.approx(price)
 
 
 def test_a_static_start_needs_a_plan_and_training() -> None:
