@@ -17,7 +17,7 @@
 What `adaskip VERB` does on the command line is a function of the same name; each returns a dataclass with ``to_dict``:
 
     adaskip.train("digits-vlm", {"objective.keep": 0.5})                 # a recipe's name, file or object
-    adaskip.evaluate("runs/digits-vlm").mean["routed_accuracy"]          # then check, calibrate, compare and export
+    adaskip.evaluate("runs/digits-vlm").mean["routed_accuracy"]          # then check, calibrate, heal, compare, export
 
 Names are loaded when they are first used; importing the package imports no torch.
 """
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from adaskip.plan import SkipPlan as SkipPlan
     from adaskip.plan import Target as Target
     from adaskip.policies.learned.config import RouterConfig as RouterConfig
+    from adaskip.runtime.adapters import Lora as Lora
+    from adaskip.runtime.adapters import adapt as adapt
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
     from adaskip.runtime.patch import detach as detach
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from adaskip.training.batches import RoundBatches as RoundBatches
     from adaskip.training.callbacks import ConditionCheck as ConditionCheck
     from adaskip.training.collate import Collator as Collator
+    from adaskip.training.healing import AdapterTuner as AdapterTuner
     from adaskip.training.module import RouterTuner as RouterTuner
     from adaskip.training.objective import Objective as Objective
     from adaskip.verbs.calibrate import calibrate as calibrate
@@ -52,14 +55,17 @@ if TYPE_CHECKING:
     from adaskip.verbs.compare import compare as compare
     from adaskip.verbs.evaluate import evaluate as evaluate
     from adaskip.verbs.export import export as export
+    from adaskip.verbs.heal import heal as heal
     from adaskip.verbs.train import train as train
 
 
 _HOMES = {
+    "AdapterTuner": "training.healing",
     "AdaSkipError": "errors",
     "Batch": "batch",
     "Collator": "training.collate",
     "ConditionCheck": "training.callbacks",
+    "Lora": "runtime.adapters",
     "Objective": "training.objective",
     "RoundBatches": "training.batches",
     "RoutedModel": "runtime.attach",
@@ -68,6 +74,7 @@ _HOMES = {
     "Routing": "plan",
     "SkipPlan": "plan",
     "Target": "plan",
+    "adapt": "runtime.adapters",
     "attach": "runtime.attach",
     "calibrate": "verbs.calibrate",
     "check": "verbs.check",
@@ -76,6 +83,7 @@ _HOMES = {
     "detach": "runtime.patch",
     "evaluate": "verbs.evaluate",
     "export": "verbs.export",
+    "heal": "verbs.heal",
     "profile": "survey.profile",
     "train": "verbs.train",
 }

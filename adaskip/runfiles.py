@@ -28,6 +28,7 @@ LEARNED = "router-learned"  # the learned routers, where `router` holds a static
 REPORT, PLOTS = "report.md", "plots"
 EVALUATION = "evaluation.json"
 CALIBRATION = "calibration.json"
+HEALING = "healing"  # the folder of `heal`: its checkpoints, and the routers as they were
 PROFILE, PROFILE_PLOT = "profile.json", "profile.png"  # of `profile`, whose folder is no run's
 COMPARISON, COMPARISON_TABLE, COMPARISON_PLOT = "compare.json", "compare.md", "compare.png"  # of `compare`
 
@@ -50,6 +51,7 @@ NAMES = frozenset(
         PLOTS,
         EVALUATION,
         CALIBRATION,
+        HEALING,
     }
     | {PROFILE, PROFILE_PLOT, COMPARISON, COMPARISON_TABLE, COMPARISON_PLOT}
 )

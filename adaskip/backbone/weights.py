@@ -16,6 +16,9 @@ from torch import Tensor, nn
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Precisions in which a weight is a number; any other is a code that only its quantiser can read."""
 
+HEALING = "healing"
+"""peft's name of adapters that are the policy's and no part of the model."""
+
 _COMPILED = "_orig_mod"
 
 
@@ -95,7 +98,7 @@ def _without_adapters(module: nn.Module) -> nn.Module:
         return module
     base: nn.Module = module.get_base_layer()
     read = all(_read(weight, []) is not None for weight in base.parameters())
-    if module.disable_adapters or not read:
+    if module.disable_adapters or not read or HEALING in module.active_adapters:
         return base
     merged: nn.Module = _copied(module)
     while isinstance(merged, BaseTunerLayer):  # adapters of several parameters of one module stand inside one another

@@ -1,4 +1,4 @@
-"""`adaskip ls`, `cp`, `validate` and `train`: recipes, and runs of them."""
+"""`adaskip ls`, `cp`, `validate`, `train` and `heal`: recipes, runs of them, and what mends a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from adaskip.cli.shared import Json, Overrides, RecipeName, app
+from adaskip.cli.shared import Json, Overrides, RecipeName, Run, app
 from adaskip.errors import ConfigError
 from adaskip.runfiles import write
-from adaskip.terminal import do, pairs, say, table, terminal_stages
+from adaskip.terminal import do, existing, pairs, say, table, terminal_stages
 
 
 @app.command()
@@ -105,6 +105,45 @@ def train(
         say(f"next: adaskip eval {done['folder']}, adaskip check {done['folder']}")
         if beside:
             say(beside)
+
+    do(work, show, as_json)
+
+
+@app.command()
+def heal(
+    run: Run,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of each adapter.")] = 8,
+    alpha: Annotated[float, typer.Option("--alpha", help="An adapter counts alpha / rank times.")] = 16.0,
+    dropout: Annotated[float, typer.Option("--dropout", help="Share of an adapter's inputs left out.")] = 0.0,
+    targets: Annotated[
+        str | None, typer.Option("--targets", help="Names of modules, as q_proj,v_proj; default: all linear ones.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 160,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Its peak.")] = 1e-3,
+    task_weight: Annotated[float, typer.Option("--task-weight", help="Of the data's answers, beside the KL.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of initial weights and order.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train adapters that mend what a run's skips break; the dense model stays as it is."""
+
+    def work() -> Any:
+        folder = existing(run)
+        from adaskip.runtime.adapters import Lora
+        from adaskip.verbs.heal import heal
+
+        _quieten()
+        lora = Lora(rank, alpha, dropout, tuple(targets.split(",")) if targets else ())
+        return heal(
+            folder, lora=lora, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
+            task_weight=task_weight, seed=seed, stages=terminal_stages(),
+        )  # fmt: skip
+
+    def show(result: dict[str, Any]) -> None:
+        table([{"side": side, **result[side]} for side in ("before", "after")])
+        gap = result["saved"]
+        say(f"healing saves {gap['estimate']:.3g} nats a token (95 %: {gap['low']:.3g} to {gap['high']:.3g})")
+        pairs({name: value for name, value in result.items() if name not in ("before", "after", "saved")})
 
     do(work, show, as_json)
 

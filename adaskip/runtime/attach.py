@@ -30,6 +30,7 @@ from adaskip.theory.gauge import Gauge
 
 if TYPE_CHECKING:
     from adaskip.generate.paths import Answers
+    from adaskip.runtime.adapters import Adapters
 
 
 class RoutedModel(Handle):
@@ -42,10 +43,9 @@ class RoutedModel(Handle):
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
     skipped work is really left out. Threads and tasks may share a model: `dense` and the like hold for the thread or
     task that enters them, `routing` is of the thread that reads it; all share weights, ``train()`` and `set_threshold`.
-    ``policy`` is what was attached, and ``target`` what its decisions speak of.
-    ``facts`` are figures measured with it; the model card shows them.
-    ``certificate`` is what `adaskip calibrate` proved about the threshold, or None. ``gauge`` reads off a routed pass
-    what its skips cost, or is None.
+    ``policy`` is what was attached, ``target`` what its decisions speak of. ``facts`` are figures measured with it.
+    Or None: ``certificate`` is what `adaskip calibrate` proved about the threshold, ``gauge`` reads off a routed pass
+    what its skips cost, ``adapters`` are what `adaskip.adapt` put in.
     """
 
     def __init__(self, spec: BackboneSpec, policy: Policy):
@@ -55,6 +55,7 @@ class RoutedModel(Handle):
         self.facts: dict[str, Any] = {}
         self.certificate: dict[str, Any] | None = None
         self.gauge: Gauge | None = None
+        self.adapters: Adapters | None = None
         self.patches = Patches(spec.model)
         self.patches.install(self.runtime)
 

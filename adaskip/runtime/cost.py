@@ -50,6 +50,7 @@ class CostModel:
     head: float = 0.0  # a position's
     unit: Unit = "block"
     kept: bool = False
+    added: Tensor | None = None  # float64 (l): what adapters compute for a token in routed passes
 
     @classmethod
     def of(cls, spec: BackboneSpec, unit: Unit = "block", kv: KV = "absent") -> CostModel:
@@ -169,11 +170,31 @@ class Ledger:
         parts = skip if by_token else run
         if routing is not None and not by_token:
             parts = torch.where(routing.keep.to(run.device), run, skip)
+        if routing is not None and cost.added is not None:
+            parts[0] += cost.added[:, None] * self._count_ran(routing, cost.unit == "block")
         head = torch.full(run.shape[2:], cost.head * self.heads, dtype=torch.float64)
         return Flops(parts[0], parts[1], parts[2], head)
 
+    def _count_ran(self, routing: Routing, whole: bool) -> Tensor:
+        """Count each row's tokens that ran anything of a layer, float64 (l b); ``whole``: what skips runs nothing."""
+        place, counts = 0, torch.zeros(routing.keep.shape[0], len(self.chunks[0][0]), dtype=torch.float64)
+        for always, routed in [*self.chunks, *self._singles()]:
+            every, least = (always | routed).sum(1).cpu(), always.sum(1).cpu()
+            if not whole:
+                counts += every
+            elif routing.tokens is not None:
+                here = routing.keep[..., place : place + routed.shape[1]] & routed
+                counts += least + here.sum(-1).cpu()
+            else:
+                counts += torch.where(routing.keep.cpu(), every, least)
+            place += always.shape[1]
+        return counts
+
     def flops(self, cost: CostModel) -> tuple[Tensor, Tensor]:
-        """Return each row's cost of running a layer, and of leaving its group out of it: float64 (l b) each."""
+        """Return each row's cost of running a layer, and of leaving its group out of it: float64 (l b) each.
+
+        Those of the model alone: what adapters compute is no part of them.
+        """
         run, skip = self._price(cost)
         return run.sum(0), skip.sum(0)
 

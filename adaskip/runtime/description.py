@@ -10,11 +10,12 @@ from typing import Any
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import read_layers, read_number
 from adaskip.policy import Policy, find
+from adaskip.runtime.adapters import Lora
 from adaskip.theory.gauge import Gauge
 
 CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"
-FORMAT = 3
-"""1 and 2 knew routers only; 1 named its backbone by a hash."""
+FORMAT = 4
+"""1 and 2 knew routers only; 1 named its backbone by a hash. 4 holds adapters, without which 3 is written."""
 
 _BACKBONE: dict[str, type] = {
     "name": str,
@@ -24,7 +25,8 @@ _BACKBONE: dict[str, type] = {
     "width": int,
     "vocabulary": int,
 }
-_BY_FORMAT: dict[int, dict[str, type]] = {1: {"weights": str}, 2: {"quantised": bool}, 3: {"quantised": bool}}
+_BY_FORMAT: dict[int, dict[str, type]] = {1: {"weights": str}}
+_BY_FORMAT |= {number: {"quantised": bool} for number in (2, 3, 4)}
 _FREE: dict[str, Any] = {"threshold": 0.0, "held": []}
 """Settings that may be changed after training, in the file too."""
 
@@ -55,7 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if faults := _faults(meta):
         raise CheckpointError(f"{path}: damaged ({'; '.join(faults)}); export the routers again")
     if meta.get("trained") not in (None, sign(_described(meta), meta["format"])):
-        name = "policy" if meta["format"] == FORMAT else "router"
+        name = "policy" if meta["format"] >= 3 else "router"
         raise CheckpointError(
             f"{path}: {name}: changed since the routers were trained; of it only {' and '.join(_FREE)} may be changed "
             "by hand; take back the change, or export the routers again"
@@ -98,7 +100,7 @@ def read_policy(meta: dict[str, Any]) -> Policy:
 
 def _described(meta: dict[str, Any]) -> dict[str, Any]:
     """Return the policy's description, of an old file too."""
-    if meta["format"] == FORMAT:
+    if meta["format"] >= 3:
         policy: dict[str, Any] = meta["policy"]
         return policy
     values = dict(meta["router"])
@@ -106,7 +108,7 @@ def _described(meta: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "learned", "settings": values, **free}
 
 
-def sign(policy: dict[str, Any], number: int = FORMAT) -> str:
+def sign(policy: dict[str, Any], number: int = 3) -> str:
     """Return a hash of the settings that the weights were trained for, as files of a format have it."""
     settings = find(policy["kind"]).from_dict(policy["settings"]).to_dict()
     if number < 3:
@@ -134,16 +136,16 @@ def _faults(meta: Any) -> list[str]:
             for name, kind in (_BACKBONE | _BY_FORMAT[number]).items()
             if type(backbone.get(name)) is not kind
         ]
-    name = "policy" if number == FORMAT else "router"
+    name = "policy" if number >= 3 else "router"
     try:
         if not isinstance(meta.get(name), dict):
             raise ConfigError(f"expected an object, got {meta.get(name)!r}")
-        if missing := {"kind", "settings", "threshold", "held"} - meta[name].keys() if number == FORMAT else ():
+        if missing := {"kind", "settings", "threshold", "held"} - meta[name].keys() if number >= 3 else ():
             raise ConfigError(f"no {', '.join(sorted(missing))}")
         read_policy(meta)
     except (ConfigError, ValueError) as error:
         faults.append(f"{name}: {error}")
-    for name in ("facts", "certificate", "gauge"):
+    for name in ("facts", "certificate", "gauge", "adapters"):
         if not isinstance(meta.get(name), dict | None):
             faults.append(f"{name}: expected an object, got {meta[name]!r}")
     try:
@@ -151,4 +153,9 @@ def _faults(meta: Any) -> list[str]:
             Gauge.from_dict(gauge)
     except ValueError as error:
         faults.append(f"gauge: {error}")
+    try:
+        if isinstance(lora := meta.get("adapters"), dict):
+            Lora.from_dict(lora)
+    except (ConfigError, TypeError) as error:
+        faults.append(f"adapters: {error}")
     return faults

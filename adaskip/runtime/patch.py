@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -136,6 +137,7 @@ class Patches:
         self.forwards: list[RoutedForward] = []
         self.generate: RoutedGenerate | None = None
         self.handles: list[Any] = []
+        self.undo: list[Callable[[], None]] = []  # what else was put into the model, taken out again
         self.places: dict[nn.Module, tuple[nn.Module, str]] = {}
         model.requires_grad_(False).eval()
 
@@ -186,6 +188,8 @@ class Patches:
 
     def take_off(self) -> None:
         """Restore forwards, and what trained, unless somebody has decided anew what trains since attach."""
+        while self.undo:
+            self.undo.pop()()
         for forward in self.forwards:
             forward.take_off()
         if self.generate is not None:

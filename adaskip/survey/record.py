@@ -43,6 +43,7 @@ class Recorded:
     states: list[Tensor]  # l+1 of (b t d): what layer 0 got, then what every layer returned; none if not asked for
     entered: list[Tensor]  # l of (b t d): what every layer got; some models add to the states between two layers
     attention: AttentionReading | None  # of the text to vision, if asked for
+    routed: bool = False  # whether the pass was one, with the adapters that the model may have
 
     @property
     def group(self) -> Tensor:
@@ -64,6 +65,8 @@ class Recorded:
         recorded = self.keep[..., None] if keep.dim() > self.keep.dim() else self.keep
         different = (keep.to(self.keep.device) != recorded).flatten(1).any(1)
         first = int(different.long().argmax()) if different.any() else len(different)
+        if self.model.adapters is not None and not self.routed:
+            first = 0  # a dense pass has no adapters, so that its states are no routed pass's
         with self.model.replay(self.states[: first + 1]):
             return self._run(routing=keep)
 
@@ -130,7 +133,7 @@ def record(
         keep = model.routing.keep
     else:
         keep = torch.ones(len(model.spec.layers), len(batch), dtype=torch.bool, device=logits.device)
-    return Recorded(model, batch, tokens, logits, keep, [*entered[:1], *after], entered, text)
+    return Recorded(model, batch, tokens, logits, keep, [*entered[:1], *after], entered, text, routed)
 
 
 def _predict(model: RoutedModel, batch: Batch, **decisions: Tensor) -> Tensor:

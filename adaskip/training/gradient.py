@@ -38,15 +38,25 @@ def draw_path(
     Raises:
         DataError: an input without an answer.
     """
-    weights = _weights(batch.supervised)
     if goal.gradient == "flips":
+        _weights(batch.supervised)
         return _by_flips(model, batch, dense, goal, noise, temperature)
     with model.explore(noise, temperature):
         out = model(**batch.arguments())
+    return answer_costs(dense, out.logits, batch)
+
+
+def answer_costs(dense: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the KL of logits (b t v) to the dense ones over the answers, and their cross-entropy: means over rows.
+
+    Raises:
+        DataError: an input without an answer.
+    """
     where = batch.supervised
-    log_p, log_q = (x[:, :-1][where].float().log_softmax(-1) for x in (dense, out.logits))
-    kl = weights[where] @ (log_p.exp() * (log_p - log_q)).sum(-1)
-    task = weights[where] @ torch.nn.functional.nll_loss(log_q, batch.labels[:, 1:][where], reduction="none")
+    weights = _weights(where)[where]
+    log_p, log_q = (x[:, :-1][where].float().log_softmax(-1) for x in (dense, logits))
+    kl = weights @ (log_p.exp() * (log_p - log_q)).sum(-1)
+    task = weights @ torch.nn.functional.nll_loss(log_q, batch.labels[:, 1:][where], reduction="none")
     return kl, task
 
 

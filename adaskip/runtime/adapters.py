@@ -1,0 +1,244 @@
+"""Adapters that heal what skipping breaks: low-rank updates of the layers that run, in routed passes alone.
+
+    dense pass     x ──▶ W x                       bitwise the original model
+    routed pass    x ──▶ W x + (alpha / rank) B A x
+
+peft makes and names them. Every adapted module asks, each time it is called, how the calling thread's pass runs, so
+that a dense pass in one thread and a routed one in another do not disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adaskip.backbone.weights import HEALING
+from adaskip.errors import CheckpointError, ConfigError
+from adaskip.plan import read_count, read_number
+
+if TYPE_CHECKING:
+    from adaskip.runtime.attach import RoutedModel
+
+_BASE = "__base__"
+"""What peft calls the module without any adapter."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Set what adapters are made of.
+
+    Args:
+        rank: of the update of each weight.
+        alpha: the update counts ``alpha / rank`` times.
+        dropout: share of an adapter's inputs that training leaves out.
+        targets: names of the modules adapted, as they end (``q_proj``); none: every linear one of a decoder layer.
+
+    Raises:
+        ConfigError: a value outside its range; all faults at once.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        faults = []
+        readers: dict[str, Any] = {"rank": read_count, "alpha": read_number, "dropout": read_number}
+        for name, read in readers.items():
+            try:
+                object.__setattr__(self, name, read(getattr(self, name)))
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if not faults:
+            faults += ["rank: expected an integer >= 1, got " + repr(self.rank)] * (self.rank < 1)
+            faults += ["alpha: expected a number > 0, got " + repr(self.alpha)] * (self.alpha <= 0)
+            faults += ["dropout: expected a share in [0, 1), got " + repr(self.dropout)] * (not 0 <= self.dropout < 1)
+        if wrong := [name for name in self.targets if not isinstance(name, str) or not name]:
+            faults.append(f"targets: expected names of modules, got {wrong[0]!r}")
+        if faults:
+            raise ConfigError("Lora: " + "; ".join(faults))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, JSON-ready."""
+        return asdict(self) | {"targets": list(self.targets)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Lora:
+        """Make settings from what `to_dict` gave.
+
+        Raises:
+            ConfigError: an unknown field, or a value outside its range.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(f"Lora: expected {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        return cls(**values)
+
+
+class Adapters:
+    """Hold the adapters of one routed model.
+
+    Args:
+        model: attached; its backbone gets them.
+        lora: what they are made of.
+        seed: of their initial weights; an update is 0 until it is trained.
+
+    Raises:
+        ConfigError: peft is missing, the backbone has adapters of its own, or no module is called as asked.
+    """
+
+    def __init__(self, model: RoutedModel, lora: Lora, seed: int = 0) -> None:
+        peft = _import_peft()
+        self.lora, self.backbone, self.runtime = lora, model.backbone, model.runtime
+        names = _find_targets(model, lora.targets)
+        config = peft.LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(names)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft.LoraModel(model.backbone, config, HEALING)
+        self.modules: dict[str, Any] = {name: model.backbone.get_submodule(name) for name in names}
+        for module in self.modules.values():
+            module.eval()
+            module.register_forward_pre_hook(self._follow, with_kwargs=True)
+        model.patches.undo.append(self.remove)
+        self._cost = model.runtime.cost
+        model.runtime.cost = replace(self._cost, added=self._flops(len(model.spec.layers), names))
+
+    def _follow(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Leave the adapter out in a dense pass of the calling thread."""
+        request = self.runtime.request
+        if request is None or request.mode != "dense":
+            return None
+        return args, {**kwargs, "adapter_names": [_BASE] * len(args[0])}
+
+    def _flops(self, layers: int, names: dict[str, int]) -> Tensor:
+        """Return what the adapters of each layer compute for a token, float64 (l)."""
+        added = torch.zeros(layers, dtype=torch.float64)
+        for name, layer in names.items():
+            sizes = [self.modules[name].lora_A[HEALING].weight, self.modules[name].lora_B[HEALING].weight]
+            added[layer] += 2 * sum(weight.numel() for weight in sizes)
+        return added
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what is trained."""
+        for module in self.modules.values():
+            yield module.lora_A[HEALING].weight
+            yield module.lora_B[HEALING].weight
+
+    def train(self, mode: bool = True) -> None:
+        """Set whether dropout leaves inputs out."""
+        for module in self.modules.values():
+            module.lora_dropout.train(mode)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights, by the names that peft gives them in files."""
+        return {
+            f"base_model.model.{name}.{part}.weight": getattr(module, part)[HEALING].weight.detach()
+            for name, module in self.modules.items()
+            for part in ("lora_A", "lora_B")
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
+        """Take weights that `state_dict` gave.
+
+        Raises:
+            CheckpointError: weights of other modules or of another rank.
+        """
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
+        if wrong:
+            raise CheckpointError(
+                f"adapters: expected {len(own)} weights of rank {self.lora.rank}, got {len(weights)}, which differ in "
+                f"{wrong[0]}; they belong to another model or other settings"
+            )
+        for name, value in own.items():
+            value.copy_(weights[name])
+
+    def remove(self) -> None:
+        """Give the backbone its own modules back, as they were; `RoutedModel.detach` does it too."""
+        for name, module in self.modules.items():
+            parent, _, key = name.rpartition(".")
+            setattr(self.backbone.get_submodule(parent), key, module.get_base_layer())
+        self.backbone.__dict__.pop("peft_config", None)
+        self.runtime.cost = self._cost
+        self.modules = {}
+
+
+def adapt(model: RoutedModel, lora: Lora | None = None, seed: int = 0) -> Adapters:
+    """Put adapters on the layers of a routed model; they change nothing until they are trained.
+
+    Inside `RoutedModel.dense` the model is bitwise the original. `RoutedModel.save_pretrained` saves them beside the
+    policy, ``from_pretrained`` brings them back, `RoutedModel.detach` takes them off. Certificate and gauge are void.
+
+    Args:
+        model: attached, with any policy.
+        lora: what they are made of; None: ``Lora()``.
+        seed: of their initial weights.
+
+    Raises:
+        ConfigError: the model has adapters already, or the backbone has; peft is missing; no module is called as asked.
+    """
+    model._check_attached()
+    if model.adapters is not None:
+        raise ConfigError("adapt: this model has adapters already; model.adapters.remove() takes them off")
+    if getattr(model.backbone, "peft_config", None):
+        raise ConfigError(
+            "adapt: the backbone has adapters of its own, which would be trained and saved as the policy's; merge them "
+            "first (merge_and_unload), then attach again"
+        )
+    model.adapters = Adapters(model, Lora() if lora is None else lora, seed)
+    model.certificate = model.gauge = None
+    return model.adapters
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("adapt: adapters need peft; type: pip install 'adaskip[peft]'") from None
+    return peft
+
+
+def _find_targets(model: RoutedModel, asked: tuple[str, ...]) -> dict[str, int]:
+    """Return the full names of the modules to adapt, and the layer that each belongs to.
+
+    A module that is routed by itself stays as it is: what an adapter added to it would bypass the decision. So does a
+    layer that a plan leaves out for every token: what never runs learns nothing.
+
+    Raises:
+        ConfigError: no module is called as asked.
+    """
+    routed = {forward.module for forward in model.patches.forwards}
+    plan, target = model.runtime.known, model.target
+    leaves = plan is not None and (target.unit, target.group, target.phase) == ("block", "all", "both")
+    runs = plan.tolist() if plan is not None and leaves else [True] * len(model.spec.layers)
+    layers = {
+        id(part): index
+        for index, layer in enumerate(model.spec.layers)
+        for part in layer.modules()
+        if part not in routed and (runs[index] or index in model.policy.held)
+    }
+    linear = {
+        name: layers[id(part)]
+        for name, part in model.backbone.named_modules()
+        if id(part) in layers and isinstance(part, nn.Linear | Conv1D)
+    }
+    found = {name: layer for name, layer in linear.items() if not asked or name.split(".")[-1] in asked}
+    missing = set(asked) - {name.split(".")[-1] for name in linear}
+    if missing or not found:
+        known = ", ".join(sorted({name.split(".")[-1] for name in linear})) or "none"
+        raise ConfigError(
+            f"Lora: targets: expected some of {known}, got {', '.join(sorted(missing)) or 'none of them'}"
+        )
+    return found
