@@ -115,9 +115,9 @@ class Adapters:
     def _follow(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Leave the adapter out in a dense pass of the calling thread."""
+        """Leave the adapter out where the calling thread's pass is dense, or of the frozen model on purpose."""
         request = self.runtime.request
-        if request is None or request.mode != "dense":
+        if request is None or (request.mode != "dense" and request.options.adapted):
             return None
         return args, {**kwargs, "adapter_names": [_BASE] * len(args[0])}
 

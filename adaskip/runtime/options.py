@@ -47,6 +47,7 @@ class Options:
     prompt_length: int | None = None
     prompt_ids: Tensor | None = None  # long (b t)
     observer: Observer | None = None
+    adapted: bool = True  # whether a routed pass has the adapters that the model may have
     replay: Sequence[Tensor] = ()  # (b t d) before layer 0, then after layers 0, 1, ...
 
 

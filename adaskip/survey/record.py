@@ -59,15 +59,16 @@ class Recorded:
     def rerun(self, keep: Tensor) -> Tensor:
         """Run the batch under other decisions, from the first layer on that is decided otherwise -> (k v).
 
+        Reruns of a routed pass have the adapters that the model may have, as it had; those of a dense one have none.
+
         Args:
             keep: bool (l b); of a model of scope ``token`` also (l b t).
         """
         recorded = self.keep[..., None] if keep.dim() > self.keep.dim() else self.keep
         different = (keep.to(self.keep.device) != recorded).flatten(1).any(1)
         first = int(different.long().argmax()) if different.any() else len(different)
-        if self.model.adapters is not None and not self.routed:
-            first = 0  # a dense pass has no adapters, so that its states are no routed pass's
-        with self.model.replay(self.states[: first + 1]):
+        # a dense pass has no adapters, and what is left out of one is priced without them
+        with self.model.replay(self.states[: first + 1]), self.model.runtime.state.using(adapted=self.routed):
             return self._run(routing=keep)
 
     def rerun_dense(self, start: int, entry: Tensor | None = None) -> Tensor:

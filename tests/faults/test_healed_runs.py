@@ -14,9 +14,11 @@ import adaskip
 from adaskip.errors import ConfigError
 from adaskip.training.healing import AdapterTuner
 from tests.faults.finished import copy_of
+from tests.keys_of import keys_of
 
 pytest.importorskip("peft", reason="PEFT is an extra: pip install 'adaskip[peft]'")
 
+KEYS = json.loads(Path(__file__).with_name("json_keys.json").read_text())["heal"]
 SMALL: dict[str, Any] = {"steps": 6, "batch_size": 8, "checkpoint_every": 2, "learning_rate": 1e-3, "task_weight": 0.5}
 
 
@@ -33,6 +35,7 @@ def test_a_healed_run_is_nearer_to_the_dense_model(run: Path, tmp_path: Path) ->
     folder = planned(run, tmp_path / "run")
     before = (folder / "router" / "router.safetensors").read_bytes()
     found = adaskip.heal(folder, **SMALL)
+    assert json.dumps(keys_of(json.loads(json.dumps(found.to_dict())))) == json.dumps(KEYS)
     assert found.ok
     assert found.saved["estimate"] == pytest.approx(found.before["kl"] - found.after["kl"])
     assert found.before["keep"] < found.after["keep"] < found.before["keep"] + 0.3  # what adapters compute is counted
@@ -44,7 +47,7 @@ def test_a_healed_run_is_nearer_to_the_dense_model(run: Path, tmp_path: Path) ->
     model = adaskip.RoutedModel.from_pretrained(tmp_path / "shipped")
     assert model.adapters is not None
     assert model.facts["healed_steps"] == 6
-    with pytest.raises(ConfigError, match="healed already; to heal it anew, put .*healing/router in the place of"):
+    with pytest.raises(ConfigError, match=r"healed already; to heal it anew, put .*healing/router in the place of"):
         adaskip.heal(folder, **SMALL)
 
 
