@@ -224,8 +224,8 @@ def _store(run: Run, result: HealResult, place: Path) -> None:
     """Save the policy with its adapters; keep the routers as they were beside it."""
     router = run.folder / ROUTER
     if not (place / _BEFORE).exists():
-        shutil.copytree(router, place / f"{_BEFORE}.part", dirs_exist_ok=True)
-        (place / f"{_BEFORE}.part").replace(place / _BEFORE)
+        shutil.copytree(router, place / f"{_BEFORE}.new", dirs_exist_ok=True)
+        (place / f"{_BEFORE}.new").replace(place / _BEFORE)
     run.model.facts |= {
         "validation_keep": round(result.after["keep"], 4),
         "validation_kl": round(result.after["kl"], 4),

@@ -161,7 +161,7 @@ def test_public_names_resolve_and_are_documented() -> None:
 
     for name in adaskip.__all__:
         assert getattr(adaskip, name).__doc__, name
-    with pytest.raises(AttributeError, match="it has AdaSkipError, Batch, Collator"):
+    with pytest.raises(AttributeError, match="it has AdaSkipError, AdapterTuner, Batch, Collator"):
         adaskip.nothing  # noqa: B018
 
 
