@@ -43,8 +43,8 @@ class RoutedModel(Handle):
     In ``train()`` mode with gradients on, every layer is computed and mixed by straight-through gates; otherwise
     skipped work is really left out. Threads and tasks may share a model: `dense` and the like hold for the thread or
     task that enters them, `routing` is of the thread that reads it; all share weights, ``train()`` and `set_threshold`.
-    ``policy`` is what was attached, ``target`` what its decisions speak of, ``facts`` figures measured with it. Or None:
-    ``certificate`` of `adaskip calibrate`, ``gauge`` (what skips cost, read off a routed pass), ``adapters`` of `adapt`.
+    ``policy`` is what was attached, ``target`` what its decisions speak of, ``facts`` its figures. Or None:
+    ``certificate`` of `adaskip calibrate`, ``gauge`` (the cost of skips, read off a routed pass), ``adapters`` of `adapt`.
     """
 
     def __init__(self, spec: BackboneSpec, policy: Policy):
