@@ -44,7 +44,7 @@ class RoutedModel(Handle):
     skipped work is really left out. Threads and tasks may share a model: `dense` and the like hold for the thread or
     task that enters them, `routing` is of the thread that reads it; all share weights, ``train()`` and `set_threshold`.
     ``policy`` is what was attached, ``target`` what its decisions speak of, ``facts`` its figures. Or None:
-    ``certificate`` of `adaskip calibrate`, ``gauge`` (the cost of skips, read off a routed pass), ``adapters`` of `adapt`.
+    ``certificate`` of `adaskip calibrate`, ``gauge`` (what skips cost, off a routed pass), ``adapters`` of `adapt`.
     """
 
     def __init__(self, spec: BackboneSpec, policy: Policy):
