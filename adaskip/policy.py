@@ -65,7 +65,7 @@ class Policy(nn.Module):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Return the layers whose attention it wants to see; `decide` must let every token of the request run them."""
+        """Return the layers whose attention it wants to see; a row that leaves one shows it nothing there."""
         return ()
 
     def attend(self, layer: int, call: AttentionCall, request: Request) -> None:
@@ -73,8 +73,9 @@ class Policy(nn.Module):
 
         Args:
             layer: counted from 0.
-            call: queries, keys and mask of the whole chunk; ``call.weights(places)`` gives probabilities.
-            request: what is known beside it; notes for `decide` go into ``request.memo``.
+            call: queries, keys and mask of the tokens that run the layer; ``call.weights(places)`` gives probabilities.
+            request: what is known beside it: ``request.part`` names the rows and tokens of the chunk that run the
+                layer, all of them where it is `WHOLE`. Notes for `decide` go into ``request.memo``.
         """
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
@@ -123,6 +124,7 @@ HOMES = {
     "fastv": "adaskip.policies.fastv:FastV",
     "learned": "adaskip.policies.learned.routers:Learned",
     "path_bank": "adaskip.policies.path_bank:PathBank",
+    "pyramid_drop": "adaskip.policies.pyramid_drop:PyramidDrop",
     "static": "adaskip.policies.static:Static",
     "token_plan": "adaskip.policies.token_plan:TokenPlan",
 }

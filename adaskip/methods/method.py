@@ -105,6 +105,7 @@ METHODS = (
     "relative_change",
     "attention_mass",
     "fastv",
+    "pyramid_drop",
     "skip_it",
     "shortv",
     "greedy",

@@ -14,6 +14,7 @@ from adaskip.policy import Policy
 from adaskip.runtime import gates
 from adaskip.runtime.execute import Keep
 from adaskip.runtime.request import Request
+from adaskip.runtime.segment import WHOLE
 
 
 def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor:
@@ -70,7 +71,8 @@ def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
 def showing(
     policy: Policy, request: Request, index: int, layer: nn.Module, call: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Wrap the call of a layer whose attention the policy reads."""
+    """Wrap the call of a layer whose attention the policy reads; ``request.part`` says which tokens it is of."""
+    request.part = WHOLE
 
     def visit(attention: AttentionCall) -> Any:
         policy.attend(index, attention, request)

@@ -54,6 +54,9 @@ POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "fastv": lambda target: adaskip.policies.FastV(2, 0.5, adaskip.Target(**target, scope="token")),
     "learned": lambda target: adaskip.RouterConfig(**target),
     "path_bank": lambda target: adaskip.policies.PathBank([[1], [3], [1, 2]], 1, adaskip.Target(**target)),
+    "pyramid_drop": lambda target: adaskip.policies.PyramidDrop(
+        ratio=0.5, target=adaskip.Target(**target, scope="token")
+    ),
     "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
     "token_plan": lambda target: adaskip.policies.TokenPlan(
         [[1], [2, 3], []], [[3], [1, 2]], 1, adaskip.Target(**target, scope="token")
@@ -66,19 +69,23 @@ GIVES_LOGITS = {
     "fastv": False,
     "learned": True,
     "path_bank": False,
+    "pyramid_drop": False,
     "static": False,
     "token_plan": False,
 }
 """Whether a kind's `decide` gives logits, which a threshold is compared with; else it gives booleans, or nothing."""
 
+RANKS_TOKENS = ("fastv", "pyramid_drop")
+"""Kinds that drop single vision tokens by what an attention shows."""
+
 CASES = [
     (kind, name, target)
     for kind in POLICIES
-    for name in (("llama", "llava", "qwen2_vl", "gemma2") if kind in ("coin", "fastv") else ("llama", "llava"))
+    for name in (("llama", "llava", "qwen2_vl", "gemma2") if kind in ("coin", *RANKS_TOKENS) else ("llama", "llava"))
     for target in ({}, {"unit": "mlp"}, {"phase": "decode"}, {"group": "vision"}, {"group": "vision", "kv": "kept"})
     if "group" not in target or name in families.VISION
     if target.get("unit") != "mlp" or name != "gemma2"
-    if kind != "fastv" or target == {"group": "vision"}  # single vision tokens leave whole layers
+    if kind not in RANKS_TOKENS or target == {"group": "vision"}  # single vision tokens leave whole layers
     if kind != "token_plan" or "phase" not in target  # a prompt alone has no tokens that would decide then
 ]
 
