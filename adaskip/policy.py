@@ -125,6 +125,7 @@ HOMES = {
     "learned": "adaskip.policies.learned.routers:Learned",
     "path_bank": "adaskip.policies.path_bank:PathBank",
     "pyramid_drop": "adaskip.policies.pyramid_drop:PyramidDrop",
+    "skip_it": "adaskip.policies.skip_it:SkipIt",
     "static": "adaskip.policies.static:Static",
     "token_plan": "adaskip.policies.token_plan:TokenPlan",
 }

@@ -104,6 +104,7 @@ METHODS = (
     "block_influence",
     "relative_change",
     "attention_mass",
+    "skip_it_input",
     "fastv",
     "pyramid_drop",
     "skip_it",

@@ -57,6 +57,7 @@ POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pyramid_drop": lambda target: adaskip.policies.PyramidDrop(
         ratio=0.5, target=adaskip.Target(**target, scope="token")
     ),
+    "skip_it": lambda target: adaskip.policies.SkipIt(1.0, 1, target=adaskip.Target(**target)),
     "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
     "token_plan": lambda target: adaskip.policies.TokenPlan(
         [[1], [2, 3], []], [[3], [1, 2]], 1, adaskip.Target(**target, scope="token")
@@ -70,6 +71,7 @@ GIVES_LOGITS = {
     "learned": True,
     "path_bank": False,
     "pyramid_drop": False,
+    "skip_it": True,
     "static": False,
     "token_plan": False,
 }
@@ -93,7 +95,7 @@ CASES = [
 def routed(kind: str, name: str, target: dict[str, Any]) -> tuple[families.Toy, adaskip.RoutedModel]:
     toy = families.make(name, "eager")
     model = adaskip.attach(toy.model, POLICIES[kind](target))
-    if kind == "path_bank":  # a predictor that tells prompts apart
+    if kind in ("path_bank", "skip_it"):  # a predictor that tells prompts apart
         torch.nn.init.normal_(model.policy.weight, generator=torch.Generator().manual_seed(0))
     if kind == "token_plan":  # classes that tell tokens apart
         torch.nn.init.normal_(model.policy.centres, generator=torch.Generator().manual_seed(0))
