@@ -108,8 +108,8 @@ class SkipIt(Policy):
             values = {name: getattr(self._fitted, name) for name in values}
         if (got := values["weight"].shape) != shape:
             raise ConfigError(
-                f"SkipIt: expected a predictor of {shape[0]} features for {shape[1]} layers, got {got[0]} for {got[1]}; "
-                f"fit it on this model with entry={self.entry}"
+                f"SkipIt: expected a predictor of {shape[0]} features for {shape[1]} layers, got {got[0]} for "
+                f"{got[1]}; fit it on this model with entry={self.entry}"
             )
         for name, value in values.items():
             self.register_buffer(name, value.to(spec.device, torch.float32))
