@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -64,7 +65,7 @@ class Policy(nn.Module):
         """
 
     @property
-    def reads(self) -> tuple[int, ...]:
+    def reads(self) -> Sequence[int]:
         """Return the layers whose attention it wants to see; a row that leaves one shows it nothing there."""
         return ()
 
@@ -77,6 +78,26 @@ class Policy(nn.Module):
             request: what is known beside it: ``request.part`` names the rows and tokens of the chunk that run the
                 layer, all of them where it is `WHOLE`. Notes for `decide` go into ``request.memo``.
         """
+
+    @property
+    def amends(self) -> Sequence[int]:
+        """Return the layers, from 1 on, whose results it wants to change."""
+        return ()
+
+    def amend(self, layer: int, earlier: Tensor, before: Tensor, after: Tensor, request: Request) -> Tensor:
+        """Return what goes on in place of the result of a layer of `amends`; it counts for the tokens of its target.
+
+        Args:
+            layer: counted from 0.
+            earlier: (b t d), what entered the layer before this one, without a gradient.
+            before: (b t d), what entered this layer.
+            after: (b t d), what it returned.
+            request: what is known beside them; ``request.part`` names the rows and tokens that these are.
+
+        Returns:
+            (b t d), of the type of ``after``. A token's may depend on that token alone.
+        """
+        return after
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Decide who runs a layer. A row's decision may depend on that row alone, and on no token behind its prompt.
@@ -121,6 +142,7 @@ class Settings(Protocol):
 
 # One line a method. Modules are named, not imported: nobody loads fifteen methods to use one.
 HOMES = {
+    "delask": "adaskip.policies.delask:DeLask",
     "fastv": "adaskip.policies.fastv:FastV",
     "learned": "adaskip.policies.learned.routers:Learned",
     "path_bank": "adaskip.policies.path_bank:PathBank",

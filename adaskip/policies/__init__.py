@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaskip.policies.delask import DeLask as DeLask
     from adaskip.policies.fastv import FastV as FastV
     from adaskip.policies.learned.routers import Learned as Learned
     from adaskip.policies.path_bank import PathBank as PathBank
