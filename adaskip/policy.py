@@ -25,12 +25,15 @@ class Policy(nn.Module):
 
     Attributes:
         kind: the name it is registered and saved under.
+        needs: what it is found from: ``nothing``, ``prompts``, ``answers`` (texts whose cost is measured, the dense
+            model's own will do) or ``labels`` (the right answers).
         target: what its decisions speak of.
         threshold: where it returns logits, a layer runs if its logit is above this.
         held: layers that run whatever it says.
     """
 
     kind: ClassVar[str] = ""
+    needs: ClassVar[str] = "nothing"
 
     def __init__(self, target: Target | None = None) -> None:
         super().__init__()

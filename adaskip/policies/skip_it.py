@@ -58,6 +58,7 @@ class SkipIt(Policy):
     """
 
     kind: ClassVar[str] = "skip_it"
+    needs: ClassVar[str] = "prompts"
     centre: Tensor  # float32 (f), of the features
     weight: Tensor  # float32 (f k), k the layers from the entry on
     bias: Tensor  # float32 (k)

@@ -22,7 +22,7 @@ from adaskip.policy import HOMES
 from adaskip.recipe import dump
 from adaskip.recipe import load as load_recipe
 from adaskip.runfiles import RECIPE, ROUTER
-from tests import families, tuning
+from tests import families, policies, tuning
 from tests.routing import GREEDY, LENGTHS, decide, real, same_both_ways
 
 # -- the whole policy: 16 lines ---------------------------------------------------------------------------------------
@@ -51,18 +51,7 @@ class Coin(Policy):
 
 POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "coin": lambda target: Coin(target=adaskip.Target(**target)),
-    "delask": lambda target: adaskip.policies.DeLask(0.5, 1, adaskip.Target(**target)),
-    "fastv": lambda target: adaskip.policies.FastV(2, 0.5, adaskip.Target(**target, scope="token")),
-    "learned": lambda target: adaskip.RouterConfig(**target),
-    "path_bank": lambda target: adaskip.policies.PathBank([[1], [3], [1, 2]], 1, adaskip.Target(**target)),
-    "pyramid_drop": lambda target: adaskip.policies.PyramidDrop(
-        ratio=0.5, target=adaskip.Target(**target, scope="token")
-    ),
-    "skip_it": lambda target: adaskip.policies.SkipIt(1.0, 1, target=adaskip.Target(**target)),
-    "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
-    "token_plan": lambda target: adaskip.policies.TokenPlan(
-        [[1], [2, 3], []], [[3], [1, 2]], 1, adaskip.Target(**target, scope="token")
-    ),
+    **policies.POLICIES,
 }
 """Every kind of `adaskip.policy.HOMES`, and the one above, for a target."""
 
@@ -115,8 +104,14 @@ def test_every_policy_is_in_the_list() -> None:
 
 def test_every_policy_stands_in_the_table_of_the_page() -> None:
     """Catches a method that was registered, and that nobody who reads about policies finds."""
-    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
-    assert [kind for kind in HOMES if f"\n| `{kind}` | " not in page] == []
+    table, _ = policies.PAGE.read_text(encoding="utf-8").split("<!-- capabilities -->")
+    assert [kind for kind in HOMES if f"\n| `{kind}` | " not in table] == []
+
+
+def test_the_page_holds_the_table_of_what_policies_can_do() -> None:
+    """Made of the classes; catches a policy that takes another target, or learns in another way, than the page says."""
+    page = policies.PAGE.read_text(encoding="utf-8")
+    assert policies.filled(page) == page, "write it anew: python -m tests.policies"
 
 
 @pytest.mark.parametrize(
