@@ -1,4 +1,7 @@
-"""Every kind of policy for a target, and the table of what each does in docs/policies.md: `python -m tests.policies`."""
+"""Every kind of policy for a target, and the table of what each does that docs/policies.md has.
+
+`python -m tests.policies` writes it anew.
+"""
 
 from __future__ import annotations
 
