@@ -79,7 +79,7 @@ class Policy(nn.Module):
             layer: counted from 0.
             call: queries, keys and mask of the tokens that run the layer; ``call.weights(places)`` gives probabilities.
             request: what is known beside it: ``request.part`` names the rows and tokens of the chunk that run the
-                layer, all of them where it is `WHOLE`. Notes for `decide` go into ``request.memo``.
+                layer, all of them where it is None. Notes for `decide` go into ``request.memo``.
         """
 
     @property

@@ -21,6 +21,7 @@ from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError
 from adaskip.plan import Target
 from adaskip.policy import Policy
+from adaskip.runtime.segment import WHOLE
 
 if TYPE_CHECKING:
     from adaskip.runtime.request import Request
@@ -107,7 +108,7 @@ def attention_of_last(call: AttentionCall, request: Request) -> Tensor:
         call: the attention of the tokens that run the layer, which are those of ``request.part``.
         request: what is known beside it.
     """
-    part, (batch, length) = request.part, request.prompt.shape
+    part, (batch, length) = request.part or WHOLE, request.prompt.shape
     device = call.query.device
     prompt = request.prompt.to(device)
     rows = torch.arange(batch, device=device) if part.rows is None else part.rows

@@ -15,7 +15,7 @@ from adaskip.policy import Policy
 from adaskip.runtime import gates
 from adaskip.runtime.execute import Keep, states_of
 from adaskip.runtime.request import Request
-from adaskip.runtime.segment import WHOLE, take
+from adaskip.runtime.segment import take
 
 
 def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def watched(
 
     ``request.part`` says which tokens a call is of.
     """
-    request.part = WHOLE
+    request.part = None
     if index in policy.reads and request.fixed is None:
         call = _showing(policy, request, index, layer, call)
     if policy.amends and request.has_routed:
@@ -113,12 +113,14 @@ def _amending(
     def amended(states: Tensor, **named: Any) -> Any:
         out = call(states, **named)
         after = states_of(out)
-        own = take(earlier, request.part, batch_axis=0).to(after.device)
-        result = policy.amend(index, own, states, after, request)
+        result = policy.amend(index, part_of(earlier).to(after.device), states, after, request)
         if request.routed is not None:
-            spoken = take(rearrange(request.routed, "b t -> b t 1"), request.part, batch_axis=0)
+            spoken = part_of(rearrange(request.routed, "b t -> b t 1"))
             result = torch.where(spoken.to(after.device), result, after)
         return (result, *out[1:]) if isinstance(out, tuple | list) else result
+
+    def part_of(value: Tensor) -> Tensor:
+        return value if request.part is None else take(value, request.part, batch_axis=0)
 
     return amended
 

@@ -121,6 +121,23 @@ def _predicted(model: adaskip.RoutedModel, batch: Batch, keep: Tensor) -> Tensor
     return logits[:, :-1][batch.supervised]
 
 
+@torch.no_grad()
+def test_it_compiles_to_one_graph() -> None:
+    """Decisions are known beforehand; catches what the tracer cannot follow, in prefill and in decoding."""
+    toy = families.make("llama", "sdpa")
+    batch = toy.batch([6, 6])
+    del batch["position_ids"]
+    model = adaskip.attach(toy.model, DeLask(0.5, 1)).eval()
+    torch._dynamo.reset()
+    found = []
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        out = run(**batch, use_cache=True)
+        token = batch["input_ids"][:, :1]
+        found.append((out.logits, run(input_ids=token, past_key_values=out.past_key_values, use_cache=True).logits))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_blend(checkpointing: bool) -> None:
     """Layers run again from the last to the first; catches an update of another layer that was seen last."""
