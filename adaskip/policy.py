@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -24,12 +25,15 @@ class Policy(nn.Module):
 
     Attributes:
         kind: the name it is registered and saved under.
+        needs: what it is found from: ``nothing``, ``prompts``, ``answers`` (texts whose cost is measured, the dense
+            model's own will do) or ``labels`` (the right answers).
         target: what its decisions speak of.
         threshold: where it returns logits, a layer runs if its logit is above this.
         held: layers that run whatever it says.
     """
 
     kind: ClassVar[str] = ""
+    needs: ClassVar[str] = "nothing"
 
     def __init__(self, target: Target | None = None) -> None:
         super().__init__()
@@ -64,8 +68,8 @@ class Policy(nn.Module):
         """
 
     @property
-    def reads(self) -> tuple[int, ...]:
-        """Return the layers whose attention it wants to see; `decide` must let every token of the request run them."""
+    def reads(self) -> Sequence[int]:
+        """Return the layers whose attention it wants to see; a row that leaves one shows it nothing there."""
         return ()
 
     def attend(self, layer: int, call: AttentionCall, request: Request) -> None:
@@ -73,9 +77,30 @@ class Policy(nn.Module):
 
         Args:
             layer: counted from 0.
-            call: queries, keys and mask of the whole chunk; ``call.weights(places)`` gives probabilities.
-            request: what is known beside it; notes for `decide` go into ``request.memo``.
+            call: queries, keys and mask of the tokens that run the layer; ``call.weights(places)`` gives probabilities.
+            request: what is known beside it: ``request.part`` names the rows and tokens of the chunk that run the
+                layer, all of them where it is None. Notes for `decide` go into ``request.memo``.
         """
+
+    @property
+    def amends(self) -> Sequence[int]:
+        """Return the layers, from 1 on, whose results it wants to change."""
+        return ()
+
+    def amend(self, layer: int, earlier: Tensor, before: Tensor, after: Tensor, request: Request) -> Tensor:
+        """Return what goes on in place of the result of a layer of `amends`; it counts for the tokens of its target.
+
+        Args:
+            layer: counted from 0.
+            earlier: (b t d), what entered the layer before this one, without a gradient.
+            before: (b t d), what entered this layer.
+            after: (b t d), what it returned.
+            request: what is known beside them; ``request.part`` names the rows and tokens that these are.
+
+        Returns:
+            (b t d), of the type of ``after``. A token's may depend on that token alone.
+        """
+        return after
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Decide who runs a layer. A row's decision may depend on that row alone, and on no token behind its prompt.
@@ -120,9 +145,12 @@ class Settings(Protocol):
 
 # One line a method. Modules are named, not imported: nobody loads fifteen methods to use one.
 HOMES = {
+    "delask": "adaskip.policies.delask:DeLask",
     "fastv": "adaskip.policies.fastv:FastV",
     "learned": "adaskip.policies.learned.routers:Learned",
     "path_bank": "adaskip.policies.path_bank:PathBank",
+    "pyramid_drop": "adaskip.policies.pyramid_drop:PyramidDrop",
+    "skip_it": "adaskip.policies.skip_it:SkipIt",
     "static": "adaskip.policies.static:Static",
     "token_plan": "adaskip.policies.token_plan:TokenPlan",
 }

@@ -181,11 +181,11 @@ class Recipe(Section):
 
 
 def recipes() -> dict[str, Path]:
-    """Find the shipped recipes by name: inside an installed package, or at the root of a source checkout."""
+    """Find the shipped recipes by name, in folders too: inside an installed package, or at the root of a checkout."""
     package = Path(__file__).parent
     installed = package / "_recipes"
     folder = installed if installed.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"), key=lambda path: path.stem)}
 
 
 def sentence(path: Path) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
+from adaskip.survey.forecast import Forecast, find_forecast
 from adaskip.survey.greedy import Path
 from adaskip.survey.ledger import Ledger
 from adaskip.survey.plans import plan_costs
@@ -59,9 +60,14 @@ class Evidence:
         return range(self.inputs)
 
     @cached_property
+    def savings(self) -> Tensor:
+        """Return float64 (n l): the share of each input's dense decoder FLOPs that leaving out each layer saves."""
+        return layer_savings(self.model, self.batches(self.everyone))
+
+    @property
     def saves(self) -> Tensor:
-        """Return float64 (l): the share of the dense decoder FLOPs that leaving out each layer saves, mean."""
-        return layer_savings(self.model, self.batches(self.everyone)).mean(0)
+        """Return float64 (l): the same, mean over inputs."""
+        return self.savings.mean(0)
 
     def keeps(self, path: Path) -> float:
         """Return the keep rate of a path, mean over inputs; what layers save adds up."""
@@ -98,6 +104,15 @@ class Evidence:
             counts.append(torch.zeros(len(batch)) if vision is None else vision.sum(1).cpu())
         found = torch.cat(counts).double()
         return found[found > 0]
+
+    @cached_property
+    def forecast(self) -> Forecast:
+        """Return what later layers do to each input by the first quarter of them: one dense pass.
+
+        Raises:
+            DataError: too few inputs to fit a regression on.
+        """
+        return find_forecast(self.model, self.batches(self.everyone), entry=max(1, self.layers // 4))
 
     @cached_property
     def single(self) -> Tensor:

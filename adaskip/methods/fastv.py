@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaskip.errors import ConfigError
+from adaskip.methods.budget import largest_share
 from adaskip.methods.evidence import Evidence
 from adaskip.methods.method import Method
 from adaskip.policies.fastv import FastV
@@ -16,14 +16,7 @@ def choose(evidence: Evidence, keep: float, seed: int) -> FastV:
     Raises:
         ConfigError: one vision token an input is too many.
     """
-    most, patches = float(evidence.saves[LAYER:].sum()), evidence.patches  # what dropping all of them saves
-    steps = int(patches.max())
-    for count in range(steps, 0, -1):
-        share = count / steps
-        kept = 1 - most * float(1 - ((share * patches - 1e-9).ceil() / patches).mean())
-        if kept <= keep:
-            return FastV(LAYER, share)
-    raise ConfigError(f"keep={keep:g}: expected at least {kept:.3f}, with one vision token behind layer {LAYER}")
+    return FastV(LAYER, largest_share(evidence, (LAYER,), keep, int(evidence.patches.max())))
 
 
 METHOD = Method(

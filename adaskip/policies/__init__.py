@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaskip.policies.delask import DeLask as DeLask
     from adaskip.policies.fastv import FastV as FastV
     from adaskip.policies.learned.routers import Learned as Learned
     from adaskip.policies.path_bank import PathBank as PathBank
+    from adaskip.policies.pyramid_drop import PyramidDrop as PyramidDrop
+    from adaskip.policies.skip_it import SkipIt as SkipIt
     from adaskip.policies.static import Static as Static
     from adaskip.policy import Policy as Policy
     from adaskip.policy import find as find

@@ -48,6 +48,7 @@ class PathBank(Policy):
     """
 
     kind: ClassVar[str] = "path_bank"
+    needs: ClassVar[str] = "answers"
     keep: Tensor  # bool (k l)
     share: Tensor  # float32 (k), of the dense decoder's FLOPs that each path needs
     centre: Tensor  # float32 (f), of the features

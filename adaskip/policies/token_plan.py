@@ -45,6 +45,7 @@ class TokenPlan(Policy):
     """
 
     kind: ClassVar[str] = "token_plan"
+    needs: ClassVar[str] = "answers"
     keep: Tensor  # bool (c l), the classes of prompt tokens first
     centres: Tensor  # float32 (c d), of length 1 each
 

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from adaskip.backbone.attention import AttentionCall, intercept_attention
 from adaskip.plan import KEEP_ALL, mean_over
 from adaskip.policy import Policy
 from adaskip.runtime import gates
-from adaskip.runtime.execute import Keep
+from adaskip.runtime.execute import Keep, states_of
 from adaskip.runtime.request import Request
+from adaskip.runtime.segment import take
 
 
 def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor:
@@ -67,7 +69,27 @@ def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
     return tuple(result.tolist())
 
 
-def showing(
+def watched(
+    policy: Policy, request: Request, index: int, layer: nn.Module, states: Tensor, call: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return the call of a layer which ``states`` enter, as the policy asks: its attention shown, its result changed.
+
+    ``request.part`` says which tokens a call is of.
+    """
+    request.part = None
+    if index in policy.reads and request.fixed is None:
+        call = _showing(policy, request, index, layer, call)
+    if policy.amends and request.has_routed:
+        # kept by layer, for one that runs again for its gradient; else only what the next layer asks for
+        request.entered[index] = states.detach()
+        if not request.learns:
+            request.entered.pop(index - 2, None)
+        if index in policy.amends:
+            call = _amending(policy, request, index, request.entered[index - 1], call)
+    return call
+
+
+def _showing(
     policy: Policy, request: Request, index: int, layer: nn.Module, call: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Wrap the call of a layer whose attention the policy reads."""
@@ -81,6 +103,26 @@ def showing(
             return call(*args, **kwargs)
 
     return shown
+
+
+def _amending(
+    policy: Policy, request: Request, index: int, earlier: Tensor, call: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Wrap the call of a layer whose result the policy changes, for the tokens that decisions speak of."""
+
+    def amended(states: Tensor, **named: Any) -> Any:
+        out = call(states, **named)
+        after = states_of(out)
+        result = policy.amend(index, part_of(earlier).to(after.device), states, after, request)
+        if request.routed is not None:
+            spoken = part_of(rearrange(request.routed, "b t -> b t 1"))
+            result = torch.where(spoken.to(after.device), result, after)
+        return (result, *out[1:]) if isinstance(out, tuple | list) else result
+
+    def part_of(value: Tensor) -> Tensor:
+        return value if request.part is None else take(value, request.part, batch_axis=0)
+
+    return amended
 
 
 def _draw(logits: Tensor, request: Request, index: int) -> Tensor:

@@ -162,6 +162,7 @@ class Executor:
         if layer is not None:
             layer.begin(segment)
             keys = None if whole else layer.key_places(segment, positions, request.cut)
+        request.part = segment
         if request.weights is not None and self.unit != "mlp":
             request.weights.part = segment, positions, keys
         out = call(

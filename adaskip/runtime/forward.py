@@ -352,8 +352,8 @@ class Runtime:
         """Decide about a layer and run it; or decide, and leave it to its sublayers to follow."""
         replay, observer = request.options.replay, request.options.observer
         executor, call = self.layers[index], self._listen(request, index, layer, call)
-        if index in self.policy.reads and request.mode != "dense" and request.fixed is None:
-            call = decide.showing(self.policy, request, index, layer, call)
+        if request.mode != "dense":
+            call = decide.watched(self.policy, request, index, layer, states, call)
         if index + 1 < len(replay):
             return executor.wrap(replay[index + 1], request)
         if request.mode == "dense":

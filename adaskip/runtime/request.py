@@ -16,6 +16,7 @@ from adaskip.plan import Flags, Target
 from adaskip.runtime.attentions import WeightRecord
 from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.options import Mode, Options
+from adaskip.runtime.segment import Segment
 
 _TAKEN = "_adaskip_taken"
 
@@ -45,6 +46,8 @@ class Request:
     rerun: Request | None = None  # what a layer follows that runs again for its gradient
     drawn: dict[int, Tensor] = field(default_factory=dict)  # where the noise stood as each layer was decided
     decisions: dict[int, Any] = field(default_factory=dict)  # of each layer, for its sublayers
+    part: Segment | None = None  # what runs the layer that the policy looks into; None: the whole chunk
+    entered: dict[int, Tensor] = field(default_factory=dict)  # (b t d) by layer, where the policy changes results
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
     cut: dict[Any, Any] = field(default_factory=dict)  # the runtime's: what earlier layers cut for their parts
     memo: dict[Any, Any] = field(default_factory=dict)  # the policy's notes

@@ -22,7 +22,7 @@ from adaskip.policy import HOMES
 from adaskip.recipe import dump
 from adaskip.recipe import load as load_recipe
 from adaskip.runfiles import RECIPE, ROUTER
-from tests import families, tuning
+from tests import families, policies, tuning
 from tests.routing import GREEDY, LENGTHS, decide, real, same_both_ways
 
 # -- the whole policy: 16 lines ---------------------------------------------------------------------------------------
@@ -51,34 +51,38 @@ class Coin(Policy):
 
 POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "coin": lambda target: Coin(target=adaskip.Target(**target)),
-    "fastv": lambda target: adaskip.policies.FastV(2, 0.5, adaskip.Target(**target, scope="token")),
-    "learned": lambda target: adaskip.RouterConfig(**target),
-    "path_bank": lambda target: adaskip.policies.PathBank([[1], [3], [1, 2]], 1, adaskip.Target(**target)),
-    "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
-    "token_plan": lambda target: adaskip.policies.TokenPlan(
-        [[1], [2, 3], []], [[3], [1, 2]], 1, adaskip.Target(**target, scope="token")
-    ),
+    **policies.POLICIES,
 }
 """Every kind of `adaskip.policy.HOMES`, and the one above, for a target."""
 
 GIVES_LOGITS = {
     "coin": False,
+    "delask": False,
     "fastv": False,
     "learned": True,
     "path_bank": False,
+    "pyramid_drop": False,
+    "skip_it": True,
     "static": False,
     "token_plan": False,
 }
 """Whether a kind's `decide` gives logits, which a threshold is compared with; else it gives booleans, or nothing."""
 
+RANKS_TOKENS = ("fastv", "pyramid_drop")
+"""Kinds that drop single vision tokens by what an attention shows."""
+
+SKIPS_NOTHING = ("delask",)
+"""Kinds that change what layers return, and run every one."""
+
 CASES = [
     (kind, name, target)
     for kind in POLICIES
-    for name in (("llama", "llava", "qwen2_vl", "gemma2") if kind in ("coin", "fastv") else ("llama", "llava"))
+    for name in (("llama", "llava", "qwen2_vl", "gemma2") if kind in ("coin", *RANKS_TOKENS) else ("llama", "llava"))
     for target in ({}, {"unit": "mlp"}, {"phase": "decode"}, {"group": "vision"}, {"group": "vision", "kv": "kept"})
     if "group" not in target or name in families.VISION
     if target.get("unit") != "mlp" or name != "gemma2"
-    if kind != "fastv" or target == {"group": "vision"}  # single vision tokens leave whole layers
+    if kind not in RANKS_TOKENS or target == {"group": "vision"}  # single vision tokens leave whole layers
+    if kind != "delask" or (target.get("unit") != "mlp" and "kv" not in target)  # no token leaves a layer
     if kind != "token_plan" or "phase" not in target  # a prompt alone has no tokens that would decide then
 ]
 
@@ -86,7 +90,7 @@ CASES = [
 def routed(kind: str, name: str, target: dict[str, Any]) -> tuple[families.Toy, adaskip.RoutedModel]:
     toy = families.make(name, "eager")
     model = adaskip.attach(toy.model, POLICIES[kind](target))
-    if kind == "path_bank":  # a predictor that tells prompts apart
+    if kind in ("path_bank", "skip_it"):  # a predictor that tells prompts apart
         torch.nn.init.normal_(model.policy.weight, generator=torch.Generator().manual_seed(0))
     if kind == "token_plan":  # classes that tell tokens apart
         torch.nn.init.normal_(model.policy.centres, generator=torch.Generator().manual_seed(0))
@@ -100,8 +104,14 @@ def test_every_policy_is_in_the_list() -> None:
 
 def test_every_policy_stands_in_the_table_of_the_page() -> None:
     """Catches a method that was registered, and that nobody who reads about policies finds."""
-    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
-    assert [kind for kind in HOMES if f"\n| `{kind}` | " not in page] == []
+    table, _ = policies.PAGE.read_text(encoding="utf-8").split("<!-- capabilities -->")
+    assert [kind for kind in HOMES if f"\n| `{kind}` | " not in table] == []
+
+
+def test_the_page_holds_the_table_of_what_policies_can_do() -> None:
+    """Made of the classes; catches a policy that takes another target, or learns in another way, than the page says."""
+    page = policies.PAGE.read_text(encoding="utf-8")
+    assert policies.filled(page) == page, "write it anew: python -m tests.policies"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,7 @@ class TestContract:
         logits = same_both_ways(model, batch)
         model(**batch)
         keep = model.routing.share  # of a row's tokens: where rows decide, all or none
-        assert 0 < keep.mean() < 1
+        assert keep.mean() == 1 if kind in SKIPS_NOTHING else 0 < keep.mean() < 1
         assert (model.routing.logits is not None) == GIVES_LOGITS[kind]
         other = toy.collate(rows, "right")
         with torch.no_grad():

@@ -89,11 +89,11 @@ def test_bad_inputs_are_told() -> None:
 
 def test_configurations_report_every_fault() -> None:
     with pytest.raises(ConfigError) as caught:
-        RouterConfig(scope="promt", group="visoin", hidden=0)  # type: ignore[arg-type]
+        RouterConfig(scope="promt", group="visoin", hidden=-1)  # type: ignore[arg-type]
     text = str(caught.value)
     assert "scope: expected prompt | token, got 'promt'; did you mean 'prompt'?" in text
     assert "group: expected all | vision, got 'visoin'; did you mean 'vision'?" in text
-    assert "hidden: expected an integer >= 1, got 0" in text
+    assert "hidden: expected an integer >= 0, got -1" in text
     with pytest.raises(ConfigError, match="hiden: no such field, did you mean 'hidden'"):
         RouterConfig.from_dict({"hiden": 3})
 

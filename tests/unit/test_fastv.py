@@ -9,7 +9,7 @@ import torch
 
 import adaskip
 from adaskip.errors import ConfigError
-from adaskip.policies.fastv import last_place, strongest
+from adaskip.policies.ranking import last_place, strongest
 from tests import families
 
 LENGTHS = [5, 9, 7]

@@ -105,6 +105,21 @@ def test_fastv_keeps_the_share_that_the_budget_leaves() -> None:
         find("fastv").choose(evidence, 0.4, 0)
 
 
+def test_pyramid_drop_keeps_the_ratio_that_the_budget_leaves() -> None:
+    """Of 8 equal layers those from 2, 4 and 6 on save .25 each; catches a ratio that is taken once, or of the first.
+
+    Of 8 tokens 4, 2 and 1 stay at .5, which saves .25 * (.5 + .75 + .875) = .53125; at a little more 5, 3 and 2 do,
+    which saves .25 * (.375 + .625 + .75) = .4375.
+    """
+    evidence = weighed([0.125] * 8, group="vision", patches=torch.tensor([8.0]).double())
+    rule = find("pyramid_drop").choose
+    assert rule(evidence, 0.47, 0).ratio == 0.5  # type: ignore[union-attr]
+    assert 0.5 < rule(evidence, 0.5625, 0).ratio <= 0.6  # type: ignore[union-attr]
+    assert rule(evidence, 1.0, 0).ratio == 1.0  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"keep=0\.3: expected at least 0\.344, with one vision token behind layer 2"):
+        rule(evidence, 0.3, 0)
+
+
 def test_drawn_layers_follow_their_seed_and_are_nested() -> None:
     rule, evidence = find("random").choose, weighed([0.1] * 10)
     plans = [rule(evidence, keep, 1) for keep in (0.8, 0.5)]

@@ -55,14 +55,29 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_launch_it(nam
     assert second.startswith(f"#   adaskip train {name}")
 
 
+POLICIES = ["d-llm", "flips", "path-bank", "router-tuning", "token-plan"]
+
+
 def test_the_shipped_recipes():
     digits = ["digits-vlm", "digits-vlm-from-bounds", "digits-vlm-vision"]
-    assert list(recipes()) == ["causal-lm", *digits, "qwen2.5-vl", "smollm2", "smollm2-bank", "smollm2-routers"]
+    others = ["causal-lm", *digits, "qwen2.5-vl", "smollm2", "smollm2-bank", "smollm2-routers"]
+    assert list(recipes()) == sorted([*others, *POLICIES])
     groups = {name: load(name).router.group for name in recipes()}
     assert [name for name, group in groups.items() if group == "vision"] == ["digits-vlm-vision", "qwen2.5-vl"]
     assert load("qwen2.5-vl").backbone.dtype == "bfloat16"
     assert [load(name).method for name in recipes()].count("from-bounds") == 1
     assert [load(name).method for name in ("smollm2", "smollm2-bank")] == ["token-plan", "path-bank"]
+
+
+def test_the_recipes_of_policies():
+    """They lie in a folder of their own, and each shows another way; catches a folder that nothing looks into."""
+    assert all(find(name).parent.name == "policies" for name in POLICIES)
+    assert {load(name).backbone.path for name in POLICIES} == {"digits-vlm"}
+    tuned, tokens = load("router-tuning").router, load("d-llm").router
+    assert (tuned.scope, tuned.unit, tuned.hidden) == ("prompt", "attention", 0)
+    assert (tokens.scope, tokens.unit, tokens.kv) == ("token", "block", "absent")
+    assert load("flips").objective.gradient == "flips"
+    assert [load(name).method for name in ("path-bank", "token-plan")] == ["path-bank", "token-plan"]
 
 
 def test_sections_are_the_dataclasses_that_components_take(write):
@@ -86,10 +101,10 @@ def test_five_faults_of_five_kinds_at_once(write):
 
 
 def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
-    assert told(write(), ["router.group=3", "router.hidden=0", "objective.bound=x", "objective.alpha=1"]) == [
+    assert told(write(), ["router.group=3", "router.hidden=-1", "objective.bound=x", "objective.alpha=1"]) == [
         "router.group: expected all | vision, got 3",
         "objective.bound: expected two-point | quadratic, got 'x'",
-        "router.hidden: expected an integer >= 1, got 0",
+        "router.hidden: expected an integer >= 0, got -1",
         "objective.alpha: expected a share in (0, 1), got 1.0",
     ]
 
@@ -175,7 +190,7 @@ def test_bytes_that_are_no_text(tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(ConfigError, match=r"'digit-vlm': no such file.* did you mean 'digits-vlm'\?.* adaskip ls"):
         load("digit-vlm")
-    with pytest.raises(ConfigError, match=r"valid: causal-lm, digits-vlm, digits-vlm-from-bounds, digits-vlm-vision"):
+    with pytest.raises(ConfigError, match=r"valid: causal-lm, d-llm, digits-vlm, digits-vlm-from-bounds"):
         load(tmp_path / "zzz.yaml")
     with pytest.raises(ConfigError, match="is a folder; expected a YAML file"):
         find(tmp_path)

@@ -77,6 +77,32 @@ def test_each_kind_trains_saves_and_loads(features: str, tmp_path: Path) -> None
     assert loaded.policy.config.features == features
 
 
+@pytest.mark.parametrize("scope", ["prompt", "token"])
+def test_without_a_hidden_layer_the_logit_is_linear_in_the_normalised_features(scope: str, tmp_path: Path) -> None:
+    """By hand on what the routers see; catches an activation, and a file that is read as another."""
+    model, inputs = attached(hidden=0, scope=scope), batches(2)
+    assert all(head.inner is None for head in model.routers)  # type: ignore[union-attr]
+    model.eval()(**inputs[0].arguments())
+    assert model.routing.share.min() == 1  # untrained, every layer runs
+    with torch.no_grad():
+        for index, head in enumerate(model.routers):  # type: ignore[arg-type]
+            head.outer.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(index))  # type: ignore[union-attr, operator]
+    seen = see(model, inputs)[1]
+    head = model.routers[1]  # type: ignore[index]
+    centred = (seen - seen.mean(-1, keepdim=True)) / (seen.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = centred.flatten(1) @ head.outer.weight[0] + 2.0  # type: ignore[union-attr, index]
+    torch.testing.assert_close(head(seen), expected, atol=1e-4, rtol=1e-4)  # type: ignore[operator]
+    model.train()(**inputs[0].arguments()).logits.sum().backward()
+    assert all(head.outer.weight.grad.abs().sum() > 0 for head in list(model.routers)[:3])  # type: ignore[union-attr, arg-type]
+    model.eval()(**inputs[0].arguments())
+    logits = model.routing.logits
+    model.save_pretrained(tmp_path)
+    loaded = RoutedModel.from_pretrained(tmp_path, model.detach()).eval()
+    loaded(**inputs[0].arguments())
+    assert torch.equal(loaded.routing.logits, logits)
+    assert loaded.policy.config.hidden == 0
+
+
 def test_a_file_without_features_holds_routers_that_read_the_mean() -> None:
     """Files of before there was a choice; catches them being read as the default of today."""
     assert Learned.from_dict({"hidden": 8}).config.features == "mean"

@@ -29,7 +29,7 @@ class RouterConfig(Target):
             router reads its token's state, and only the last is refused.
         entry: a layer whose entering states decide it and all layers behind; those before it decide by their own. None:
             every layer decides by its own.
-        hidden: width of each router's hidden layer.
+        hidden: width of each router's hidden layer; 0: none, the logit is linear in the normalised features.
         keep_bias: every router's logit before training; positive, so that training starts from the dense model.
         threshold: a layer runs where its router's logit exceeds this value.
         held: layers that run whatever their router says.
@@ -65,6 +65,6 @@ class RouterConfig(Target):
             faults.append("features: expected directions with scope token, got 'standardised'")
         if isinstance(self.entry, int) and self.entry < 0:
             faults.append(f"entry: expected a layer >= 0 or none, got {self.entry!r}")
-        if isinstance(self.hidden, int) and self.hidden < 1:
-            faults.append(f"hidden: expected an integer >= 1, got {self.hidden!r}")
+        if isinstance(self.hidden, int) and self.hidden < 0:
+            faults.append(f"hidden: expected an integer >= 0, got {self.hidden!r}")
         return faults

@@ -28,13 +28,13 @@ class Standard(nn.Module):
 class RouterHead(nn.Module):
     """Turn pooled features of one layer's input into the logit of running that layer.
 
-    LayerNorm of each pooled state, or `Standard` -> Linear -> GELU -> Linear. The last layer starts at zero with bias
-    ``keep_bias``, so that an untrained router keeps every layer for every input.
+    LayerNorm of each pooled state, or `Standard` -> Linear -> GELU -> Linear; without a hidden layer the last Linear
+    alone. It starts at zero with bias ``keep_bias``, so that an untrained router keeps every layer for every input.
 
     Args:
         width: d, the backbone's hidden size.
         kinds: k, how many kinds of token are pooled apart.
-        hidden: width of the hidden layer.
+        hidden: width of the hidden layer; 0: none.
         keep_bias: the logit before training.
         standard: standardise the features, in place of a LayerNorm.
     """
@@ -42,8 +42,8 @@ class RouterHead(nn.Module):
     def __init__(self, width: int, kinds: int, hidden: int, keep_bias: float, standard: bool = False) -> None:
         super().__init__()
         self.norm = Standard(kinds, width) if standard else nn.LayerNorm(width)
-        self.inner = nn.Linear(kinds * width, hidden)
-        self.outer = nn.Linear(hidden, 1)
+        self.inner = nn.Linear(kinds * width, hidden) if hidden else None
+        self.outer = nn.Linear(hidden or kinds * width, 1)
         nn.init.zeros_(self.outer.weight)
         nn.init.constant_(self.outer.bias, keep_bias)
 
@@ -64,10 +64,11 @@ class RouterHead(nn.Module):
             return logits
 
     def features(self, pooled: Tensor) -> Tensor:
-        """Return what the last layer reads: float32 (b k d) -> float32 (b hidden)."""
-        pooled = pooled.to(self.inner.weight.device)
+        """Return what the last layer reads: float32 (b k d) -> float32 (b hidden), without a hidden layer (b k*d)."""
+        pooled = pooled.to(self.outer.weight.device)
         with torch.autocast(pooled.device.type, enabled=False):
-            return nn.functional.gelu(self.inner(rearrange(self.norm(pooled), "b k d -> b (k d)")))
+            normal = rearrange(self.norm(pooled), "b k d -> b (k d)")
+            return normal if self.inner is None else nn.functional.gelu(self.inner(normal))
 
 
 def build_heads(

@@ -29,6 +29,7 @@ class Learned(Policy):
     """
 
     kind: ClassVar[str] = "learned"
+    needs: ClassVar[str] = "labels"
 
     def __init__(self, config: RouterConfig | None = None, **fields: Any) -> None:
         config = RouterConfig.from_dict(fields) if config is None else replace(config, **fields)
