@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaskip.errors import ConfigError
 from adaskip.generate.accept import accept_greedily, accept_sampled
@@ -140,10 +140,11 @@ class _Text:
         else:
             tokens, refused = accept_greedily(scores, drafted)
         if self.fills:
-            padding = self.config._pad_token_tensor.to(tokens)  # type: ignore[attr-defined]
+            padding: Tensor = self.config._pad_token_tensor  # type: ignore[assignment]
+            padding = padding.to(tokens)
             tokens, refused = torch.where(self.unfinished, tokens, padding), refused & self.unfinished
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
-        self.unfinished = self.unfinished & ~self.criteria(self.ids, self.scores or None)  # type: ignore[arg-type]
+        self.unfinished = self.unfinished & ~self.criteria(self.ids, self.scores or None)
         return drafted is not None and bool(refused.any())
 
     def ends(self, tokens: Tensor) -> bool:

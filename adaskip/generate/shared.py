@@ -49,12 +49,12 @@ class SharedCache(SkipCache):
 
     def plain(self) -> DynamicCache:
         """Return the same keys and values as a cache that the dense model goes on from."""
-        cache, layers = DynamicCache(), []
+        cache = DynamicCache()
         for layer in self.layers:
-            layers.append(DynamicLayer())
-            layers[-1].lazy_initialization(layer.keys, layer.values)
-            layers[-1].keys, layers[-1].values = layer.keys, layer.values
-        cache.layers = layers
+            twin = DynamicLayer()
+            twin.lazy_initialization(layer.keys, layer.values)
+            twin.keys, twin.values = layer.keys, layer.values
+            cache.layers.append(twin)
         return cache
 
 

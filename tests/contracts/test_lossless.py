@@ -136,6 +136,24 @@ def test_a_draft_that_never_agrees_costs_its_passes_and_nothing_else() -> None:
     assert result.drafted == sum(min(4, left - 1) for left in range(1, 21))
 
 
+def test_a_row_that_has_ended_has_no_say() -> None:
+    """Beside a row that ends at once the other drafts as it does alone; it fails where padding is verified as well."""
+    toy, model = drafting("llama", 0.1)
+    batch = toy.batch([9, 9], seed=3)
+    alone = {name: value[1:] for name, value in batch.items()}
+    tokens = dense(model, alone, **NEW)
+    first = dense(model, batch, **NEW | {"max_new_tokens": 1})[:, -1].tolist()
+    assert first[0] not in tokens[0, 9:]
+    model.generate(**alone, **NEW, lossless=3)
+    expected = model.lossless
+    both = model.generate(**batch, **NEW, lossless=3, eos_token_id=first[0], pad_token_id=0)
+    assert torch.equal(both[1:], tokens)
+    assert not both[0, 10:].any()
+    counts = ("drafted", "tried", "accepted", "verified")
+    assert [getattr(model.lossless, name) for name in counts] == [getattr(expected, name) for name in counts]
+    assert 0 < expected.accepted < expected.tried
+
+
 def test_drafts_that_never_agree_are_left_out() -> None:
     """It fails where the draft's length does not follow what was accepted."""
     toy, model = opposed("llama")
@@ -185,10 +203,7 @@ def test_the_cache_is_the_dense_one(factor: float) -> None:
 
 
 def test_the_routing_counts_the_answer_as_dense() -> None:
-    """Decisions are the policy's, from the dense prompt, as phase ``decode`` takes them; the FLOPs are the answer's.
-
-    It fails where drafts are left in the ledger.
-    """
+    """Decisions are the policy's, from the dense prompt, as phase ``decode`` takes them; the FLOPs are the answer's."""
     toy = families.make("llama")
     model = decide(attach(toy.model, RouterConfig(phase="decode")))
     batch = toy.batch(LENGTHS)
@@ -205,6 +220,19 @@ def test_the_routing_counts_the_answer_as_dense() -> None:
     assert model.lossless.path == tuple(expected.keep.any(1).tolist())
     model.generate(**batch, **NEW)  # nothing of it stays behind
     assert bool((model.routing.executed < model.routing.dense).any())
+
+
+def test_drafts_are_no_part_of_what_the_answer_cost() -> None:
+    """It fails where drafts, or what was refused, are left in the ledger."""
+    toy, model = drafting("llama", 0.1)
+    batch = toy.batch(LENGTHS)
+    model.generate(**batch, **NEW)
+    expected = model.routing
+    model.generate(**batch, **NEW, lossless=3)
+    assert model.lossless.drafted
+    assert torch.equal(model.routing.dense, expected.dense)
+    assert torch.equal(model.routing.executed, expected.dense)
+    assert torch.equal(model.flops_by_part().head, torch.full((5,), 21.0, dtype=torch.float64) * model.runtime.cost.head)
 
 
 def test_given_decisions_are_drafted_along() -> None:
