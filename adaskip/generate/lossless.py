@@ -46,7 +46,7 @@ def generate_lossless(model: RoutedModel, args: tuple[Any, ...], inputs: dict[st
 
     The prompt is read once, by every layer; the policy decides meanwhile, from the dense states, which layers drafts
     leave out. Greedy tokens are the dense model's own, up to rounding: a pass of several tokens adds up in another
-    order than a pass of one. Sampled tokens are distributed as the dense model's (`accept_sampled`), and are other draws.
+    order than a pass of one. Sampled tokens are other draws of the dense model's distribution (`accept_sampled`).
 
     In a batch every row drafts along the layers that any of them keeps, and a round ends at the first token that some
     row refuses; rows that have ended have no say. That is sound, as each token of each row is accepted or redrawn by

@@ -31,8 +31,9 @@ def expected_tokens(acceptance: float, length: int) -> float:
 class Pace:
     """Choose draft lengths for texts of one batch size; it goes on learning from call to call.
 
-    Seconds are running means. Drafts that lose time, beside what their tokens cost in plain passes, are paid from a
-    credit that plain passes earn, so that trying again costs 2 % of them at most.
+    A heuristic on running means. A long draft risks what all of its passes take, so it may be no longer than what
+    drafts have gained so far pays for. Where none promises to pay, single tokens are tried now and then, from a credit
+    that plain passes earn: trying again costs 2 % of them at most.
 
     Args:
         share: the decoder layers that a draft runs, over all; says what a draft costs until one was measured.
@@ -44,6 +45,7 @@ class Pace:
         self.draft_s: float | None = None
         self.passes: dict[int, float] = {}  # seconds of a dense pass by the number of its tokens
         self.credit = 0.0
+        self.gained: float | None = None  # seconds; None before the first draft
         self.rounds = 0  # since the last plain pass
 
     @property
@@ -55,10 +57,11 @@ class Pace:
         """Return how many tokens to draft next, at most ``room``; 0: run one plain pass."""
         if room < 1 or 1 not in self.passes or self.rounds >= _REMEASURE:
             return 0
-        best = max(range(1, min(room, _LONGEST) + 1), key=self.rate)
+        lengths = range(1, min(room, _LONGEST) + 1)
+        best = max((n for n in lengths if n == 1 or self._risk_s(n) <= self._gained_s()), key=self.rate)
         if self.rate(best) > _MARGIN * self.rate(0):
             return best
-        return 1 if self.credit >= self._trial_s() else 0
+        return 1 if self.credit >= self._risk_s(1) else 0
 
     def rate(self, length: int) -> float:
         """Return the tokens a second that rounds of so many drafted tokens promise."""
@@ -84,15 +87,21 @@ class Pace:
         self.draft_s = _move(self.draft_s, draft_s / length)
         kept = _FORGET**tried
         self.accepted, self.tried = kept * self.accepted + accepted, kept * self.tried + tried
-        self._earn(emitted * self._pass_s(1) - draft_s - verify_s)
+        gain = emitted * self._pass_s(1) - draft_s - verify_s
+        self.gained = min(max(self._gained_s() + gain, 0.0), self._risk_s(_LONGEST))
+        self._earn(gain)
 
     def _earn(self, seconds: float) -> None:
         """Put seconds gained (or lost) on the credit, which pays for one trial and never for more."""
-        self.credit = min(self.credit + seconds, self._trial_s())
+        self.credit = min(self.credit + seconds, self._risk_s(1))
 
-    def _trial_s(self) -> float:
-        """Return what one drafted token costs beyond a plain pass, where it is refused."""
-        return self._draft_s() + self._pass_s(2) - self._pass_s(1)
+    def _risk_s(self, length: int) -> float:
+        """Return what a round costs beyond a plain pass where its first drafted token is refused."""
+        return length * self._draft_s() + self._pass_s(length + 1) - self._pass_s(1)
+
+    def _gained_s(self) -> float:
+        """Return the seconds that a draft may risk; at the start, those of two tokens."""
+        return self._risk_s(2) if self.gained is None else self.gained
 
     def _draft_s(self) -> float:
         """Return the seconds of drafting one token."""

@@ -43,7 +43,9 @@ class Results(Handle):
             ConfigError: there was none yet in this thread.
         """
         if (drafting := self.runtime.state.here.drafting) is None:
-            raise ConfigError("model.lossless: nothing was drafted yet in this thread; call generate(..., lossless=True)")
+            raise ConfigError(
+                "model.lossless: nothing was drafted yet in this thread; call generate(..., lossless=True)"
+            )
         return drafting
 
     def flops(self) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,9 @@ def dense(model: RoutedModel, batch: dict[str, Tensor], **options: Any) -> Any:
 def test_greedy_tokens_are_the_dense_models(name: str) -> None:
     """Rows of any length, drafts of any length, some accepted and some refused; with 80 prompts a model.
 
-    It fails where a refused token is kept, where the token after a draft is the drafter's, or where a draft's keys stay.
+    It fails where a refused token is kept, where the token after a draft is the drafter's, or where drafts' keys stay.
     """
-    _, model = toy, model = drafting(name, NAMES[name])
+    toy, model = drafting(name, NAMES[name])
     accepted = refused = 0
     for seed in range(16):
         batch = toy.batch(LENGTHS, seed=seed)
@@ -232,7 +232,9 @@ def test_drafts_are_no_part_of_what_the_answer_cost() -> None:
     assert model.lossless.drafted
     assert torch.equal(model.routing.dense, expected.dense)
     assert torch.equal(model.routing.executed, expected.dense)
-    assert torch.equal(model.flops_by_part().head, torch.full((5,), 21.0, dtype=torch.float64) * model.runtime.cost.head)
+    assert torch.equal(
+        model.flops_by_part().head, torch.full((5,), 21.0, dtype=torch.float64) * model.runtime.cost.head
+    )
 
 
 def test_given_decisions_are_drafted_along() -> None:
@@ -300,7 +302,10 @@ def test_stop_strings_end_within_a_draft() -> None:
     """Without a limit of 21 tokens to fall back on; the string is searched for after every token, not every round."""
     toy, model = drafting("llama", 0.0)
     row = toy.batch([9])
-    words = {"abcdef": 0, **{f"w{i}.": i for i in range(1, families.VOCABULARY)}}  # transformers measures words by abcdef
+    words = {
+        "abcdef": 0,
+        **{f"w{i}.": i for i in range(1, families.VOCABULARY)},
+    }  # transformers measures words by abcdef
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="abcdef")))
     plain = dense(model, row, **NEW)
     stops = {"stop_strings": [f"w{int(plain[0, 9 + 6])}."], "tokenizer": tokenizer}
@@ -342,7 +347,7 @@ def speaker() -> Iterator[RoutedModel]:
 
 @torch.no_grad()
 def law_of_three(model: RoutedModel, prompt: Tensor, temperature: float) -> tuple[Tensor, float]:
-    """The dense law of the first three tokens, float64 (words^3), and how far the drafter's is from it at the second."""
+    """The dense law of the first three tokens, float64 (words^3), and how far the drafter's is from it."""
     laws = torch.ones(1, dtype=torch.float64)
     texts, gap = prompt, 0.0
     for _ in range(FIRST):
@@ -362,8 +367,8 @@ def law_of_three(model: RoutedModel, prompt: Tensor, temperature: float) -> tupl
 def test_sampled_tokens_have_the_dense_law(speaker: RoutedModel, lossless: bool | int, draws: int) -> None:
     """The first three tokens of 20,000 draws, where the drafter's law is far from the dense one.
 
-    Eight rows draw at once, so that a row's refusal cuts another's round. It fails where a refused token is redrawn from
-    p in place of the residual, and where refusals are too few or too many.
+    Eight rows draw at once, so that a row's refusal cuts another's round. It fails where a refused token is redrawn
+    from p in place of the residual, and where refusals are too few or too many.
     """
     prompt, temperature = torch.tensor([[1, 2, 0, 3]]), 1.2
     law, gap = law_of_three(speaker, prompt, temperature)

@@ -67,4 +67,6 @@ def test_a_stall_does_not_stop_drafts() -> None:
     decode(pace, 200, 0.9, 0.3)
     pace.note(0, 0, 0, 1, 0.0, 1.0)  # it was due, after many rounds of drafts
     pace.note(4, 4, 4, 5, 24.0, 20.0)
+    assert pace.choose(100) > 0
+    decode(pace, 20, 0.9, 0.3)
     assert pace.choose(100) > 1
