@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import SynthIDTextWatermarkingConfig
 
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.generate.decoding import SINGLE
 from adaskip.runtime.arguments import read_option
+from adaskip.runtime.cost import CostModel
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
@@ -32,6 +35,8 @@ class Drafting:
         draft_s: seconds of drafts.
         verify_s: seconds of dense passes that verified.
         plain_s: seconds of the plain ones.
+        executed: decoder FLOPs of all rows behind the prompt, drafts and refused tokens included.
+        dense: decoder FLOPs of the same tokens, one by one through every layer.
     """
 
     path: tuple[bool, ...]
@@ -45,6 +50,8 @@ class Drafting:
     draft_s: float = 0.0
     verify_s: float = 0.0
     plain_s: float = 0.0
+    executed: float = 0.0
+    dense: float = 0.0
 
     @property
     def acceptance(self) -> float | None:
@@ -65,6 +72,34 @@ class Drafting:
         """Return plain JSON-ready values."""
         figures = {"acceptance": self.acceptance, "accepted_length": self.accepted_length, "seconds": self.seconds}
         return asdict(self) | {"path": list(self.path)} | figures
+
+
+@dataclass
+class Passes:
+    """Note the passes behind a prompt, to price them when the answer is done."""
+
+    drafts: list[int] = field(default_factory=list)  # the place of each drafted token, counted from the prompt's end
+    chunks: list[tuple[int, int]] = field(default_factory=list)  # the place of each dense pass, and its tokens
+
+    def price(self, cost: CostModel, path: Tensor, prompts: Tensor, tokens: int) -> tuple[float, float]:
+        """Return the decoder FLOPs of all passes, and of as many tokens one by one through every layer.
+
+        Args:
+            cost: the prices.
+            path: bool (l), the layers that drafts ran.
+            prompts: long (b), each row's real tokens.
+            tokens: that ran behind each prompt and stayed in the cache.
+        """
+
+        def rows(places: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+            past = prompts.cpu()[:, None] + torch.tensor(places, dtype=torch.long)
+            return torch.tensor(sizes, dtype=torch.long).expand_as(past).flatten(), past.flatten()
+
+        new, past = rows(self.drafts, [1] * len(self.drafts))
+        skipped = cost.skipped(torch.zeros_like(new), new, past, past)
+        drafts = torch.where(path.cpu()[:, None], cost.chunk(new, past), skipped).sum()
+        dense = cost.chunk(*rows(*zip(*self.chunks, strict=True))).sum() if self.chunks else torch.tensor(0.0)
+        return float(drafts + dense), float(cost.chunk(*rows(range(tokens), [1] * tokens)).sum())
 
 
 def check_lossless(model: RoutedModel, options: Mapping[str, Any], length: bool | int) -> None:

@@ -27,7 +27,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaskip.errors import ConfigError
 from adaskip.generate.accept import accept_greedily, accept_sampled
-from adaskip.generate.drafting import Drafting, check_lossless
+from adaskip.generate.drafting import Drafting, Passes, check_lossless
 from adaskip.generate.pace import Pace
 from adaskip.generate.shared import SharedCache, count_dense
 from adaskip.runtime.arguments import name_arguments, read_option
@@ -164,8 +164,9 @@ class Decoder:
 
     def __init__(self, model: RoutedModel, streamer: Any, length: int | None) -> None:
         self.model, self.streamer, self.length = model, streamer, length
+        self.begins = 0  # where the answer begins in the cache
         self.cache = SharedCache(len(model.spec.layers))
-        self.figures = Drafting(())
+        self.figures, self.passes = Drafting(()), Passes()
 
     def __call__(
         self,
@@ -184,7 +185,7 @@ class Decoder:
         prompt = backbone.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs)
         output = backbone(**prompt, return_dict=True)
         inputs = backbone._update_model_kwargs_for_generation(output, inputs)
-        decided, ledger, length = self.cache.routing, self.cache.ledger, self.cache.length
+        decided, ledger, self.begins = self.cache.routing, self.cache.ledger, self.cache.length
         assert decided is not None
         assert ledger is not None
         path = decided.keep.any(1)
@@ -197,8 +198,11 @@ class Decoder:
             inputs = self._round(text, inputs, pace)
         if self.streamer is not None:
             self.streamer.end()
-        self.figures = replace(self.figures, tokens=text.ids.shape[1] - input_ids.shape[1])
-        count_dense(ledger, self.cache.length - length)
+        count = self.cache.length - self.begins
+        real = sum((always | routed).sum(1) for always, routed in ledger.chunks)
+        executed, dense = self.passes.price(self.model.runtime.cost, path, torch.as_tensor(real), count)
+        self.figures = replace(self.figures, tokens=count + 1, executed=executed, dense=dense)
+        count_dense(ledger, count)
         self.cache.ledger = ledger
         self.cache.note()
         slot.routing, slot.ledger, slot.drafting = decided, ledger, self.figures
@@ -216,6 +220,7 @@ class Decoder:
         begin, held, room = clock(), self.cache.length, text.room - 1  # the dense model adds one token itself
         length = min(self.length, room) if self.length is not None else pace.choose(room)
         drafts: list[tuple[Tensor, Tensor | None]] = []
+        place = held - self.begins
         ids, states = text.ids, [inputs]  # of the text with 0, 1, ... tokens more
         while len(drafts) < length and not all(self.figures.path) and not (drafts and text.ends(drafts[-1][0])):
             logits, after = self._run(ids, states[-1], 1)
@@ -223,15 +228,17 @@ class Decoder:
             ids = torch.cat([ids, drafts[-1][0][:, None]], 1)
             states.append(after)
         self.cache.rewind(held)
+        self.passes.drafts += range(place, place + len(drafts))
+        self.passes.chunks.append((place, len(drafts) + 1))
         middle = clock()
         with self._dense():
             logits, after = self._run(ids, states[-1], len(drafts) + 1)
         self.cache.follow(len(drafts) + 1)
         states.append(after)
         tried = accepted = emitted = 0
-        for place in range(len(drafts) + 1):
-            drafted, drafter = drafts[place] if place < len(drafts) else (None, None)
-            refused = self._grow(text, logits[:, place], drafted, drafter)
+        for number in range(len(drafts) + 1):
+            drafted, drafter = drafts[number] if number < len(drafts) else (None, None)
+            refused = self._grow(text, logits[:, number], drafted, drafter)
             emitted += 1
             tried += drafted is not None
             accepted += drafted is not None and not refused

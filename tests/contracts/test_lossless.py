@@ -10,6 +10,7 @@ import torch
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, models
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -122,6 +123,23 @@ def test_a_draft_that_always_agrees_takes_as_few_passes_as_it_can() -> None:
     assert result.path == (True, False, True, True)
 
 
+def test_the_flops_of_drafts_are_counted() -> None:
+    """As torch counts them; it fails where a layer that drafts skip is charged, or a pass is priced at another place."""
+    toy, model = drafting("llama", 0.1)
+    model.backbone.set_attn_implementation("eager")  # torch counts no FLOPs of sdpa on a CPU
+    row = toy.batch([9])
+    with FlopCounterMode(display=False) as drafted:
+        model.generate(**row, **NEW, lossless=3)
+    result = model.lossless
+    with FlopCounterMode(display=False) as plain:
+        dense(model, row, **NEW)
+    # the head's: each draft has one position, each pass that verifies one for every token that it holds
+    positions = result.drafted + result.drafted + result.verified + result.plain - 20
+    counted = drafted.get_total_flops() - plain.get_total_flops() - positions * model.runtime.cost.head
+    assert result.executed - result.dense == pytest.approx(counted)
+    assert 0 < result.accepted < result.tried
+
+
 def test_a_draft_that_never_agrees_costs_its_passes_and_nothing_else() -> None:
     """Every round gives the one dense token; the drafts of the last ones are cut to the room that is left.
 
@@ -226,12 +244,15 @@ def test_drafts_are_no_part_of_what_the_answer_cost() -> None:
     """It fails where drafts, or what was refused, are left in the ledger."""
     toy, model = drafting("llama", 0.1)
     batch = toy.batch(LENGTHS)
+    model.generate(**batch, **NEW | {"max_new_tokens": 1})
+    prompt = model.routing.dense
     model.generate(**batch, **NEW)
     expected = model.routing
     model.generate(**batch, **NEW, lossless=3)
     assert model.lossless.drafted
     assert torch.equal(model.routing.dense, expected.dense)
     assert torch.equal(model.routing.executed, expected.dense)
+    assert model.lossless.dense == pytest.approx(float((expected.dense - prompt).sum()))
     assert torch.equal(
         model.flops_by_part().head, torch.full((5,), 21.0, dtype=torch.float64) * model.runtime.cost.head
     )
