@@ -124,7 +124,7 @@ def test_a_draft_that_always_agrees_takes_as_few_passes_as_it_can() -> None:
 
 
 def test_the_flops_of_drafts_are_counted() -> None:
-    """As torch counts them; it fails where a layer that drafts skip is charged, or a pass is priced at another place."""
+    """As torch counts them; it fails where a layer that drafts skip is charged, or a pass is priced elsewhere."""
     toy, model = drafting("llama", 0.1)
     model.backbone.set_attn_implementation("eager")  # torch counts no FLOPs of sdpa on a CPU
     row = toy.batch([9])
