@@ -11,7 +11,7 @@ _STEP = 0.3
 """How far a measured second moves the running one."""
 _MARGIN = 1.03
 """Drafting must promise so much more tokens a second than plain decoding."""
-_SHARE = 0.02
+_SHARE = 0.01
 """The share of plain seconds that may be spent on drafts that try whether drafting has come to pay."""
 _REMEASURE = 50
 """Rounds after which one plain pass measures anew what drafts are compared with."""
@@ -33,7 +33,7 @@ class Pace:
 
     A heuristic on running means. A long draft risks what all of its passes take, so it may be no longer than what
     drafts have gained so far pays for. Where none promises to pay, single tokens are tried now and then, from a credit
-    that plain passes earn: trying again costs 2 % of them at most.
+    that plain passes earn: trying again costs 1 % of them at most.
 
     Args:
         share: the decoder layers that a draft runs, over all; says what a draft costs until one was measured.
