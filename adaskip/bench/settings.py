@@ -12,7 +12,7 @@ from adaskip.errors import ConfigError
 from adaskip.plan import Group
 from adaskip.sections import Section, faults
 
-Path = Literal["uniform", "mixed", "many"]
+Path = Literal["uniform", "mixed", "many", "lossless"]
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _NAMES = sources.shipped_names()
@@ -53,7 +53,8 @@ class BenchSettings(Section):
     )
     batch: Annotated[tuple[Positive, ...], Commas] = Field((1, 8), description="Rows.")
     path: Annotated[tuple[Path, ...], Commas] = Field(
-        ("uniform",), description="uniform: rows skip alike; mixed: each otherwise; many: generate_many."
+        ("uniform",),
+        description="uniform: rows skip alike; mixed: each otherwise; many: generate_many; lossless: drafts.",
     )
     paths: Positive = Field(4, description="Different paths of --path many.")
     phase: Annotated[tuple[Phase, ...], Commas] = Field(PHASES, min_length=1, description="One of them, or both.")

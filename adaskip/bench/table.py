@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from adaskip.bench.cell import Cell, batch_cell
+from adaskip.bench.lossless import lossless_cell
 from adaskip.bench.many import many_cell
 from adaskip.bench.random_model import Size, random_subject
 from adaskip.bench.rounds import Seconds
@@ -62,7 +63,8 @@ def bench(
     all its work in the routed time; what it decides is laid down beforehand. Seconds that one row does not need are
     there for the later ones. ``path``: on ``uniform`` all rows leave out the same layers; on ``mixed`` each row others,
     equally many; on ``many`` the rows are prompts of `generate_many` that go a few different paths, and the ideal
-    decodes each path's prompts as one batch (layers are left out for group ``all``).
+    decodes each path's prompts as one batch (layers are left out for group ``all``). On ``lossless`` dense and routed
+    are calls of ``generate``, the routed one drafts for the dense model, and the ideal is the draft alone.
 
     Args:
         subject: the model.
@@ -109,11 +111,14 @@ def _choices(settings: BenchSettings, skips: tuple[float, ...] | None) -> list[_
     """List what to measure; twice the same is measured once."""
     choices: list[_Choice] = []
     for batch in settings.batch:
-        if skips is None:
-            choices.append((batch, "mixed", None))  # every row may have a path of its own
+        if skips is None:  # every row may have a path of its own
+            own = ("lossless" if path == "lossless" else "mixed" for path in settings.path)
+            choices += [(batch, path, None) for path in cast(dict[Path, None], dict.fromkeys(own))]
             continue
-        # a single row has a single path
-        paths = cast(tuple[Path, ...], ("uniform",)) if batch == 1 else settings.path
+        paths = settings.path
+        if batch == 1:  # a single row has a single path
+            single = ("lossless" if path == "lossless" else "uniform" for path in settings.path)
+            paths = tuple(cast(dict[Path, None], dict.fromkeys(single)))
         choices += [(batch, path, rate) for path, rate in product(paths, skips)]
     # where nothing is left out, mixed rows are uniform ones
     return [c for c in choices if not (c[2] == 0 and c[1] == "mixed" and "uniform" in settings.path)]
@@ -124,6 +129,8 @@ def _cell(subject: Subject, choice: _Choice, settings: BenchSettings) -> Cell:
     if path == "many":
         assert rate is not None
         return many_cell(subject, batch, settings.paths, rate, settings.new)
+    if path == "lossless":
+        return lossless_cell(subject, batch, rate, settings.new)
     return batch_cell(subject, batch, path, rate, settings.new)
 
 
@@ -144,8 +151,10 @@ def _faults(subject: Subject, settings: BenchSettings, skips: tuple[float, ...] 
             "leaves no layer as a whole, so there is no model to cut out for comparison; expected scope prompt, unit "
             "block, kv absent, phase both. `adaskip eval` measures its seconds beside the dense model's"
         )
-    if routed.known is not None and skips is not None and (other := {*settings.path} - {"uniform"}):
+    if routed.known is not None and skips is not None and (other := {*settings.path} - {"uniform", "lossless"}):
         faults.append(f"--path {' '.join(sorted(other))}: a plan sends every row the same way; expected --path uniform")
+    if "lossless" in settings.path and routed.group == "vision":
+        faults.append("--path lossless: without vision no layer is left out of decoding; expected --group all")
     if "many" not in settings.path:
         return faults
     if skips is None:

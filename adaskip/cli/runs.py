@@ -131,6 +131,9 @@ def generate(
         Path | None, typer.Option("--many", exists=True, dir_okay=False, help="Prompts, a JSON object a line.")
     ] = None,
     paths: Annotated[int | None, typer.Option("--paths", min=1, help="With --many: at most so many paths.")] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="The routed path drafts, the dense model verifies: its answer, sooner.")
+    ] = False,
     max_new_tokens: Longest = None,
     as_json: Json = False,
 ) -> None:
@@ -139,6 +142,8 @@ def generate(
     def work() -> Any:
         if (many, paths) != (None, None) and (many is None or (image, prompt, example) != (None, None, None)):
             raise ConfigError("--many FILE takes no other question, and --paths N goes with it")
+        if many is not None and lossless:
+            raise ConfigError("--lossless answers one prompt; leave it or --many FILE out")
         if many is not None:
             from adaskip.verbs.generate import answer_many
 
@@ -150,12 +155,20 @@ def generate(
         folder = existing(run)
         from adaskip.verbs.generate import answer
 
-        stages = terminal_stages()
-        return answer(folder, image=image, prompt=prompt, example=example, max_new_tokens=max_new_tokens, stages=stages)
+        return answer(
+            folder,
+            image=image,
+            prompt=prompt,
+            example=example,
+            max_new_tokens=max_new_tokens,
+            lossless=lossless,
+            stages=terminal_stages(),
+        )
 
     def show(result: dict[str, Any]) -> None:
         for row in result.get("answers", ()):
             say(f"{''.join('#' if ran else '.' for ran in row['route'])}  {row['keep']:.2f}  {row['answer']}")
+        result.get("lossless", {}).pop("path", None)  # the route
         pairs({name: value for name, value in result.items() if name not in ("route", "layers", "answers", "warnings")})
         if many is not None:
             return

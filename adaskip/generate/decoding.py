@@ -17,7 +17,7 @@ _REFUSED = ("past_key_values", "streamer", "return_dict_in_generate", "custom_ge
 _BY_ROW = ("logits_processor", "stopping_criteria")
 """Arguments whose code is told the rows of a batch, which here are not the prompts."""
 
-_SINGLE = (
+SINGLE = (
     "assistant_model",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
@@ -88,7 +88,7 @@ def read_options(backbone: PreTrainedModel, options: Mapping[str, Any]) -> Decod
         ConfigError: an option that does not go with many prompts.
     """
     faults = [name for name in _REFUSED if options.get(name) is not None]
-    faults += [name for name in _SINGLE if read_option(backbone, options, name)]
+    faults += [name for name in SINGLE if read_option(backbone, options, name)]
     if read_option(backbone, options, "guidance_scale", 1) != 1:
         faults.append("guidance_scale")
     if faults:

@@ -128,7 +128,7 @@ def _gap(whole: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]])
     return gap
 
 
-def _generate(model: RoutedModel, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, list[Tensor]]:
+def _generate(model: RoutedModel, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, list[Tensor]]:
     """Generate a few tokens greedily; return the sequences and the logits (b v) of each step."""
     # raw logits: a model's own penalties and the like have no part in this; and no answer ends early
     out = model.generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,12 @@ from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import KEEP_ALL, Routing, Target, read_layers, read_number
 from adaskip.policy import Policy, Settings, as_policy
 from adaskip.runtime.arguments import name_arguments
-from adaskip.runtime.cost import Flops, Ledger
 from adaskip.runtime.fingerprint import describe_unreadable
 from adaskip.runtime.forward import Runtime
-from adaskip.runtime.handle import Handle
 from adaskip.runtime.options import Mode, Observer
 from adaskip.runtime.patch import MARK, Patches, unwrap
 from adaskip.runtime.persist import read_saved, restore, save
+from adaskip.runtime.results import Results
 from adaskip.runtime.trial import try_tokens
 from adaskip.theory.gauge import Gauge
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from adaskip.runtime.adapters import Adapters
 
 
-class RoutedModel(Handle):
+class RoutedModel(Results):
     """Run a frozen Hugging Face model whose decoder layers follow a policy.
 
     ``backbone`` is the Hugging Face object itself, still of its own class: calling it, its ``generate``, hooks and
@@ -94,12 +93,16 @@ class RoutedModel(Handle):
         with self.runtime.state.calling(around, prompt_length=None, prompt_ids=None, **own):
             return self.backbone(**inputs)
 
-    def generate(self, *args: Any, routing: Routing | Tensor | None = None, **inputs: Any) -> Any:
+    def generate(
+        self, *args: Any, routing: Routing | Tensor | None = None, lossless: bool | int = False, **inputs: Any
+    ) -> Any:
         """Run the backbone's ``generate``, routed once at prefill for all generated tokens, or token by token.
 
         Args:
             *args: as the backbone takes them: the prompts, a ``generation_config``, ...
             routing: decisions to follow, as in `forward`.
+            lossless: let the routed path draft tokens that the dense model verifies, so that the answer is the dense
+                model's; a number drafts so many a round (`adaskip.generate.lossless.generate_lossless`).
             **inputs: what the processor or tokenizer returned, and options of ``generate``.
 
         Raises:
@@ -107,6 +110,10 @@ class RoutedModel(Handle):
         """
         self._check_attached()
         with self.runtime.state.using(fixed=self._read_fixed(routing)):
+            if lossless is not False:
+                from adaskip.generate.lossless import generate_lossless
+
+                return generate_lossless(self, args, inputs, lossless)
             return self.backbone.generate(*args, **inputs)  # type: ignore[operator]
 
     def generate_many(self, prompts: Iterable[Mapping[str, Any]], **options: Any) -> Answers:
@@ -114,48 +121,6 @@ class RoutedModel(Handle):
         from adaskip.generate.paths import generate_many
 
         return generate_many(self, prompts, **options)
-
-    @property
-    def routing(self) -> Routing:
-        """Return the decisions of the calling thread's last request with their cost, read-only.
-
-        Each thread sees its own: read it where `generate` ran, before the next request (or ``await``) there.
-
-        Raises:
-            ConfigError: nothing has run yet in this thread.
-        """
-        routing, ledger = self._last()
-        executed, dense = (ledger.spent(self.runtime.cost, along).decoder for along in (routing, None))
-        return replace(routing, executed=executed, dense=dense, kv_bytes=ledger.kv_bytes())
-
-    def flops(self) -> tuple[Tensor, Tensor]:
-        """Return what running each layer, and what leaving it, costs each row of the last request: float64 (l b) each.
-
-        Raises:
-            ConfigError: nothing has run yet.
-        """
-        return self._last()[1].flops(self.runtime.cost)
-
-    def flops_by_part(self, dense: bool = False) -> Flops:
-        """Return what the last request spent on projections, attention, MLP and the head.
-
-        Args:
-            dense: as if every layer had run.
-
-        Raises:
-            ConfigError: nothing has run yet.
-        """
-        routing, ledger = self._last()
-        return ledger.spent(self.runtime.cost, None if dense else routing)
-
-    def _last(self) -> tuple[Routing, Ledger]:
-        """Return the decisions of this thread's last request, and the tokens it holds."""
-        if self.runtime.routing is None or self.runtime.ledger is None:
-            raise ConfigError(
-                "model.routing: no routed request has run yet in this thread; call the model or generate first, and "
-                "read model.routing in the thread that did"
-            )
-        return self.runtime.routing, self.runtime.ledger
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:

@@ -328,6 +328,11 @@ class SkipCache(Cache):
         return self.length + new, 0
 
     @property
+    def gaps(self) -> bool:
+        """Return whether something may be missing that a dense pass would attend to."""
+        return self.length > 0
+
+    @property
     def is_initialized(self) -> bool:
         """Return whether the request has begun; models ask this to tell the prompt from what follows."""
         return self.length > 0

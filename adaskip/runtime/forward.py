@@ -127,7 +127,7 @@ class Runtime:
         mode, slot.soft = options.mode, None
         sources = self.facts.requested_sources(mode, inputs)
         past = inputs.get("past_key_values")
-        if mode == "dense" and isinstance(past, SkipCache) and past.length:
+        if mode == "dense" and isinstance(past, SkipCache) and past.gaps:
             raise DataError(
                 "past_key_values: expected the cache of a dense request, got one that a routed request left gaps in; "
                 "start from the prompt without a cache"
@@ -163,7 +163,7 @@ class Runtime:
         else:
             prompt = read_prompt(tokens, inputs, options.prompt_mask, options.prompt_length)
         request = Request(mode, tokens, prompt, options, cache)
-        read_routed(request, self.target, started)
+        read_routed(request, options.target or self.target, started)
         if self.scope == "token":
             self._by_token(request)
         elif started:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from adaskip.plan import Routing
+    from adaskip.generate.drafting import Drafting
+    from adaskip.plan import Routing, Target
     from adaskip.runtime.cost import Ledger
     from adaskip.runtime.request import Request
 
@@ -40,6 +41,7 @@ class Options:
 
     mode: Mode = "skip"
     threshold: float | None = None  # instead of the configuration's
+    target: Target | None = None  # instead of the policy's, where it says which tokens decisions speak of
     temperature: float = 1.0
     noise: torch.Generator | None = None
     fixed: Tensor | None = None  # bool (l b), scope token also (l b t): decisions made beforehand
@@ -64,6 +66,7 @@ class _Slot:
         self.soft: Request | None = None  # the last one, if it was soft and its gradients are still to come
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
+        self.drafting: Drafting | None = None
 
 
 class _Slots(threading.local):

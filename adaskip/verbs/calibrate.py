@@ -276,7 +276,7 @@ def check_generate(model: RoutedModel, batch: Answered, max_new_tokens: int) -> 
     """Answer a batch by routed generation; count its inputs, and those whose loss is not the teacher-forced one."""
     width = _width(batch)
     length = batch.inputs["input_ids"].shape[1]
-    prompts = {
+    prompts: dict[str, Any] = {
         name: value[:, :width] if isinstance(value, Tensor) and value.shape[:2] == (len(value), length) else value
         for name, value in batch.inputs.items()
     }

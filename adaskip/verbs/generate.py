@@ -13,6 +13,7 @@ from adaskip.backbone.load import load_processor
 from adaskip.errors import AdaSkipError, CheckpointError, DataError
 from adaskip.runfiles import EVALUATION, RECIPE, write_json
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.timing import timed
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
 from adaskip.verbs.lengths import UNKNOWN, check_room, longest_answer, reached_limit, tell_if_endless, warn_of_cuts
@@ -32,6 +33,7 @@ class Answer:
     route: tuple[bool, ...]  # for each layer whether it ran
     max_new_tokens: int
     warnings: tuple[str, ...]  # of answers that were cut
+    lossless: dict[str, Any] | None = None  # what drafts were worth, and the seconds of both models
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -45,6 +47,7 @@ class Answer:
             "layers": len(self.route),
             "max_new_tokens": self.max_new_tokens,
             "warnings": list(self.warnings),
+            **({} if self.lossless is None else {"lossless": self.lossless}),
         }
 
 
@@ -70,6 +73,7 @@ def answer(
     prompt: str | None = None,
     example: int | None = None,
     max_new_tokens: int | None = None,
+    lossless: bool = False,
     stages: Stages = SILENT,
 ) -> Answer:
     """Answer one prompt, dense and routed, with the route it took.
@@ -81,11 +85,12 @@ def answer(
         example: number of a held-out example of the run's own data, instead of image and prompt.
         max_new_tokens: longest answer; default: the longest of the run's held-out examples with its end token, or 64
             where there is no run.
+        lossless: let the routed path draft for the dense model, whose answer it then is.
         stages: hears what is under way.
 
     Raises:
         DataError: neither a prompt nor an example, or one the data does not have.
-        ConfigError: no room for so long an answer.
+        ConfigError: no room for so long an answer, or, with ``lossless``, routers that cannot draft.
     """
     model, processor, loaded = _open(Path(run), stages)
     record = _record(loaded, image, prompt, example, processor, model)
@@ -96,8 +101,9 @@ def answer(
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
     width = batch.inputs["input_ids"].shape[1]
     with model.dense():
-        dense = model.generate(**batch.inputs, **options)[:, width:]
-    routed = model.generate(**batch.inputs, **options)[:, width:]
+        dense, dense_s = timed(lambda: model.generate(**batch.inputs, **options)[:, width:])
+    routed, routed_s = timed(lambda: model.generate(**batch.inputs, **options, lossless=lossless)[:, width:])
+    drafts = model.lossless.to_dict() | {"answer_s": routed_s, "dense_answer_s": dense_s} if lossless else None
     counts = {"dense": int(reached_limit(model, dense, limit)), "routed": int(reached_limit(model, routed, limit))}
     result = Answer(
         record["prompt"],
@@ -108,6 +114,7 @@ def answer(
         tuple((model.routing.share[:, 0] > 0.5).tolist()),
         limit,
         _noted(warn_of_cuts(counts, 1, limit), stages),
+        drafts,
     )
     if example is not None and loaded is not None:
         _store(loaded, result)

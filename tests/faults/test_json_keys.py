@@ -48,6 +48,7 @@ def test_what_is_done_with_a_run(run: Path, tmp_path: Path) -> None:
     same("calibrate", certified.to_dict())
     assert json.loads((copied / "calibration.json").read_text()) == certified.stored()
     same("generate", answer(copied, example=1).to_dict())
+    same("generate_lossless", answer(copied, example=1, lossless=True).to_dict())
     (tmp_path / "many.jsonl").write_text('{"prompt": "3 plus 4 ?"}\n{"prompt": "repeat 3 4 5 ?"}\n')
     same("many", answer_many(copied, tmp_path / "many.jsonl").to_dict())
     same("export", export(copied, tmp_path / "out").to_dict())

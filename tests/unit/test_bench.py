@@ -16,6 +16,7 @@ from adaskip.backbone.inspect import inspect_backbone, twin
 from adaskip.bench import table
 from adaskip.bench.forced import different, force, spread_out
 from adaskip.bench.graph import Graph
+from adaskip.bench.lossless import lossless_cell
 from adaskip.bench.many import many_cell
 from adaskip.bench.random_model import Size, random_subject
 from adaskip.bench.rounds import LEAST, interleave, ratio, spread
@@ -177,6 +178,44 @@ def test_many_prompts_beside_their_paths_cut_out(backbone: str, image_tokens: in
         if row["phase"] == "decode":
             assert row["dense_flops"] == pytest.approx(6 * float(one))
     json.dumps(rows)
+
+
+def test_lossless_decoding_beside_the_dense_generate() -> None:
+    """Both sides write the same tokens; drafts are work on top of the dense model's, and their acceptance is told.
+
+    It fails where drafts are not among the FLOPs, or where a single row is measured on its uniform path instead.
+    """
+    rows = bench(small(), [0.0, 0.5], [1, 2], ["lossless"], new=12, budget=0)
+    assert [(r["phase"], r["batch"], r["path"], r["skip"]) for r in rows] == [
+        (phase, batch, "lossless", skip) for batch in (1, 2) for skip in (0.0, 0.5) for phase in ("prefill", "decode")
+    ]
+    for row in rows:
+        assert row["rounds"] == 1
+        assert row["kv_bytes"] == row["dense_kv_bytes"]
+        if row["skip"] == 0 or row["phase"] == "prefill":
+            assert row["keep"] == pytest.approx(1)
+        if row["skip"] == 0:
+            assert row["acceptance"] is None
+    json.dumps(rows)
+    subject = small()
+    cell = lossless_cell(subject, 2, 0.5, 30)
+    dense, routed = cell.sides["dense"], cell.sides["routed"]
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    assert torch.equal(dense.generate(**dense.inputs, **options), routed.generate(**routed.inputs, **options))
+    executed, whole = cell.spent["decode"]
+    past = 9 + torch.arange(30.0)
+    assert whole == pytest.approx(2 / 30 * float(subject.routed.runtime.cost.chunk(torch.ones(30), past).sum()))
+    assert executed >= whole
+    assert 0 <= cell.facts["acceptance"] <= 1
+
+
+def test_lossless_decoding_of_a_runs_own_decisions() -> None:
+    """Without a share to leave out the policy decides, and a plan is as good as routers."""
+    subject = replace(small(), trained=True, routed=attach(twin(small().spec), SkipPlan.static([1])))
+    rows = bench(subject, None, [1], ["lossless"], new=4, budget=0, phase="decode")
+    assert [(row["path"], row["skip"], row["paths"]) for row in rows] == [("lossless", None, 1)]
+    with pytest.raises(ConfigError, match="--path lossless: without vision no layer is left out of decoding"):
+        bench(small("llava", 4), [0.5], [1], ["lossless"], new=2, budget=0)
 
 
 @pytest.mark.parametrize("path", ["mixed", "many"])
@@ -364,7 +403,7 @@ def test_peak_memory_sees_what_a_call_held() -> None:
         (["--backbone", "llama", *TINY, "--skip", "0.9"], "--skip 0.9: leaves no layer of 2"),
         (
             ["--backbone", "llama", *TINY, "--path", "main"],
-            "--path: expected between commas uniform | mixed | many, got 'main'",
+            "--path: expected between commas uniform | mixed | many | lossless, got 'main'",
         ),
         (
             ["--backbone", "llama", *TINY, "--path", "many", "--skip", "0.5", "--batch", "3"],

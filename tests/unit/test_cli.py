@@ -329,9 +329,26 @@ def test_generate(adaskip, fake, folder, tmp_path):
     assert (status, parsed(out)["answer"]) == (0, "7")
     asked = [{name: value for name, value in options.items() if name != "stages"} for _, _, options in calls]
     assert asked == [
-        {"image": None, "prompt": None, "example": 4, "max_new_tokens": None},
-        {"image": picture, "prompt": "x", "example": None, "max_new_tokens": 2},
+        {"image": None, "prompt": None, "example": 4, "max_new_tokens": None, "lossless": False},
+        {"image": picture, "prompt": "x", "example": None, "max_new_tokens": 2, "lossless": False},
     ]
+
+
+def test_a_lossless_answer_tells_what_its_drafts_were_worth(adaskip, fake, folder, tmp_path):
+    """The path of the drafts is the route that is drawn; many prompts are refused, since each has a path of its own."""
+    drafts = {"path": [True, False], "acceptance": 0.75, "answer_s": 1.5}
+    told = {"prompt": "x", "answer": "7", "keep": 1.0, "route": [True, False], "layers": 2, "lossless": drafts}
+    calls = fake("adaskip.verbs.generate", answer=told)
+    status, out, _ = adaskip("generate", folder, "--example", 4, "--lossless")
+    assert status == 0
+    assert "lossless.acceptance          0.75" in out
+    assert "lossless.path" not in out
+    assert "#.   1 of 2 layers ran" in out
+    assert calls[0][2]["lossless"] is True
+    (tmp_path / "many.jsonl").write_text("{}")
+    status, _, err = adaskip("generate", folder, "--many", tmp_path / "many.jsonl", "--lossless")
+    assert status == 2
+    assert "--lossless answers one prompt; leave it or --many FILE out" in err
 
 
 @pytest.mark.parametrize("words", [[], ["--prompt", "x", "--example", "1"], ["--image", __file__, "--example", "1"]])

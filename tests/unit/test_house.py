@@ -69,7 +69,7 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-DOORS = {"adaskip.runtime.attach": {"adaskip.generate.paths"}}
+DOORS = {"adaskip.runtime.attach": {"adaskip.generate.lossless", "adaskip.generate.paths"}}
 """Methods of the user's handle that open a room to the right when they are called."""
 
 
