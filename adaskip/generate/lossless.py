@@ -72,7 +72,8 @@ def generate_lossless(model: RoutedModel, args: tuple[Any, ...], inputs: dict[st
     options = name_arguments(type(backbone).generate, args, inputs, "model.generate")  # type: ignore[attr-defined]
     check_lossless(model, options, length)
     decoder = Decoder(model, options.get("streamer"), None if length is True else int(length))
-    with model.runtime.state.using(target=replace(model.target, phase="decode")):  # prompts run every layer
+    # prompts run every layer, as the dense model does; adapters are the drafts' alone
+    with model.runtime.state.using(target=replace(model.target, phase="decode"), adapted=False):
         return backbone.generate(**_with_stops(model, options), custom_generate=decoder)  # type: ignore[operator]
 
 
@@ -223,7 +224,8 @@ class Decoder:
         place = held - self.begins
         ids, states = text.ids, [inputs]  # of the text with 0, 1, ... tokens more
         while len(drafts) < length and not all(self.figures.path) and not (drafts and text.ends(drafts[-1][0])):
-            logits, after = self._run(ids, states[-1], 1)
+            with self.model.runtime.state.using(adapted=True):
+                logits, after = self._run(ids, states[-1], 1)
             drafts.append(text.draft(ids, logits[:, -1]))
             ids = torch.cat([ids, drafts[-1][0][:, None]], 1)
             states.append(after)

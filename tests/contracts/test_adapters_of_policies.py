@@ -206,3 +206,15 @@ def test_what_cannot_be_adapted_is_refused(tmp_path: Path) -> None:
     model.adapters = None
     other = replace(adapters.lora, rank=2)
     assert adaskip.adapt(model, other).lora.rank == 2
+
+
+def test_healed_drafts_are_verified_by_the_dense_model() -> None:
+    """Lossless decoding: tokens are the original model's; catches a verification that has the adapters too."""
+    toy = toys.make("llama", seed=3)
+    batch = toy.batch([5, 9, 3, 7])
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = toy.model.generate(**batch, **options)
+    model = healed(toy.model, adaskip.SkipPlan.static([1]))
+    assert torch.equal(model.generate(**batch, **options, lossless=3), expected)
+    assert not torch.equal(model.generate(**batch, **options), expected)
+    assert model.adapters is not None
