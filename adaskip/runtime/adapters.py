@@ -213,13 +213,11 @@ def _import_peft() -> Any:
 def _find_targets(model: RoutedModel, asked: tuple[str, ...]) -> dict[str, int]:
     """Return the full names of the modules to adapt, and the layer that each belongs to.
 
-    A module that is routed by itself stays as it is: what an adapter added to it would bypass the decision. So does a
-    layer that a plan leaves out for every token: what never runs learns nothing.
+    A layer that a plan leaves out for every token stays as it is: what never runs learns nothing.
 
     Raises:
         ConfigError: no module is called as asked.
     """
-    routed = {forward.module for forward in model.patches.forwards}
     plan, target = model.runtime.known, model.target
     leaves = plan is not None and (target.unit, target.group, target.phase) == ("block", "all", "both")
     runs = plan.tolist() if plan is not None and leaves else [True] * len(model.spec.layers)
@@ -227,7 +225,7 @@ def _find_targets(model: RoutedModel, asked: tuple[str, ...]) -> dict[str, int]:
         id(part): index
         for index, layer in enumerate(model.spec.layers)
         for part in layer.modules()
-        if part not in routed and (runs[index] or index in model.policy.held)
+        if runs[index] or index in model.policy.held
     }
     linear = {
         name: layers[id(part)]
