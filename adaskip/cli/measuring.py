@@ -103,7 +103,8 @@ def compare(
     data: Annotated[str | None, typer.Option("--data", help="A folder of JSON lines, or a dataset id.")] = None,
     group: Annotated[str | None, typer.Option("--group", help="all or vision; default: the run's, or all.")] = None,
     runs: Annotated[
-        list[Path] | None, typer.Option("--run", help="A finished run to compare as well; may be repeated.")
+        list[str] | None,
+        typer.Option("--run", metavar="[LABEL=]FOLDER", help="A finished run to compare as well; may be repeated."),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Judged on: validation, calibration or test.")] = "test",
     examples: Annotated[int, typer.Option("--examples", min=1, help="Inputs to judge on.")] = 600,

@@ -28,7 +28,7 @@ from adaskip.theory.admission import agree
 from adaskip.training.data import Collator, NumberedBatches, Record, load_records, loader
 from adaskip.training.tracking import Board, environment, wandb_logger
 from adaskip.verbs.cells import Cell, DenseLogits, cell_name, measure_cell
-from adaskip.verbs.entries import Entry, read_entries
+from adaskip.verbs.entries import Entry, read_entries, read_named, with_target
 from adaskip.verbs.run import Run, check_writable, load_model, load_processor, read_recipe
 from adaskip.verbs.splits import check_split
 from adaskip.verbs.standings import standings
@@ -105,7 +105,8 @@ def compare(
         policies: names of methods; default: all that speak of the group. ``none`` and ``random`` are always there.
         budgets: executed over dense decoder FLOPs that plans may keep, mean over the inputs that they are fitted on.
         group: ``all`` or ``vision``; default: the run's, or ``all``.
-        runs: folders of finished runs on the same model and group, each compared at the budget it was trained for.
+        runs: folders of finished runs on the same model and group, each compared at the budget it was trained for;
+            ``LABEL=FOLDER`` gives one a name of its own, so that runs of one method stand apart.
         split: that is judged on.
         examples: inputs of it.
         fit: inputs of split ``train`` that plans are chosen by.
@@ -121,18 +122,19 @@ def compare(
         ConfigError, DataError: no such method, group, split or budget, or the folder holds another comparison.
         CheckpointError: no such run, or a file of the comparison is damaged.
     """
-    chosen = _check(policies, budgets, group, split, seeds)
+    chosen, named = _check(policies, budgets, group, split, seeds), read_named(runs)
     mode = check_tracking(wandb, "--wandb", "--wandb offline")
     subject = _open(target, data, group)
     folder = Path(output or f"runs/compare-{Path(subject.model).name}-{subject.group}")
     check_writable(folder, "the comparison", "choose another folder: --output DIR")
-    folders = [Path(run) for run in ([target, *runs] if subject.recipe is not None else runs)]
+    if subject.recipe is not None:
+        named = with_target(Path(target), named)
     setting = {
         "model": subject.model, "data": subject.source, "group": subject.group, "split": split, "examples": examples,
         "fit": fit, "batch_size": batch_size, "new_tokens": new_tokens,
     }  # fmt: skip
     _claim(folder, setting)
-    entries = read_entries(folders, subject.model, subject.group, folder / _CELLS)
+    entries = read_entries(named, subject.model, subject.group, folder / _CELLS)
     bench = _Bench(subject, folder, setting, stages)
     left_out = [text for method in chosen for text in bench.method(method, budgets, seeds)]
     for entry in entries:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaskip.errors import ConfigError
+from adaskip.methods.method import METHODS
 from adaskip.plan import Group
 from adaskip.recipe import Recipe
 from adaskip.runtime.description import CONFIG, WEIGHTS, read_config
 from adaskip.verbs.cells import Cell, cell_name
 from adaskip.verbs.run import read_recipe, router_folder
+
+
+_LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+@dataclass(frozen=True)
+class Named:
+    """Hold the folder of a run, and what it is called; None: by what it holds."""
+
+    folder: Path
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,43 @@ class Entry:
     file: Path  # of its cell
 
 
-def read_entries(runs: Sequence[Path], model: str, group: Group, cells: Path) -> list[Entry]:
+def read_named(runs: Sequence[str | Path]) -> list[Named]:
+    """Read runs as they are typed, ``FOLDER`` or ``LABEL=FOLDER``.
+
+    Raises:
+        ConfigError: a label is no name for a file, or that of a method.
+
+    >>> [(run.label, run.folder.name) for run in read_named(["kept=runs/a", "runs/b"])]
+    [('kept', 'a'), (None, 'b')]
+    """
+    found = []
+    for run in runs:
+        label, equals, folder = str(run).partition("=")
+        if not equals or Path(run).exists():  # a folder's own name may hold the sign
+            found.append(Named(Path(run)))
+            continue
+        if not _LABEL.fullmatch(label) or not folder:
+            raise ConfigError(
+                f"compare: --run {run}: expected LABEL=FOLDER with a label of letters, digits and . + - _, such as "
+                f"kept=runs/kept, got {label!r}"
+            )
+        if label in METHODS:
+            raise ConfigError(f"compare: --run {run}: {label} is a method; choose another label, such as my-{label}")
+        found.append(Named(Path(folder), label))
+    return found
+
+
+def with_target(target: Path, runs: Sequence[Named]) -> list[Named]:
+    """Return the run that is the comparison's subject and the others; it comes once, under a label that it is given."""
+    named = {run.folder.resolve() for run in runs}
+    return [*runs] if target.resolve() in named else [Named(target), *runs]
+
+
+def read_entries(runs: Sequence[Named], model: str, group: Group, cells: Path) -> list[Entry]:
     """Read what runs are called, and which policies they hold.
 
     Args:
-        runs: their folders.
+        runs: their folders and labels.
         model: the backbone that is compared on.
         group: the tokens that policies speak of.
         cells: folder of the comparison's cells.
@@ -41,8 +86,8 @@ def read_entries(runs: Sequence[Path], model: str, group: Group, cells: Path) ->
         CheckpointError: a folder is no finished run, or a cell is damaged.
     """
     entries: list[Entry] = []
-    for run in runs:
-        recipe = read_recipe(run)
+    for named in runs:
+        run, recipe = named.folder, read_recipe(named.folder)
         for name, own, here in (
             ("backbone.path", recipe.backbone.path, model),
             ("router.group", recipe.router.group, group),
@@ -50,7 +95,7 @@ def read_entries(runs: Sequence[Path], model: str, group: Group, cells: Path) ->
             if own != here:
                 raise ConfigError(f"{run}: expected a run with {name}={here}, got {own}; compare it apart")
         saved = router_folder(run)
-        policy, keep, seed = _name(recipe, saved), recipe.objective.keep, recipe.seed
+        policy, keep, seed = named.label or _name(recipe, saved), recipe.objective.keep, recipe.seed
         origin = hashlib.sha256(b"".join((saved / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
         file = cells / f"{cell_name(policy, keep, seed)}.json"
         taken = [each.origin for each in entries if each.file == file]
@@ -59,7 +104,7 @@ def read_entries(runs: Sequence[Path], model: str, group: Group, cells: Path) ->
         if any(other != origin for other in taken):
             raise ConfigError(
                 f"{run}: expected one run of {policy}, keep {keep:g} and seed {seed}, found another in {file.name}; "
-                f"compare it apart: --output {cells.parent}-2"
+                f"give it a name of its own: --run LABEL={run}"
             )
         entries.append(Entry(run, policy, keep, seed, origin, file))
     return entries
