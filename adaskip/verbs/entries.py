@@ -16,7 +16,6 @@ from adaskip.runtime.description import CONFIG, WEIGHTS, read_config
 from adaskip.verbs.cells import Cell, cell_name
 from adaskip.verbs.run import read_recipe, router_folder
 
-
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
