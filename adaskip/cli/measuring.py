@@ -112,6 +112,9 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of a method that draws.")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs at once.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Generated where seconds are taken.")] = 8,
+    generate: Annotated[
+        int, typer.Option("--generate", min=0, help="So many inputs are also answered freely; 0: none.")
+    ] = 0,
     oracle: Annotated[
         int, typer.Option("--oracle", min=0, help="So many inputs also get a plan of their own; 0: none.")
     ] = 0,
@@ -127,13 +130,17 @@ def compare(
         return compare(
             target, data, policies=None if policies is None else [name.strip() for name in policies.split(",")],
             budgets=read_budgets(budgets), group=group, runs=runs or (), split=split, examples=examples, fit=fit,
-            seeds=seeds, batch_size=batch_size, new_tokens=new_tokens, oracle=oracle, output=output,
+            seeds=seeds, batch_size=batch_size, new_tokens=new_tokens, generate=generate, oracle=oracle, output=output,
             wandb=wandb, stages=terminal_stages(),
         )  # fmt: skip
 
     def show(result: dict[str, Any]) -> None:
         shown = ("budget", "policy", "seeds", "keep", "accuracy", "recovery", "kl", "token_agreement", "prefill_ratio")
-        table([{name: row[name] for name in (*shown, "generate_ratio", "front")} for row in result["rows"]])
+        table([_pick(row, *shown, "generate_ratio", "front") for row in result["rows"]])
+        written = [{**_pick(row, "budget", "policy"), **row["generated"]} for row in result["rows"] if row["generated"]]
+        if written:
+            say("\ngeneration: answers written freely, beside the data's own and the dense model's:")
+            table(written)
         held = ("policy", "budget", "seed", "jaccard", "spearman", "inside", "outside", "p")
         if result["agreement"]:
             say(f"\nskips beside what the theory admits, layers {', '.join(map(str, result['admitted'])) or 'none'}:")
@@ -145,3 +152,7 @@ def compare(
         say(f"picture: {result['picture']}")
 
     do(work, show, as_json)
+
+
+def _pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names}

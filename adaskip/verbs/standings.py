@@ -56,6 +56,7 @@ def _row(budget: float, policy: str, cells: Sequence[Cell]) -> dict[str, Any]:
         "kl": means["kl"],
         "token_agreement": means["same"],
         **ratios,
+        "generated": _generated(cells),
         "plans": [cell.plan for cell in cells],
         "kinds": _kinds(cells),
     }
@@ -69,6 +70,18 @@ def _kinds(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
         kind: {name: float(_mean(cells, name)[mask].mean()) for name in ("hit", "kl", "keep")}
         for kind, mask in chosen.items()
     }
+
+
+def _generated(cells: Sequence[Cell]) -> dict[str, float | int | None]:
+    """Return means over the inputs that were answered freely, and over seeds; nothing where none was."""
+    answered = [cell.generated for cell in cells if cell.generated]
+    if not answered:
+        return {}
+    found: dict[str, float | int | None] = {"n": len(answered[0]["exact"])}
+    for name in answered[0]:
+        known = [value for figures in answered for value in figures[name] if value is not None]
+        found[name] = statistics.fmean(known) if known else None
+    return found
 
 
 def _beside(row: dict[str, Any], others: Sequence[dict[str, Any]], groups: dict[tuple[float, str], list[Cell]]) -> None:
