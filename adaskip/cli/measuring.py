@@ -1,4 +1,4 @@
-"""`adaskip bench`, `profile` and `compare`: what layers and policies cost and are worth; nothing is trained."""
+"""`adaskip bench`, `profile` and `compare`: what layers and policies cost and are worth."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def compare(
         str, typer.Argument(metavar="MODEL|RUN", help="A Hugging Face id or folder, digits-vlm, or a run's folder.")
     ],
     policies: Annotated[
-        str | None, typer.Option("--policies", help="Names of methods, such as greedy,skip_it; default: all.")
+        str | None, typer.Option("--policies", help="Names, such as greedy,skip_it,learned; default: all methods.")
     ] = None,
     budgets: Annotated[
         str, typer.Option("--budgets", help="Shares of the dense decoder FLOPs that they may keep.")
@@ -106,10 +106,18 @@ def compare(
         list[str] | None,
         typer.Option("--run", metavar="[LABEL=]FOLDER", help="A finished run to compare as well; may be repeated."),
     ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option("--train", metavar="[LABEL=]RECIPE", help="A recipe to train at every budget; may be repeated."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of all recipes that are trained; may be repeated."),
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="Judged on: validation, calibration or test.")] = "test",
     examples: Annotated[int, typer.Option("--examples", min=1, help="Inputs to judge on.")] = 600,
     fit: Annotated[int, typer.Option("--fit", min=1, help="Inputs of split train that plans are chosen by.")] = 200,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of a method that draws.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of a method that draws, and trainings.")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs at once.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Generated where seconds are taken.")] = 8,
     generate: Annotated[
@@ -129,7 +137,8 @@ def compare(
 
         return compare(
             target, data, policies=None if policies is None else [name.strip() for name in policies.split(",")],
-            budgets=read_budgets(budgets), group=group, runs=runs or (), split=split, examples=examples, fit=fit,
+            budgets=read_budgets(budgets), group=group, runs=runs or (), train=train or (),
+            overrides=overrides or (), split=split, examples=examples, fit=fit,
             seeds=seeds, batch_size=batch_size, new_tokens=new_tokens, generate=generate, oracle=oracle, output=output,
             wandb=wandb, stages=terminal_stages(),
         )  # fmt: skip

@@ -21,6 +21,8 @@ from adaskip.survey.record import match_predicted, record
 from adaskip.theory.costs import Reference, per_input
 from adaskip.verbs.sample import Figures, Sample
 
+CELLS = "cells"
+"""Folder of a comparison that holds them."""
 ROOM = 2**31
 """Bytes of dense logits that are kept between cells."""
 ROUNDS = 5

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from adaskip.errors import ConfigError
+from adaskip.errors import ConfigError, did_you_mean
 from adaskip.methods.method import METHODS, Method, find
 from adaskip.plan import Group
+from adaskip.recipe import Recipe
 from adaskip.runfiles import COMPARISON_PLOT, write_json
 from adaskip.stages import SILENT, Stages
 from adaskip.training.tracking import Board, wandb_logger
+from adaskip.verbs.cells import CELLS
 from adaskip.verbs.entries import read_entries, read_named, with_target
-from adaskip.verbs.filling import CELLS, Comparison, Filling
+from adaskip.verbs.filling import Comparison, Filling
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split
 from adaskip.verbs.start import check_tracking
 from adaskip.verbs.subject import open_subject
+from adaskip.verbs.trained import TRAINED, check_apart, plan_trainings, read_recipes
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 _SETTINGS = "settings.json"
@@ -32,6 +35,8 @@ def compare(
     budgets: Sequence[float] = BUDGETS,
     group: str | None = None,
     runs: Sequence[str | Path] = (),
+    train: Sequence[str | Path | Recipe] = (),
+    overrides: Sequence[str] = (),
     split: str = "test",
     examples: int = 600,
     fit: int = 200,
@@ -53,15 +58,20 @@ def compare(
         target: a Hugging Face id, a folder, ``digits-vlm``, or the folder of a run, whose model, data and group are
             then taken, and which is compared too.
         data: a folder of JSON lines, or a dataset id; default: the run's, or the demo's for the demo.
-        policies: names of methods; default: all that speak of the group. ``none`` and ``random`` are always there.
+        policies: names of methods, and ``learned``, ``from_bounds``, ``path_bank`` or ``token_plan``, which are
+            trained; default: all methods that speak of the group. ``none`` and ``random`` are always there.
         budgets: executed over dense decoder FLOPs that plans may keep, mean over the inputs that they are fitted on.
         group: ``all`` or ``vision``; default: the run's, or ``all``.
         runs: folders of finished runs on the same model and group, each compared at the budget it was trained for;
             ``LABEL=FOLDER`` gives one a name of its own, so that runs of one method stand apart.
+        train: recipes to train for every budget and seed, in the folder of the comparison; ``LABEL=RECIPE`` gives their
+            policy a name of its own. Policies that are trained and have no recipe here take the run's, a variant of the
+            first here, or of one that ships for this model and group.
+        overrides: ``["trainer.steps=400"]``, of all recipes that are trained.
         split: that is judged on.
         examples: inputs of it.
         fit: inputs of split ``train`` that plans are chosen by.
-        seeds: draws of a method that draws.
+        seeds: draws of a method that draws, and trainings.
         batch_size: inputs at once, also where seconds are taken.
         new_tokens: generated where seconds are taken.
         generate: so many inputs, the first ones, are also answered freely, by every policy; 0: none.
@@ -74,7 +84,8 @@ def compare(
         ConfigError, DataError: no such method, group, split or budget, or the folder holds another comparison.
         CheckpointError: no such run, or a file of the comparison is damaged.
     """
-    chosen, named = _check(policies, budgets, group, split, seeds), read_named(runs)
+    chosen, learned = _check(policies, budgets, group, split, seeds)
+    named, given = read_named(runs), read_recipes(train, overrides)
     mode = check_tracking(wandb, "--wandb", "--wandb offline")
     subject = open_subject(target, data, group)
     folder = Path(output or f"runs/compare-{Path(subject.model).name}-{subject.group}")
@@ -87,10 +98,13 @@ def compare(
     }  # fmt: skip
     _claim(folder, setting)
     entries = read_entries(named, subject.model, subject.group, folder / CELLS)
+    trainings = plan_trainings(subject, learned, given, overrides, budgets, seeds, folder)
+    check_apart(entries, trainings, folder)
     bench = Filling(subject, folder, setting, stages)
     left_out = [text for method in chosen for text in bench.method(method, budgets, seeds)]
     for entry in entries:
         bench.run(entry)
+    left_out += [text for training in trainings for text in bench.train(training)]
     found = bench.conclude(left_out, oracle, budgets)
     if mode != "disabled":
         board = Board([wandb_logger(folder, mode, "adaskip", None, ["compare"], found.setting)])
@@ -116,8 +130,11 @@ def read_budgets(text: str) -> tuple[float, ...]:
 
 def _check(
     policies: Sequence[str] | None, budgets: Sequence[float], group: str | None, split: str, seeds: int
-) -> list[Method]:
-    """Refuse what cannot be compared, before anything is loaded; return the methods, the controls among them."""
+) -> tuple[list[Method], list[str]]:
+    """Refuse what cannot be compared, before anything is loaded.
+
+    Returns the methods, the controls among them, and the names of policies that are trained.
+    """
     check_split(split)
     if split == "train":
         raise ConfigError("compare: --split train: plans are chosen by it; judge on test or validation")
@@ -127,8 +144,12 @@ def _check(
         raise ConfigError(f"compare: expected --budgets in (0, 1], such as 0.9,0.7, got {wrong[0]:g}")
     if seeds < 1:
         raise ConfigError(f"compare: expected --seeds of at least 1, got {seeds}")
-    names = METHODS if policies is None else ("none", "random", *policies)
-    return [find(name) for name in dict.fromkeys(names)]
+    names = dict.fromkeys(METHODS if policies is None else ("none", "random", *policies))
+    if unknown := [name for name in names if name not in (*METHODS, *TRAINED)]:
+        raise ConfigError(
+            f"compare: --policies {unknown[0]!r}: no such method, {did_you_mean(unknown[0], (*METHODS, *TRAINED))}"
+        )
+    return [find(name) for name in names if name in METHODS], [name for name in names if name in TRAINED]
 
 
 def _claim(folder: Path, setting: dict[str, Any]) -> None:

@@ -16,6 +16,13 @@ from adaskip.runtime.description import CONFIG, WEIGHTS, read_config
 from adaskip.verbs.cells import Cell, cell_name
 from adaskip.verbs.run import read_recipe, router_folder
 
+FOUND_BY = {
+    "end-to-end": "learned",
+    "from-bounds": "from_bounds",
+    "path-bank": "path_bank",
+    "token-plan": "token_plan",
+}
+"""What a comparison calls the policies that the methods of recipes find."""
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -39,30 +46,41 @@ class Entry:
     file: Path  # of its cell
 
 
+def split_label(option: str, text: str | Path, what: str) -> tuple[str | None, str]:
+    """Split what is typed as ``LABEL=FOLDER`` or as a folder alone; a label that is not there is None.
+
+    Args:
+        option: that it was typed behind, for errors.
+        text: as typed.
+        what: the word for what the label is of.
+
+    Raises:
+        ConfigError: the label is no name for a file, or that of a method.
+    """
+    label, equals, rest = str(text).partition("=")
+    if not equals or Path(text).exists():  # a file's own name may hold the sign
+        return None, str(text)
+    if not _LABEL.fullmatch(label) or not rest:
+        raise ConfigError(
+            f"compare: {option} {text}: expected LABEL={what} with a label of letters, digits and . + - _, such as "
+            f"kept=runs/kept, got {label!r}"
+        )
+    if label in METHODS:
+        raise ConfigError(f"compare: {option} {text}: {label} is a method; choose another label, such as my-{label}")
+    return label, rest
+
+
 def read_named(runs: Sequence[str | Path]) -> list[Named]:
     """Read runs as they are typed, ``FOLDER`` or ``LABEL=FOLDER``.
 
     Raises:
-        ConfigError: a label is no name for a file, or that of a method.
+        ConfigError: a label is none.
 
     >>> [(run.label, run.folder.name) for run in read_named(["kept=runs/a", "runs/b"])]
     [('kept', 'a'), (None, 'b')]
     """
-    found = []
-    for run in runs:
-        label, equals, folder = str(run).partition("=")
-        if not equals or Path(run).exists():  # a folder's own name may hold the sign
-            found.append(Named(Path(run)))
-            continue
-        if not _LABEL.fullmatch(label) or not folder:
-            raise ConfigError(
-                f"compare: --run {run}: expected LABEL=FOLDER with a label of letters, digits and . + - _, such as "
-                f"kept=runs/kept, got {label!r}"
-            )
-        if label in METHODS:
-            raise ConfigError(f"compare: --run {run}: {label} is a method; choose another label, such as my-{label}")
-        found.append(Named(Path(folder), label))
-    return found
+    split = [split_label("--run", run, "FOLDER") for run in runs]
+    return [Named(Path(folder), label) for label, folder in split]
 
 
 def with_target(target: Path, runs: Sequence[Named]) -> list[Named]:
@@ -87,12 +105,7 @@ def read_entries(runs: Sequence[Named], model: str, group: Group, cells: Path) -
     entries: list[Entry] = []
     for named in runs:
         run, recipe = named.folder, read_recipe(named.folder)
-        for name, own, here in (
-            ("backbone.path", recipe.backbone.path, model),
-            ("router.group", recipe.router.group, group),
-        ):
-            if own != here:
-                raise ConfigError(f"{run}: expected a run with {name}={here}, got {own}; compare it apart")
+        check_same(str(run), "run", recipe, model, group)
         saved = router_folder(run)
         policy, keep, seed = named.label or _name(recipe, saved), recipe.objective.keep, recipe.seed
         origin = hashlib.sha256(b"".join((saved / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
@@ -109,8 +122,31 @@ def read_entries(runs: Sequence[Named], model: str, group: Group, cells: Path) -
     return entries
 
 
+def check_same(where: str, what: str, recipe: Recipe, model: str, group: Group, source: str | None = None) -> None:
+    """Refuse a recipe of something else than what is compared on.
+
+    Args:
+        where: begins the error.
+        what: has the recipe.
+        recipe: of a run, or to train by.
+        model: the backbone that is compared on.
+        group: the tokens that policies speak of.
+        source: of the data; None: any will do.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for name, own, here in (
+        ("backbone.path", recipe.backbone.path, model),
+        ("router.group", recipe.router.group, group),
+        ("data.source", recipe.data.source, recipe.data.source if source is None else source),
+    ):
+        if own != here and not (Path(here).is_dir() and Path(own).resolve() == Path(here).resolve()):
+            raise ConfigError(f"{where}: expected a {what} with {name}={here}, got {own}; compare it apart")
+
+
 def _name(recipe: Recipe, saved: Path) -> str:
     """Return what a run is called beside the methods: by what it holds, which may be a plan that beat its routers."""
     meta = read_config(saved)
     kind: str = meta["policy"]["kind"] if "policy" in meta else "learned"
-    return "from_bounds" if (kind, recipe.method) == ("learned", "from-bounds") else kind
+    return FOUND_BY[recipe.method] if kind == "learned" else kind

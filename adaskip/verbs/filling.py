@@ -24,14 +24,14 @@ from adaskip.survey.skips import measure_skips
 from adaskip.theory.admission import agree
 from adaskip.training.data import Collator, NumberedBatches, loader
 from adaskip.training.tracking import environment
-from adaskip.verbs.cells import Cell, DenseLogits, cell_name, measure_cell
-from adaskip.verbs.entries import Entry
+from adaskip.verbs.cells import CELLS, Cell, DenseLogits, cell_name, measure_cell
+from adaskip.verbs.entries import Entry, Named, read_entries
 from adaskip.verbs.run import Run
 from adaskip.verbs.sample import Sample
 from adaskip.verbs.standings import standings
 from adaskip.verbs.subject import Subject
+from adaskip.verbs.trained import Training
 
-CELLS = "cells"
 _JUDGED = 200
 """Inputs that the agreement with the theory is judged on, at most."""
 
@@ -95,6 +95,19 @@ class Filling:
         with self.stages(f"{entry.folder}: the policy of keep {entry.keep:g}", len(self.test)) as advance:
             model = Run.open(entry.folder).model
             self._measure(model, entry.policy, entry.keep, entry.seed, entry.origin, advance)
+
+    def train(self, training: Training) -> list[str]:
+        """Train a run and fill its cell; return why not, where that is known."""
+        cells = self.folder / CELLS
+        if not training.cell(cells).is_file():
+            try:
+                training.run(self.stages)
+            except (ConfigError, DataError) as error:
+                return [f"{training.policy} at keep {training.recipe.objective.keep:g}: {error}"]
+        named = [Named(training.folder, training.policy)]
+        (entry,) = read_entries(named, self.subject.model, self.subject.group, cells)
+        self.run(entry)
+        return []
 
     def conclude(self, left_out: list[str], oracle: int, budgets: Sequence[float]) -> Comparison:
         """Read all cells that the folder holds, also of earlier calls, and write table, picture and JSON."""

@@ -55,7 +55,16 @@ def test_rows_by_hand() -> None:
     drawn = rows["random"]
     assert (drawn["seeds"], drawn["n"], drawn["kl"], drawn["accuracy"]) == (2, 2, 3.0, 0.25)
     assert (drawn["prefill_ratio"], drawn["generate_ratio"]) == (0.5, 0.75)
-    assert drawn["kinds"]["a"] == {"hit": 0.5, "kl": 2.0, "keep": 0.5}
+    kind = drawn["kinds"]["a"]
+    assert {name: kind[name] for name in ("hit", "dense_hit", "kl", "keep")} == {
+        "hit": 0.5, "dense_hit": 1.0, "kl": 2.0, "keep": 0.5,
+    }  # fmt: skip
+    assert (kind["keep_by_seed"], kind["keep_interval"]["estimate"]) == ([0.5, 0.5], 0.5)
+    assert drawn["by_seed"] == [
+        {"seed": 0, "keep": 0.5, "hit": 0.0, "kl": 2.0}, {"seed": 1, "keep": 0.5, "hit": 0.5, "kl": 4.0},
+    ]  # fmt: skip
+    assert drawn["loss_to_dense"]["estimate"] == 0.75
+    assert (drawn["dense_interval"]["low"], drawn["dense_interval"]["high"]) == (1, 1)
     assert rows["greedy"]["rival"] == "dear"  # its plan that keeps .6; `mean` keeps less, so it is no measure
     assert rows["greedy"]["kl_less"]["estimate"] == pytest.approx(-0.35)
     assert rows["mean"]["rival"] == "dear"
