@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import ConfigError
-from adaskip.recipe import Recipe, load, recipes
-from adaskip.runfiles import RECIPE, SUMMARY
+from adaskip.recipe import Recipe, dump, load, recipes
+from adaskip.runfiles import BANK_PRICES, ENVIRONMENT, RECIPE, SUMMARY, TOKEN_PRICES, write, write_text
 from adaskip.stages import Stages
 from adaskip.verbs.cells import CELLS, cell_name
 from adaskip.verbs.entries import FOUND_BY, Entry, check_same, split_label
@@ -61,9 +61,24 @@ class Training:
         """
         if (self.folder / SUMMARY).is_file():
             return
+        if not (self.folder / RECIPE).is_file():
+            self._take_over_prices()
         keep, seed = self.recipe.objective.keep, self.recipe.seed
         stages.note(f"training {self.policy} at keep {keep:g}, seed {seed}, in {self.folder}")
         train(self.recipe, resume=(self.folder / RECIPE).is_file(), stages=stages)
+
+    def _take_over_prices(self) -> None:
+        """Begin with the exact costs that a search for another budget has measured: they do not depend on it."""
+        for name in (BANK_PRICES, TOKEN_PRICES):
+            for file in sorted(self.folder.parent.glob(f"*/{name}")):
+                other = load(file.parent / RECIPE)
+                if changed_keys(other, load(self.recipe, {"objective.keep": other.objective.keep})):
+                    continue
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.folder / RECIPE, dump(self.recipe))  # with which a run has begun, and goes on
+                write(self.folder / ENVIRONMENT, (file.parent / ENVIRONMENT).read_bytes())
+                write(self.folder / name, file.read_bytes())
+                return
 
 
 def read_recipes(given: Sequence[str | Path | Recipe], overrides: Sequence[str]) -> dict[str, Recipe]:

@@ -12,6 +12,7 @@ import adaskip
 from adaskip.demo.backbone import load as load_demo
 from adaskip.errors import ConfigError
 from adaskip.recipe import load
+from adaskip.survey import bank
 from adaskip.training.data import Collator, load_records
 from adaskip.verbs import cells, trained
 from tests.faults.finished import SHORT
@@ -89,6 +90,31 @@ def test_trainings_go_on_where_they_were_stopped(
     assert trainings == [("learned-0.7-seed0", False), ("learned-0.7-seed1", False), ("learned-0.7-seed1", True)]
     (row,) = (row for row in found.rows if row["policy"] == "learned")
     assert row["seeds"] == 2
+
+
+def test_a_search_begins_with_what_another_budget_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact costs do not depend on the budget; catches paths that are priced again for each, and costs that are taken
+    over from another seed, whose inputs are others."""
+    asked: list[tuple[int, ...]] = []
+    real = bank.exact_prices
+
+    def counted(*args: Any) -> Any:
+        price = real(*args)
+        return lambda paths, rows: asked.extend(paths) or price(paths, rows)
+
+    monkeypatch.setattr(bank, "exact_prices", counted)
+    given: dict[str, Any] = SMALL | {"seeds": 1, "output": tmp_path, "overrides": QUICK, "policies": ["path_bank"]}
+    adaskip.compare("digits-vlm", budgets=(0.8,), **given)
+    before = [*asked]
+    assert {(layer,) for layer in range(3, 12)} <= {*before}
+    asked.clear()
+    found = adaskip.compare("digits-vlm", budgets=(0.7,), **given)
+    assert {row["budget"] for row in found.rows if row["policy"] == "path_bank"} == {0.8, 0.7}
+    assert not {(layer,) for layer in range(12)} & {*asked}
+    assert (tmp_path / "runs" / "path_bank-0.7-seed0" / "env.json").is_file()
+    asked.clear()
+    adaskip.compare("digits-vlm", budgets=(0.7,), **given | {"seeds": 2})
+    assert {(layer,) for layer in range(3, 12)} <= {*asked}
 
 
 def test_a_recipe_of_ones_own(run: Path, tmp_path: Path, trainings: list[tuple[str, bool]]) -> None:
