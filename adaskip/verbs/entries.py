@@ -141,8 +141,13 @@ def check_same(where: str, what: str, recipe: Recipe, model: str, group: Group, 
         ("router.group", recipe.router.group, group),
         ("data.source", recipe.data.source, recipe.data.source if source is None else source),
     ):
-        if own != here and not (Path(here).is_dir() and Path(own).resolve() == Path(here).resolve()):
+        if not same_place(own, here):
             raise ConfigError(f"{where}: expected a {what} with {name}={here}, got {own}; compare it apart")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Return whether two names of a model or of data mean the same, of folders wherever they are looked at from."""
+    return one == other or (Path(other).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
 def _name(recipe: Recipe, saved: Path) -> str:

@@ -12,7 +12,7 @@ from adaskip.recipe import Recipe, dump, load, recipes
 from adaskip.runfiles import BANK_PRICES, ENVIRONMENT, RECIPE, SUMMARY, TOKEN_PRICES, write, write_text
 from adaskip.stages import Stages
 from adaskip.verbs.cells import CELLS, cell_name
-from adaskip.verbs.entries import FOUND_BY, Entry, check_same, split_label
+from adaskip.verbs.entries import FOUND_BY, Entry, check_same, same_place, split_label
 from adaskip.verbs.start import changed_keys
 from adaskip.verbs.subject import Subject
 from adaskip.verbs.train import train
@@ -171,7 +171,7 @@ def _variant(subject: Subject, policy: str, given: dict[str, Recipe], overrides:
     bases: list[Any] = [*filter(None, [subject.recipe]), *given.values()] or [
         name
         for name, file in recipes().items()
-        if (recipe := load(file)).backbone.path == subject.model and recipe.router.group == subject.group
+        if same_place((recipe := load(file)).backbone.path, subject.model) and recipe.router.group == subject.group
     ]
     if not bases:
         raise ConfigError(

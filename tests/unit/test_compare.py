@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,12 +13,16 @@ import torch
 import adaskip
 from adaskip.demo.backbone import load
 from adaskip.errors import AdaSkipError, CheckpointError, ConfigError
+from adaskip.methods.method import METHODS
+from adaskip.recipe import Recipe
 from adaskip.survey.skips import measure_skips
 from adaskip.training.data import load_records
 from adaskip.verbs import cells, subject
 from adaskip.verbs import filling as verb
 from adaskip.verbs.cells import Cell
+from adaskip.verbs.entries import FOUND_BY
 from adaskip.verbs.standings import standings
+from adaskip.verbs.trained import TRAINED
 from tests import toys, tuning, wandb_file
 
 SMALL: dict[str, Any] = {
@@ -215,6 +219,13 @@ def test_agreement_is_of_what_a_policy_skips(tmp_path: Path) -> None:
     admitted = [layer for layer in plan if layer in found.admitted]
     total = (row["inside"] or 0) * len(admitted) + (row["outside"] or 0) * (len(plan) - len(admitted))
     assert total == pytest.approx(float(cost[plan].sum()), rel=1e-4)
+
+
+def test_every_method_of_a_recipe_has_a_name_in_comparisons() -> None:
+    """Catches a new way to train that no comparison can name, or that is named like a method."""
+    assert {*FOUND_BY} == {*get_args(Recipe.model_fields["method"].annotation)}
+    assert {*FOUND_BY.values()} == {*TRAINED}
+    assert not {*TRAINED} & {*METHODS}
 
 
 @pytest.mark.parametrize(
