@@ -86,6 +86,11 @@ def compare(
     """
     chosen, learned = _check(policies, budgets, group, split, seeds)
     named, given = read_named(runs), read_recipes(train, overrides)
+    if overrides and not (learned or given):
+        raise ConfigError(
+            f"compare: --set {overrides[0]}: changes recipes that are trained, and none is; name one, --train RECIPE, "
+            f"or a policy, --policies {TRAINED[0]}"
+        )
     mode = check_tracking(wandb, "--wandb", "--wandb offline")
     subject = open_subject(target, data, group)
     folder = Path(output or f"runs/compare-{Path(subject.model).name}-{subject.group}")

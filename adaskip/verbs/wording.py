@@ -18,10 +18,13 @@ def edit_distances(said: Sequence[str], wanted: Sequence[str]) -> list[float]:
     >>> edit_distances(["9 8 0", "9 8"], ["9 8 1", "9 8"])
     [0.2, 0.0]
     """
-    if not said:
-        return []
-    edits = edit_distance([*said], [*wanted], reduction="none").tolist()
-    return [count / max(1, len(text)) for count, text in zip(edits, wanted, strict=True)]
+    distances = [0.0] * len(said)
+    # most answers are right, and a distance takes the product of both lengths
+    if wrong := [place for place, pair in enumerate(zip(said, wanted, strict=True)) if pair[0] != pair[1]]:
+        edits = edit_distance([said[place] for place in wrong], [wanted[place] for place in wrong], reduction="none")
+        for place, count in zip(wrong, edits.tolist(), strict=True):
+            distances[place] = count / max(1, len(wanted[place]))
+    return distances
 
 
 class Content:

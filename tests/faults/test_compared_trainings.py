@@ -161,6 +161,11 @@ def test_a_budget_that_training_cannot_hold(tmp_path: Path) -> None:
         ),
         ("digits-vlm", {"policies": ["lerned"]}, "'lerned': no such method, did you mean 'learned'"),
         ("digits-vlm", {"train": ["digits-vlm"], "overrides": ["trainer.stepz=3"]}, "trainer.stepz: no such key"),
+        (
+            "digits-vlm",
+            {"overrides": ["seed=3"]},
+            "--set seed=3: changes recipes that are trained, and none is; name one",
+        ),
         ("digits-vlm", {"train": ["greedy=digits-vlm"]}, "greedy is a method; choose another label"),
     ],
 )
