@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,23 @@ from adaskip.verbs.subject import Subject
 from adaskip.verbs.train import train
 
 RUNS = "runs"
-_NO_GRADIENT = ["trainer.steps=0", "objective.gradient=straight-through", "static.start=false"]
+_UNTUNED = ["trainer.steps=0", "static.start=false", "conditions.on_violation=warn"]
 _BY_METHOD: dict[str, list[str]] = {
     "learned": [],
-    "from_bounds": ["trainer.steps=0", "static.start=false"],
-    "path_bank": ["router.scope=prompt", *_NO_GRADIENT],
-    "token_plan": ["router.scope=token", *_NO_GRADIENT],
+    "from_bounds": _UNTUNED,
+    "path_bank": ["router.scope=prompt", *_UNTUNED],
+    "token_plan": ["router.scope=token", "objective.gradient=straight-through", *_UNTUNED],
 }
 """What each policy that training finds asks of a recipe that was written for another one, beside its method."""
 TRAINED = tuple(_BY_METHOD)
 """Policies that training finds, by the names that a comparison has for them."""
 # a comparison judges the policy itself, whatever becomes of it, and keeps its own log
-_SETTLED = [
-    "static.fallback=false",
-    "conditions.on_violation=warn",
-    "tracking.wandb=disabled",
-    "trainer.progress=false",
-]
+_SETTLED: dict[str, Any] = {
+    "static.fallback": False,
+    "conditions.on_violation": "warn",
+    "tracking.wandb": "disabled",
+    "trainer.progress": False,
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def plan_trainings(
         check_same(f"compare: --train {policy}", "recipe", recipe, subject.model, subject.group, subject.source)
     chosen = {name: _variant(subject, name, given, overrides) for name in names if name not in given} | given
     trainings = [
-        Training(policy, load(recipe, [*_SETTLED, *_place(folder, policy, budget, seed)]))
+        Training(policy, load(recipe, _SETTLED | _place(folder, policy, budget, seed)))
         for policy, recipe in chosen.items()
         for budget in budgets
         for seed in range(seeds)
@@ -161,9 +161,8 @@ def check_apart(entries: Sequence[Entry], trainings: Sequence[Training], folder:
             )
 
 
-def _place(folder: Path, policy: str, budget: float, seed: int) -> Iterator[str]:
-    yield from (f"objective.keep={budget:g}", f"seed={seed}")
-    yield f"output={folder / RUNS / cell_name(policy, budget, seed)}"
+def _place(folder: Path, policy: str, budget: float, seed: int) -> dict[str, Any]:
+    return {"objective.keep": budget, "seed": seed, "output": str(folder / RUNS / cell_name(policy, budget, seed))}
 
 
 def _variant(subject: Subject, policy: str, given: dict[str, Recipe], overrides: Sequence[str]) -> Recipe:
@@ -182,7 +181,7 @@ def _variant(subject: Subject, policy: str, given: dict[str, Recipe], overrides:
     method = next(method for method, found in FOUND_BY.items() if found == policy)
     changes = [] if own else [f"method={method}", *_BY_METHOD[policy]]
     # what a method must have comes last: the steps that somebody asks for are those of routers
-    recipe = load((own or bases)[0], [*overrides, *changes, *_SETTLED])
+    recipe = load((own or bases)[0], [*overrides, *changes])
     check_same(f"compare: --policies {policy}", "recipe", recipe, subject.model, subject.group, subject.source)
     return recipe
 

@@ -156,7 +156,7 @@ def test_a_budget_that_training_cannot_hold(tmp_path: Path) -> None:
         ),
         (
             "digits-vlm",
-            {"train": ["vision=digits-vlm-vision"]},
+            {"train": ["vision=digits-vlm-vision"], "overrides": QUICK},
             "--train vision: expected a recipe with router.group=all",
         ),
         ("digits-vlm", {"policies": ["lerned"]}, "'lerned': no such method, did you mean 'learned'"),
@@ -172,7 +172,7 @@ def test_a_budget_that_training_cannot_hold(tmp_path: Path) -> None:
 def test_what_cannot_be_trained(target: str, given: dict[str, Any], text: str, tmp_path: Path) -> None:
     """Before anything is measured; catches an hour of methods in front of a refusal."""
     with pytest.raises(ConfigError, match=text):
-        adaskip.compare(target, **{"policies": [], "output": tmp_path, **SMALL, **given})
+        adaskip.compare(target, **{"policies": [], "budgets": (0.7,), "seeds": 1, "output": tmp_path, **SMALL, **given})
     assert not [*tmp_path.glob("cells/*")]
 
 
