@@ -39,6 +39,7 @@ class Columns(Section):
     prompt: Text = "prompt"
     answer: Text = "answer"
     kind: Text = "kind"
+    present: Text = "present"  # what an answer may name, a list of words: anything else of the data's is hallucinated
 
 
 class Examples(Section):

@@ -1,4 +1,4 @@
-"""`adaskip bench`, `profile` and `compare`: what layers and policies cost and are worth; nothing is trained."""
+"""`adaskip bench`, `profile` and `compare`: what layers and policies cost and are worth."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def compare(
         str, typer.Argument(metavar="MODEL|RUN", help="A Hugging Face id or folder, digits-vlm, or a run's folder.")
     ],
     policies: Annotated[
-        str | None, typer.Option("--policies", help="Names of methods, such as greedy,skip_it; default: all.")
+        str | None, typer.Option("--policies", help="Names, such as greedy,skip_it,learned; default: all methods.")
     ] = None,
     budgets: Annotated[
         str, typer.Option("--budgets", help="Shares of the dense decoder FLOPs that they may keep.")
@@ -103,14 +103,26 @@ def compare(
     data: Annotated[str | None, typer.Option("--data", help="A folder of JSON lines, or a dataset id.")] = None,
     group: Annotated[str | None, typer.Option("--group", help="all or vision; default: the run's, or all.")] = None,
     runs: Annotated[
-        list[Path] | None, typer.Option("--run", help="A finished run to compare as well; may be repeated.")
+        list[str] | None,
+        typer.Option("--run", metavar="[LABEL=]FOLDER", help="A finished run to compare as well; may be repeated."),
+    ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option("--train", metavar="[LABEL=]RECIPE", help="A recipe to train at every budget; may be repeated."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of all recipes that are trained; may be repeated."),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Judged on: validation, calibration or test.")] = "test",
     examples: Annotated[int, typer.Option("--examples", min=1, help="Inputs to judge on.")] = 600,
     fit: Annotated[int, typer.Option("--fit", min=1, help="Inputs of split train that plans are chosen by.")] = 200,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of a method that draws.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of a method that draws, and trainings.")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs at once.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Generated where seconds are taken.")] = 8,
+    generate: Annotated[
+        int, typer.Option("--generate", min=0, help="So many inputs are also answered freely; 0: none.")
+    ] = 0,
     oracle: Annotated[
         int, typer.Option("--oracle", min=0, help="So many inputs also get a plan of their own; 0: none.")
     ] = 0,
@@ -125,14 +137,19 @@ def compare(
 
         return compare(
             target, data, policies=None if policies is None else [name.strip() for name in policies.split(",")],
-            budgets=read_budgets(budgets), group=group, runs=runs or (), split=split, examples=examples, fit=fit,
-            seeds=seeds, batch_size=batch_size, new_tokens=new_tokens, oracle=oracle, output=output,
+            budgets=read_budgets(budgets), group=group, runs=runs or (), train=train or (),
+            overrides=overrides or (), split=split, examples=examples, fit=fit,
+            seeds=seeds, batch_size=batch_size, new_tokens=new_tokens, generate=generate, oracle=oracle, output=output,
             wandb=wandb, stages=terminal_stages(),
         )  # fmt: skip
 
     def show(result: dict[str, Any]) -> None:
         shown = ("budget", "policy", "seeds", "keep", "accuracy", "recovery", "kl", "token_agreement", "prefill_ratio")
-        table([{name: row[name] for name in (*shown, "generate_ratio", "front")} for row in result["rows"]])
+        table([_pick(row, *shown, "generate_ratio", "front") for row in result["rows"]])
+        written = [{**_pick(row, "budget", "policy"), **row["generated"]} for row in result["rows"] if row["generated"]]
+        if written:
+            say("\ngeneration: answers written freely, beside the data's own and the dense model's:")
+            table(written)
         held = ("policy", "budget", "seed", "jaccard", "spearman", "inside", "outside", "p")
         if result["agreement"]:
             say(f"\nskips beside what the theory admits, layers {', '.join(map(str, result['admitted'])) or 'none'}:")
@@ -144,3 +161,7 @@ def compare(
         say(f"picture: {result['picture']}")
 
     do(work, show, as_json)
+
+
+def _pick(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names}

@@ -28,6 +28,7 @@ def evaluate(
     """Measure the routed model beside the dense one and the best static plan, by kind of input."""
     sides = ("dense", "routed", "static")
     spent = (*(f"{side}_{name}" for name in ("cut", "s") for side in sides), "prefill_dense_s", "prefill_routed_s")
+    worded = tuple(f"{side}_{name}" for name in ("edit_distance", "hallucinated") for side in sides)
     forced = ("kl", "static_kl", "token_agreement", "static_token_agreement")
     likely = tuple(f"{side}_{name}" for name in ("perplexity", "log_likelihood") for side in sides)
 
@@ -43,11 +44,21 @@ def evaluate(
     def show(result: dict[str, Any]) -> None:
         rows = [*result["kinds"], {"kind": "mean", **result["mean"]}]
         unknown = [name for name in rows[0] if all(row.get(name) is None for row in rows)]  # no static plan
+        others = (*worded, *spent, *forced, *likely, "flops_saved")
         tables = {
-            "generated answers": [name for name in rows[0] if name not in (*spent, *forced, *likely, "flops_saved")],
+            "generation: answers as they are written, exact match with the data's own and with the dense model's": [
+                name for name in rows[0] if name not in others
+            ],
+            "generation: edit distance from the data's own answers; share that name what is not there": (
+                "kind",
+                *worded,
+            ),
             "answers that were cut, and seconds": ("kind", *spent, "flops_saved"),
-            "the data's own answers, teacher-forced; KL to the dense model in nats per token": ("kind", *forced),
-            "their perplexity, and log-likelihood in nats per token": ("kind", *likely),
+            "log-likelihood: the data's own answers, teacher-forced; KL to the dense model in nats per token": (
+                "kind",
+                *forced,
+            ),
+            "log-likelihood: their perplexity, and log-likelihood in nats per token": ("kind", *likely),
         }
         for title, names in tables.items():
             if len(shown := [name for name in names if name in rows[0] and name not in unknown]) > 1:

@@ -5,7 +5,8 @@ The kinds need the picture to different degrees: `digit`, `sum`, `count` and `ma
 
     {"image": PIL.Image (RGB, 16x16), "prompt": "<image> digit top left ?", "answer": "7", "kind": "digit"},
 
-the format user data has as well.
+the format user data has as well. Where an answer names digits, ``present`` lists those that it may name: of the picture
+for `digit` and `max`, of the question for `repeat`.
 """
 
 from __future__ import annotations
@@ -128,5 +129,10 @@ def examples(split: str, per_kind: int, seed: int) -> list[dict[str, Any]]:
         kind = KINDS[index % len(KINDS)]
         question, answer = ask(kind, labels[index], rng)
         image = Image.fromarray(picture).convert("RGB")
-        records.append({"image": image, "prompt": f"<image> {question}", "answer": answer, "kind": kind})
+        record = {"image": image, "prompt": f"<image> {question}", "answer": answer, "kind": kind}
+        if kind in ("digit", "max"):
+            record["present"] = sorted({*map(str, labels[index])})
+        elif kind == "repeat":
+            record["present"] = sorted({*answer.split()})
+        records.append(record)
     return records

@@ -13,30 +13,9 @@ from typing import Any
 import numpy as np
 
 from adaskip import runfiles
+from adaskip.report.columns import GENERATED, READ, WORDED
 
 UNITS = {"functional": "nats", "geometric": "1 − cos", "proximal": "share moved", "cross-modal": "attention mass"}
-GENERATED = {
-    "dense_accuracy": "dense accuracy",
-    "routed_accuracy": "routed accuracy",
-    "static_accuracy": "static accuracy",
-    "agreement": "agreement",
-    "static_agreement": "static agreement",
-    "keep": "keep rate",
-    "static_keep": "static keep rate",
-    "flops_saved": "FLOPs saved",
-}
-READ = {
-    "kl": "KL(dense, routed)",
-    "static_kl": "KL(dense, static)",
-    "token_agreement": "token agreement",
-    "static_token_agreement": "static token agreement",
-    "dense_perplexity": "dense perplexity",
-    "routed_perplexity": "routed perplexity",
-    "static_perplexity": "static perplexity",
-    "dense_log_likelihood": "dense log-likelihood",
-    "routed_log_likelihood": "routed log-likelihood",
-    "static_log_likelihood": "static log-likelihood",
-}
 _SLACK = ("slack_median", "slack_90")
 MARKS = {"admissible": "✓", "inadmissible": "✗", "undecided": "?"}
 
@@ -91,16 +70,19 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
         _table(["kind", "n", *shown.values(), "answer (s)", "prefill (s)"], rows),
         source,
     ]
+    if _known("routed_edit_distance", kinds):
+        body += [
+            "The same answers. Edit distance: characters to change for the data's own answer, over its length; "
+            "hallucinated: the share of answers that name what is not there, where the data say what is.",
+            _by_kind(kinds, WORDED),
+            source,
+        ]
     if _known("kl", kinds):
-        keys = {key: name for key, name in READ.items() if _known(key, kinds)}
         body += [
             "The data's own answers, teacher-forced. KL and log-likelihood: nats per predicted token, mean over inputs;"
             " token agreement: the share of predicted tokens whose likeliest value is the dense model's; perplexity: "
             "exp of the mean negative log-likelihood of a token, its mean over kinds geometric.",
-            _table(
-                ["kind", *keys.values()],
-                [[_cell(row.get("kind")), *(number(row.get(key)) for key in keys)] for row in kinds],
-            ),
+            _by_kind(kinds, READ),
             source,
         ]
     if isinstance(static := evaluation.get("static"), dict) and static:
@@ -112,6 +94,13 @@ def result(summary: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     if isinstance(example := evaluation.get("example"), dict) and example:
         body += ["### One input", _example(example), _source(runfiles.EVALUATION)]
     return body
+
+
+def _by_kind(kinds: Sequence[dict[str, Any]], names: dict[str, str]) -> str:
+    """Show figures of each kind, those that are known of any."""
+    keys = {key: name for key, name in names.items() if _known(key, kinds)}
+    rows = [[_cell(row.get("kind")), *(number(row.get(key)) for key in keys)] for row in kinds]
+    return _table(["kind", *keys.values()], rows)
 
 
 def _known(key: str, rows: Sequence[dict[str, Any]]) -> bool:

@@ -72,4 +72,17 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         lines.append("| " + " | ".join(form.format(row[name]) for name, form in names.items()) + " |")
-    return "\n".join(lines) + "\n"
+    written = [row for row in rows if row["generated"]]
+    return "\n".join([*lines, *(["", *_generated(written)] if written else [])]) + "\n"
+
+
+def _generated(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of what was answered freely."""
+    names = [name for name in rows[0]["generated"] if name != "n"]
+    titles = ["budget", "policy", "n", *(name.replace("_", " ") for name in names)]
+    lines = ["Answers written freely:", "", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in rows:
+        found = row["generated"]
+        values = ["n/a" if found[name] is None else f"{found[name]:.4f}" for name in names]
+        lines.append(f"| {row['budget']:g} | {row['policy']} | {found['n']} | {' | '.join(values)} |")
+    return lines

@@ -1,4 +1,4 @@
-"""Records {image, prompt, answer, kind}, read and checked: JSON lines, a Hugging Face data set or the demo's data."""
+"""Records {image, prompt, answer, kind, present}, read and checked: JSON lines, a Hugging Face data set, the demo's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaskip.errors import DataError
 from adaskip.lines import Repeating, json_lines, listed
 from adaskip.training.pictures import located, look, pictures_of
 
-FIELDS = ("image", "prompt", "answer", "kind")
+FIELDS = ("image", "prompt", "answer", "kind", "present")
 SPLITS = ("train", "validation", "calibration", "test")
 Record = dict[str, Any]
 
@@ -222,6 +222,14 @@ def _row_faults(row: Any, reader: _Reader) -> Iterator[str]:
     kind = row.get(reader.names["kind"])
     if not isinstance(kind, str | int | float | None) or (isinstance(kind, float) and not math.isfinite(kind)):
         yield f"{reader.names['kind']} is {_named(kind)}; expected text"
+    present, name = row.get(reader.names["present"]), reader.names["present"]
+    if present is not None and not (
+        isinstance(present, list) and all(isinstance(w, str) and w.strip() for w in present)
+    ):
+        yield (
+            f'{name} is {_named(present)}; expected a list of what an answer may name, such as ["cat", "dog"], '
+            "or another name for it under data.columns.present"
+        )
 
 
 def _text_fault(value: Any) -> str | None:
@@ -277,7 +285,7 @@ def _named(value: Any) -> str:
     """Return a JSON value with its type, as its writer would call it."""
     if value is None:
         return "null"
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return f"{_short(value)} ({kinds.get(type(value), type(value).__name__)})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
 from adaskip.survey.record import match_predicted, record
 from adaskip.theory.costs import Reference, per_input
+from adaskip.verbs.sample import Figures, Sample
 
+CELLS = "cells"
+"""Folder of a comparison that holds them."""
 ROOM = 2**31
 """Bytes of dense logits that are kept between cells."""
 ROUNDS = 5
@@ -43,6 +46,7 @@ class Cell:
     runs: list[float]  # share of inputs (or of their tokens) that ran each layer
     seconds: dict[str, float]  # prefill, generate, and the dense model's beside them: medians over rounds, one batch
     origin: str = ""  # a mark of the saved policy that it is of; empty: a method's
+    generated: Figures = field(default_factory=dict)  # of answers written freely to a sample; empty: none were
 
     @property
     def name(self) -> str:
@@ -62,7 +66,8 @@ class Cell:
         """
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{field.name: stored[field.name] for field in fields(cls)})
+            known = [f.name for f in fields(cls) if f.name in stored or f.default_factory is MISSING]
+            return cls(**{name: stored[name] for name in known})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{file}: expected a cell of a comparison, cannot be read ({error!r}); remove it to measure it anew"
@@ -102,6 +107,7 @@ def measure_cell(
     model: RoutedModel,
     dense: DenseLogits,
     prompts: Batch,
+    sample: Sample,
     *,
     policy: str,
     budget: float,
@@ -116,6 +122,7 @@ def measure_cell(
         model: attached, on its device.
         dense: of the prompts with answers, on the model's device.
         prompts: a batch of prompts alone, whose reading and answering is timed.
+        sample: of prompts that are answered freely.
         policy: what it is called.
         budget: what it was asked to keep.
         seed: of its draws or its training.
@@ -147,7 +154,10 @@ def measure_cell(
     plan = None if known is None else (~known).nonzero().flatten().tolist()
     shares = (runs / max(1, len(kinds))).tolist()
     seconds = _seconds(model, prompts, new_tokens)
-    return Cell(policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds, origin=origin)
+    return Cell(
+        policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds, origin=origin,
+        generated=sample(model),
+    )  # fmt: skip
 
 
 def _seconds(model: RoutedModel, prompts: Batch, new_tokens: int) -> dict[str, float]:

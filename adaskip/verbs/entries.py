@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaskip.errors import ConfigError
+from adaskip.methods.method import METHODS
 from adaskip.plan import Group
 from adaskip.recipe import Recipe
 from adaskip.runtime.description import CONFIG, WEIGHTS, read_config
 from adaskip.verbs.cells import Cell, cell_name
 from adaskip.verbs.run import read_recipe, router_folder
+
+FOUND_BY = {
+    "end-to-end": "learned",
+    "from-bounds": "from_bounds",
+    "path-bank": "path_bank",
+    "token-plan": "token_plan",
+}
+"""What a comparison calls the policies that the methods of recipes find."""
+_LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+@dataclass(frozen=True)
+class Named:
+    """Hold the folder of a run, and what it is called; None: by what it holds."""
+
+    folder: Path
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,11 +46,54 @@ class Entry:
     file: Path  # of its cell
 
 
-def read_entries(runs: Sequence[Path], model: str, group: Group, cells: Path) -> list[Entry]:
+def split_label(option: str, text: str | Path, what: str) -> tuple[str | None, str]:
+    """Split what is typed as ``LABEL=FOLDER`` or as a folder alone; a label that is not there is None.
+
+    Args:
+        option: that it was typed behind, for errors.
+        text: as typed.
+        what: the word for what the label is of.
+
+    Raises:
+        ConfigError: the label is no name for a file, or that of a method.
+    """
+    label, equals, rest = str(text).partition("=")
+    if not equals or Path(text).exists():  # a file's own name may hold the sign
+        return None, str(text)
+    if not _LABEL.fullmatch(label) or not rest:
+        raise ConfigError(
+            f"compare: {option} {text}: expected LABEL={what} with a label of letters, digits and . + - _, such as "
+            f"kept=runs/kept, got {label!r}"
+        )
+    if label in METHODS:
+        raise ConfigError(f"compare: {option} {text}: {label} is a method; choose another label, such as my-{label}")
+    return label, rest
+
+
+def read_named(runs: Sequence[str | Path]) -> list[Named]:
+    """Read runs as they are typed, ``FOLDER`` or ``LABEL=FOLDER``.
+
+    Raises:
+        ConfigError: a label is none.
+
+    >>> [(run.label, run.folder.name) for run in read_named(["kept=runs/a", "runs/b"])]
+    [('kept', 'a'), (None, 'b')]
+    """
+    split = [split_label("--run", run, "FOLDER") for run in runs]
+    return [Named(Path(folder), label) for label, folder in split]
+
+
+def with_target(target: Path, runs: Sequence[Named]) -> list[Named]:
+    """Return the run that is the comparison's subject and the others; it comes once, under a label that it is given."""
+    named = {run.folder.resolve() for run in runs}
+    return [*runs] if target.resolve() in named else [Named(target), *runs]
+
+
+def read_entries(runs: Sequence[Named], model: str, group: Group, cells: Path) -> list[Entry]:
     """Read what runs are called, and which policies they hold.
 
     Args:
-        runs: their folders.
+        runs: their folders and labels.
         model: the backbone that is compared on.
         group: the tokens that policies speak of.
         cells: folder of the comparison's cells.
@@ -41,16 +103,11 @@ def read_entries(runs: Sequence[Path], model: str, group: Group, cells: Path) ->
         CheckpointError: a folder is no finished run, or a cell is damaged.
     """
     entries: list[Entry] = []
-    for run in runs:
-        recipe = read_recipe(run)
-        for name, own, here in (
-            ("backbone.path", recipe.backbone.path, model),
-            ("router.group", recipe.router.group, group),
-        ):
-            if own != here:
-                raise ConfigError(f"{run}: expected a run with {name}={here}, got {own}; compare it apart")
+    for named in runs:
+        run, recipe = named.folder, read_recipe(named.folder)
+        check_same(str(run), "run", recipe, model, group)
         saved = router_folder(run)
-        policy, keep, seed = _name(recipe, saved), recipe.objective.keep, recipe.seed
+        policy, keep, seed = named.label or _name(recipe, saved), recipe.objective.keep, recipe.seed
         origin = hashlib.sha256(b"".join((saved / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
         file = cells / f"{cell_name(policy, keep, seed)}.json"
         taken = [each.origin for each in entries if each.file == file]
@@ -59,14 +116,42 @@ def read_entries(runs: Sequence[Path], model: str, group: Group, cells: Path) ->
         if any(other != origin for other in taken):
             raise ConfigError(
                 f"{run}: expected one run of {policy}, keep {keep:g} and seed {seed}, found another in {file.name}; "
-                f"compare it apart: --output {cells.parent}-2"
+                f"give it a name of its own: --run LABEL={run}"
             )
         entries.append(Entry(run, policy, keep, seed, origin, file))
     return entries
+
+
+def check_same(where: str, what: str, recipe: Recipe, model: str, group: Group, source: str | None = None) -> None:
+    """Refuse a recipe of something else than what is compared on.
+
+    Args:
+        where: begins the error.
+        what: has the recipe.
+        recipe: of a run, or to train by.
+        model: the backbone that is compared on.
+        group: the tokens that policies speak of.
+        source: of the data; None: any will do.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for name, own, here in (
+        ("backbone.path", recipe.backbone.path, model),
+        ("router.group", recipe.router.group, group),
+        ("data.source", recipe.data.source, recipe.data.source if source is None else source),
+    ):
+        if not same_place(own, here):
+            raise ConfigError(f"{where}: expected a {what} with {name}={here}, got {own}; compare it apart")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Return whether two names of a model or of data mean the same, of folders wherever they are looked at from."""
+    return one == other or (Path(other).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
 def _name(recipe: Recipe, saved: Path) -> str:
     """Return what a run is called beside the methods: by what it holds, which may be a plan that beat its routers."""
     meta = read_config(saved)
     kind: str = meta["policy"]["kind"] if "policy" in meta else "learned"
-    return "from_bounds" if (kind, recipe.method) == ("learned", "from-bounds") else kind
+    return FOUND_BY[recipe.method] if kind == "learned" else kind

@@ -17,23 +17,24 @@ from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
 from adaskip.stages import SILENT, Stages
-from adaskip.training.data import Collator, Record, loader
+from adaskip.training.data import Collator, Record, in_order, loader
 from adaskip.verbs.generate import texts
 from adaskip.verbs.lengths import check_room, longest_answer, reached_limit, tell_if_endless, warn_of_cuts
 from adaskip.verbs.rival import Duel, Rival, duel, find_rival, missing
 from adaskip.verbs.run import Run, check_writable, read_recipe
 from adaskip.verbs.splits import check_split, split_of
 from adaskip.verbs.teacher import Forced, join, read_answers, rows_at_once
+from adaskip.verbs.wording import Content, edit_distances
 
 _Figures = dict[str, list[float]]
-"""Numbers by name: one an input, and of seconds and cut answers one a batch."""
+"""Numbers by name: one an input that has one, and of seconds and cut answers one a batch."""
 
 
 @dataclass(frozen=True)
 class KindFigures:
     """Hold the figures of the dense model, the routed one and a static plan on the inputs of one kind.
 
-    Those of the static plan are None where there is none.
+    Those of the static plan are None where there is none, and of hallucination where the data do not say what is there.
     """
 
     kind: str
@@ -43,6 +44,14 @@ class KindFigures:
     static_accuracy: float | None
     agreement: float  # share of routed answers that are the dense ones
     static_agreement: float | None
+    dense_edit_distance: float  # characters to change for the data's own answer, over its length; see `edit_distances`
+    routed_edit_distance: float
+    static_edit_distance: float | None
+    dense_hallucinated: (
+        float | None
+    )  # share of answers that name what is not there, where records say so; see `Content`
+    routed_hallucinated: float | None
+    static_hallucinated: float | None
     dense_cut: int  # answers that ran into the limit
     routed_cut: int
     static_cut: int | None
@@ -80,7 +89,7 @@ class EvaluationResult:
 
     @property
     def mean(self) -> dict[str, float | None]:
-        """Average each figure over the kinds; perplexities, which multiply, by their geometric mean."""
+        """Average each figure over the kinds that have it; perplexities, which multiply, by their geometric mean."""
         names = [field.name for field in fields(KindFigures) if field.name not in ("kind", "n")]
         return {name: _mean(name, [getattr(row, name) for row in self.kinds]) for name in names}
 
@@ -172,7 +181,8 @@ def evaluate(
 
 def _mean(name: str, values: list[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
-    if len(numbers) < len(values):
+    # a static plan has its figures of all kinds or of none; what is hallucinated is known of some
+    if not numbers:
         return None
     return statistics.geometric_mean(numbers) if name.endswith("_perplexity") else statistics.fmean(numbers)
 
@@ -196,15 +206,20 @@ def _measure(
 ) -> tuple[list[KindFigures], dict[str, Forced]]:
     """Answer each kind by generation, then read its own answers by teacher forcing; also return all that was read."""
     total, done, device = sum(map(len, groups.values())), 0, run.model.spec.device
+    collate = Collator(run.processor, answers=False)
+    content = Content([record for members in groups.values() for record in members])
     skip = None if rival is None else rival.skip
     rows, read = [], []
     with stages(f"answering {total} inputs, side by side", total) as advance:
         for kind, members in groups.items():
             figures: _Figures = {}
             # prompts alone, for an answer behind a prompt would be read as a part of it
-            for place, batch in enumerate(loader(members, Collator(run.processor, answers=False), batch_size)):
-                _extend(figures, _answer(run, batch.to(device), limit, place, skip))
-                advance(done := done + len(batch))
+            for place, chosen in enumerate(in_order(members, batch_size)):
+                asked = [members[number] for number in chosen]
+                found, said = _answer(run, collate(asked).to(device), limit, place, skip)
+                _extend(figures, found)
+                _extend(figures, _worded(said, asked, content))
+                advance(done := done + len(asked))
             whole = loader(members, Collator(run.processor), rows_at_once(run.model, batch_size))
             read.append(read_answers(run.model, whole, skip))
             rows.append(_summed(kind, len(members), figures, read[-1]))
@@ -226,13 +241,27 @@ def _summed(kind: str, n: int, figures: _Figures, forced: dict[str, Forced]) -> 
             compares = name in ("kl", "token_agreement")
             if not (compares and side == "dense"):
                 values[name if compares and side == "routed" else f"{side}_{name}"] = value
-    # what only a static plan has, and there is none
-    values = {f.name: None for f in fields(KindFigures) if f.name.startswith("static_")} | values
+    # what only a static plan has, and there is none, or only records that say what is there
+    unknown = [f.name for f in fields(KindFigures) if f.name.startswith("static_") or f.name.endswith("_hallucinated")]
+    values = dict.fromkeys(unknown) | values
     return KindFigures(kind=kind, n=n, flops_saved=1 - values["keep"], **values)
 
 
-def _answer(run: Run, batch: Batch, limit: int, place: int, skip: Sequence[int] | None) -> _Figures:
-    """Generate the answers of the ``place``-th batch by every side, and take the seconds."""
+def _worded(said: dict[str, list[str]], records: Sequence[Record], content: Content) -> _Figures:
+    """Return how far the sides' answers lie from the data's own, and which name what is not there."""
+    figures, wanted = {}, [record["answer"].strip() for record in records]
+    for side, answers in said.items():
+        figures[f"{side}_edit_distance"] = edit_distances(answers, wanted)
+        shares = [share for share in content.shares(answers, records) if share is not None]
+        if shares:
+            figures[f"{side}_hallucinated"] = shares
+    return figures
+
+
+def _answer(
+    run: Run, batch: Batch, limit: int, place: int, skip: Sequence[int] | None
+) -> tuple[_Figures, dict[str, list[str]]]:
+    """Generate the answers of the ``place``-th batch by every side, and take the seconds; also return the answers."""
     model, width = run.model, batch.inputs["input_ids"].shape[1]
     calls = _calls(model, batch, limit, skip)
     sides = [side for side in ("dense", "routed", "static") if side in calls]
@@ -246,7 +275,7 @@ def _answer(run: Run, batch: Batch, limit: int, place: int, skip: Sequence[int] 
         figures[f"{name}_s"] = [seconds]
         if name in ("routed", "static"):
             figures["keep" if name == "routed" else "static_keep"] = model.routing.keep_rate.tolist()
-    answers = {}
+    answers: dict[str, list[str]] = {}
     for side in sides:
         tokens = outputs[side][:, width:]
         answers[side] = texts(run.processor, tokens)
@@ -256,7 +285,7 @@ def _answer(run: Run, batch: Batch, limit: int, place: int, skip: Sequence[int] 
     for name, side in (("agreement", "routed"), ("static_agreement", "static")):
         if side in sides:
             figures[name] = [float(a == b) for a, b in zip(answers["dense"], answers[side], strict=True)]
-    return figures
+    return figures, answers
 
 
 def _calls(model: RoutedModel, batch: Batch, limit: int, skip: Sequence[int] | None) -> dict[str, Callable[[], Any]]:

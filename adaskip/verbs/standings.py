@@ -20,9 +20,10 @@ TOLERANCE = 0.005
 def standings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return one row a policy and budget, by budget and then by cost.
 
-    ``recovery`` is the share of the dense model's right answers, ``front`` whether no other row that keeps as little
-    costs less. ``rival`` is the other policy that costs least, each by its lightest plan that keeps no less;
-    differences from it, ``kl_less`` and ``accuracy_more``, are paired over inputs, with 95 % intervals.
+    ``loss_to_dense`` is how many more answers the dense model has right, ``recovery`` the share of its right answers,
+    ``front`` whether no other row that keeps as little costs less. ``rival`` is the other policy that costs least, each
+    by its lightest plan that keeps no less. Losses and the differences from the rival, ``kl_less`` and
+    ``accuracy_more``, are paired over inputs, with 95 % intervals.
     """
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in cells:
@@ -52,23 +53,46 @@ def _row(budget: float, policy: str, cells: Sequence[Cell]) -> dict[str, Any]:
         "accuracy": means["hit"],
         "accuracy_interval": plain(bootstrap_mean(_mean(cells, "hit"))),
         "dense_accuracy": means["dense_hit"],
+        "dense_interval": plain(bootstrap_mean(_mean(cells, "dense_hit"))),
+        "loss_to_dense": plain(paired_difference(_mean(cells, "dense_hit"), _mean(cells, "hit"))),
         "recovery": means["hit"] / means["dense_hit"] if means["dense_hit"] else float("nan"),
         "kl": means["kl"],
         "token_agreement": means["same"],
         **ratios,
+        "generated": _generated(cells),
         "plans": [cell.plan for cell in cells],
+        "by_seed": [
+            {"seed": cell.seed} | {name: float(_mean([cell], name).mean()) for name in ("keep", "hit", "kl")}
+            for cell in cells
+        ],
         "kinds": _kinds(cells),
     }
 
 
-def _kinds(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
-    """Return accuracy, KL and keep rate of each kind of input."""
+def _kinds(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Return accuracy, KL and keep rate of each kind of input, the last with an interval and by seed."""
     names, kinds = cells[0].kind, sorted({*cells[0].kind})
     chosen = {kind: torch.tensor([name == kind for name in names]) for kind in kinds}
     return {
-        kind: {name: float(_mean(cells, name)[mask].mean()) for name in ("hit", "kl", "keep")}
+        kind: {name: float(_mean(cells, name)[mask].mean()) for name in ("hit", "dense_hit", "kl", "keep")}
+        | {
+            "keep_interval": plain(bootstrap_mean(_mean(cells, "keep")[mask])),
+            "keep_by_seed": [float(_mean([cell], "keep")[mask].mean()) for cell in cells],
+        }
         for kind, mask in chosen.items()
     }
+
+
+def _generated(cells: Sequence[Cell]) -> dict[str, float | int | None]:
+    """Return means over the inputs that were answered freely, and over seeds; nothing where none was."""
+    answered = [cell.generated for cell in cells if cell.generated]
+    if not answered:
+        return {}
+    found: dict[str, float | int | None] = {"n": len(answered[0]["exact"])}
+    for name in answered[0]:
+        known = [value for figures in answered for value in figures[name] if value is not None]
+        found[name] = statistics.fmean(known) if known else None
+    return found
 
 
 def _beside(row: dict[str, Any], others: Sequence[dict[str, Any]], groups: dict[tuple[float, str], list[Cell]]) -> None:

@@ -154,14 +154,18 @@ def _check_same_run(recipe: Recipe, folder: Path) -> None:
         raise CheckpointError(f"{folder}: no run to resume here; start one without --resume")
     if not has_progress(folder):
         return
-    before, now = _flat(load(resolved).model_dump()), _flat(recipe.model_dump())
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed := [key for key in changed if not _is_free(key)]:
-        differences = ", ".join(f"{key} ({before.get(key)!r}, now {now.get(key)!r})" for key in changed[:5])
+    if changed := changed_keys(load(resolved), recipe):
         raise ConfigError(
-            f"{resolved}: the run was started with another {differences}; "
+            f"{resolved}: the run was started with another {', '.join(changed[:5])}; "
             f"resume it as it was: adaskip train {resolved} --resume"
         )
+
+
+def changed_keys(before: Recipe, now: Recipe) -> list[str]:
+    """Return the keys in which two recipes train differently, each with both values."""
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in changed if not _is_free(key)]
 
 
 def _is_free(key: str) -> bool:

@@ -45,6 +45,8 @@ def read(folder: Path, split: str = "train", limit: int | None = None, **columns
     ({"answer": "\ud800"}, "answer holds half a character"),
     ({"kind": ["a"]}, "kind is ['a'] (a list); expected text"),
     ('{"prompt": "w1", "answer": "w2", "kind": NaN}', "kind is nan (a number); expected text"),
+    ({"present": "cat"}, 'present is \'cat\' (text); expected a list of what an answer may name, such as ["cat",'),
+    ({"present": ["cat", 3]}, "present is ['cat', 3] (a list); expected a list of what an answer may name, such"),
     ("[1, 2]", "expected a JSON object, got list: [1, 2]"),
     ("7", "expected a JSON object, got int: 7"),
     ("null", "expected a JSON object, got NoneType: None"),

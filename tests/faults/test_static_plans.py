@@ -81,6 +81,36 @@ def test_every_figure_is_what_whole_passes_give(copied: Path) -> None:
     ), "perplexities multiply"
 
 
+def test_the_words_of_generated_answers(copied: Path) -> None:
+    """Against answers generated one prompt at a time; catches figures of teacher forcing, of another side's answers,
+    and kinds that do not say what is there, counted as honest.
+    """
+    skip = (1, 4, 5, 6, 7, 8, 9, 10)
+    result = evaluate(copied, per_kind=6, static=skip)
+    loaded = Run.open(copied)
+    for row in result.kinds:
+        asked = [record for record in split_of(loaded.recipe, "test", 6) if record["kind"] == row.kind][:6]
+        said, collate = [], Collator(loaded.processor, answers=False)
+        for record in asked:
+            inputs = collate([record]).inputs
+            keep = SkipPlan.static(skip).keep(len(loaded.model.spec.layers))[:, None]
+            answer = loaded.model.generate(
+                **inputs, routing=keep, max_new_tokens=result.max_new_tokens, do_sample=False
+            )[:, inputs["input_ids"].shape[1] :]
+            said += loaded.processor.batch_decode(answer, skip_special_tokens=True)
+        wrong = [float(text.strip() != record["answer"]) for text, record in zip(said, asked, strict=True)]
+        assert row.static_accuracy == pytest.approx(1 - sum(wrong) / 6)
+        assert (row.static_edit_distance > 0) == any(wrong)
+        if row.kind in ("digit", "max", "repeat"):
+            absent = [{*text.split()} & {*"0123456789"} - {*r["present"]} for text, r in zip(said, asked, strict=True)]
+            assert row.static_hallucinated == pytest.approx(sum(map(bool, absent)) / 6)
+        else:
+            assert (row.dense_hallucinated, row.static_hallucinated) == (None, None)
+    assert result.mean["static_hallucinated"] > 0, "the plan is so rough that digits are made up"
+    assert result.mean["static_edit_distance"] > result.mean["dense_edit_distance"]
+    assert "| static hallucinated |" in (copied / "report.md").read_text()
+
+
 def test_what_counts_inputs_and_what_counts_tokens() -> None:
     """An answer of one token and one of three; would catch a perplexity or an agreement that averages over inputs."""
     tokens = torch.tensor([1.0, 3.0]).double()

@@ -246,21 +246,31 @@ def test_compare_shows_rows_agreement_and_what_was_left_out(adaskip, fake, monke
     monkeypatch.delenv("COLUMNS", raising=False)
     names = ("budget", "policy", "seeds", "keep", "accuracy", "recovery", "kl", "token_agreement", "prefill_ratio")
     row = dict.fromkeys((*names, "generate_ratio"), 0.1234) | {"policy": "relative_change", "front": True}
+    written = ("exact", "edit_distance", "hallucinated", "same", "dense_exact", "dense_edit_distance")
+    row |= {"generated": {"n": 24} | dict.fromkeys((*written, "dense_hallucinated"), 0.4321)}
     held = {"policy": "relative_change", "budget": 0.7, "seed": 0, "jaccard": 0.25, "spearman": 0.5, "inside": 0.0625}
     held |= {"outside": 0.125, "difference": {"low": 0.01}, "p": 0.004}
-    found = {"rows": [row], "agreement": [held], "admitted": [4, 9], "oracle": [{"sentence": "oracle, group all"}]}
+    found = {
+        "rows": [row, row | {"generated": {}}],
+        "agreement": [held],
+        "admitted": [4, 9],
+        "oracle": [{"sentence": "oracle, group all"}],
+    }
     found |= {"left_out": ["method attention_mass: no"], "picture": "p.png"}
     calls = fake("adaskip.verbs.compare", compare=found, read_budgets=(0.7, 0.5))
-    status, out, _ = adaskip("compare", "m", "--policies", "greedy, skip_it", "--run", "a", "--run", "b", "--oracle", 4)
+    status, out, _ = adaskip("compare", "m", "--policies", "greedy, skip_it", "--run", "a", "--run", "b", "--oracle", 4,
+                               "--train", "digits-vlm", "--set", "seed=1", "--generate", 24)  # fmt: skip
     assert status == 0
     assert calls[0][1] == ("0.9,0.8,0.7,0.6,0.5",)
     options = calls[1][2]
     assert (options["policies"], options["budgets"], options["oracle"]) == (["greedy", "skip_it"], (0.7, 0.5), 4)
-    assert [str(run) for run in options["runs"]] == ["a", "b"]
+    assert (options["runs"], options["train"], options["overrides"]) == (["a", "b"], ["digits-vlm"], ["seed=1"])
+    assert options["generate"] == 24
     assert max(map(len, out.splitlines())) <= 100
     for said in ("relative_change", "layers 4, 9:", "0.0625", "oracle, group all", "left out: method attention_mass"):
         assert said in out
-    assert out.count("0.1234") == 9
+    assert out.count("0.1234") == 2 * 9 + 1  # the budget of the answers, which one row has
+    assert out.count("0.4321") == 7
 
 
 def test_profile_says_what_ranks_where_sinks_are_and_what_is_to_gain(adaskip, fake, tmp_path, monkeypatch):

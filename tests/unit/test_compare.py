@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ import torch
 import adaskip
 from adaskip.demo.backbone import load
 from adaskip.errors import AdaSkipError, CheckpointError, ConfigError
+from adaskip.methods.method import METHODS
+from adaskip.recipe import Recipe
 from adaskip.survey.skips import measure_skips
 from adaskip.training.data import load_records
-from adaskip.verbs import cells
-from adaskip.verbs import compare as verb
+from adaskip.verbs import cells, subject
+from adaskip.verbs import filling as verb
 from adaskip.verbs.cells import Cell
+from adaskip.verbs.entries import FOUND_BY
 from adaskip.verbs.standings import standings
+from adaskip.verbs.trained import TRAINED
 from tests import toys, tuning, wandb_file
 
 SMALL: dict[str, Any] = {
@@ -54,7 +59,16 @@ def test_rows_by_hand() -> None:
     drawn = rows["random"]
     assert (drawn["seeds"], drawn["n"], drawn["kl"], drawn["accuracy"]) == (2, 2, 3.0, 0.25)
     assert (drawn["prefill_ratio"], drawn["generate_ratio"]) == (0.5, 0.75)
-    assert drawn["kinds"]["a"] == {"hit": 0.5, "kl": 2.0, "keep": 0.5}
+    kind = drawn["kinds"]["a"]
+    assert {name: kind[name] for name in ("hit", "dense_hit", "kl", "keep")} == {
+        "hit": 0.5, "dense_hit": 1.0, "kl": 2.0, "keep": 0.5,
+    }  # fmt: skip
+    assert (kind["keep_by_seed"], kind["keep_interval"]["estimate"]) == ([0.5, 0.5], 0.5)
+    assert drawn["by_seed"] == [
+        {"seed": 0, "keep": 0.5, "hit": 0.0, "kl": 2.0}, {"seed": 1, "keep": 0.5, "hit": 0.5, "kl": 4.0},
+    ]  # fmt: skip
+    assert drawn["loss_to_dense"]["estimate"] == 0.75
+    assert (drawn["dense_interval"]["low"], drawn["dense_interval"]["high"]) == (1, 1)
     assert rows["greedy"]["rival"] == "dear"  # its plan that keeps .6; `mean` keeps less, so it is no measure
     assert rows["greedy"]["kl_less"]["estimate"] == pytest.approx(-0.35)
     assert rows["mean"]["rival"] == "dear"
@@ -104,6 +118,50 @@ def test_a_comparison_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: 
     assert "| 0.5 | late_entry | 1 | " in (tmp_path / "part" / "compare.md").read_text()
 
 
+def test_a_sample_is_answered_freely(tmp_path: Path) -> None:
+    """Against answers written one prompt at a time along the row's plan; catches figures of teacher forcing, the dense
+    model's under the policy's name, and kinds that do not say what is there, counted as honest."""
+    small = SMALL | {"budgets": (0.4,), "seeds": 1}
+    found = adaskip.compare("digits-vlm", policies=["late_entry"], generate=12, output=tmp_path, **small)
+    rows = {row["policy"]: row for row in found.rows}
+    (skip,) = rows["late_entry"]["plans"]
+    base, processor = load()
+    records, said = load_records("digits-vlm", "test", 24, 0)[:12], []
+    model = adaskip.attach(base, adaskip.SkipPlan.static(skip))
+    for record in records:
+        inputs = adaskip.Collator(processor, answers=False)([record]).inputs
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        said.append(processor.decode(ids, skip_special_tokens=True).strip())
+    figures = rows["late_entry"]["generated"]
+    right = [text == record["answer"] for text, record in zip(said, records, strict=True)]
+    assert (figures["n"], figures["exact"]) == (12, sum(right) / 12)
+    listed = [(text, record["present"]) for text, record in zip(said, records, strict=True) if "present" in record]
+    absent = [bool({*text.split()} & {*"0123456789"} - {*present}) for text, present in listed]
+    assert len(listed) == 6
+    assert figures["hallucinated"] == sum(absent) / 6 > 0
+    assert figures["dense_exact"] == rows["none"]["generated"]["exact"] > 0.9
+    assert figures["edit_distance"] > figures["dense_edit_distance"]
+    assert figures["same"] < 1 == rows["none"]["generated"]["same"]
+    table = (tmp_path / "compare.md").read_text()
+    assert f"| 0.4 | late_entry | 12 | {figures['exact']:.4f} | " in table.split("Answers written freely")[1]
+    with pytest.raises(ConfigError, match="holds a comparison with generate=12"):
+        adaskip.compare("digits-vlm", policies=[], output=tmp_path, **small)
+
+
+def test_cells_of_before_answers_were_written(tmp_path: Path) -> None:
+    """Catches a comparison that forgets its older cells, and means over seeds of which one says nothing."""
+    older = cell("greedy", 0.5, [1.0, 3.0], [0.0, 0.0])
+    older.write(tmp_path)
+    file = tmp_path / "greedy-0.5-seed0.json"
+    file.write_text(file.read_text().replace(', "generated": {}', ""))
+    assert "generated" not in json.loads(file.read_text())
+    assert Cell.read(file) == older
+    newer = replace(older, seed=1, generated={"exact": [1.0, 0.0], "hallucinated": [None, 1.0], "same": [None, None]})
+    (row,) = standings([older, newer])
+    assert row["generated"] == {"n": 2, "exact": 0.5, "hallucinated": 1.0, "same": None}
+    assert standings([older])[0]["generated"] == {}
+
+
 def test_weights_and_biases_gets_the_rows_and_the_picture(tmp_path: Path) -> None:
     found = adaskip.compare(
         "digits-vlm", policies=[], output=tmp_path, wandb="offline", **SMALL | {"budgets": (0.8,), "seeds": 1}
@@ -123,9 +181,9 @@ def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypa
         verb, "measure_cell", lambda *args, **named: measured.append(named["policy"]) or real(*args, **named)
     )
     splits: list[tuple[str, int]] = []
-    records = verb.load_records
+    records = subject.load_records
     monkeypatch.setattr(
-        verb,
+        subject,
         "load_records",
         lambda *args: splits.append((args[1], args[2])) or records(*args),  # who fits never judges
     )
@@ -161,6 +219,13 @@ def test_agreement_is_of_what_a_policy_skips(tmp_path: Path) -> None:
     admitted = [layer for layer in plan if layer in found.admitted]
     total = (row["inside"] or 0) * len(admitted) + (row["outside"] or 0) * (len(plan) - len(admitted))
     assert total == pytest.approx(float(cost[plan].sum()), rel=1e-4)
+
+
+def test_every_method_of_a_recipe_has_a_name_in_comparisons() -> None:
+    """Catches a new way to train that no comparison can name, or that is named like a method."""
+    assert {*FOUND_BY} == {*get_args(Recipe.model_fields["method"].annotation)}
+    assert {*FOUND_BY.values()} == {*TRAINED}
+    assert not {*TRAINED} & {*METHODS}
 
 
 @pytest.mark.parametrize(

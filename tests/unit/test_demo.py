@@ -57,9 +57,12 @@ def test_splits_are_disjoint_stratified_and_complete():
 @pytest.mark.parametrize("split", digits.SPLITS)
 def test_answers_are_right(split):
     for record in digits.examples(split, per_kind=50, seed=3):
-        assert set(record) == {"image", "prompt", "answer", "kind"}
+        labels = read_labels(record["image"], split)
+        named = {"digit": labels, "max": labels, "repeat": record["answer"].split()}.get(record["kind"])
+        assert record.get("present") == (None if named is None else sorted({*map(str, named)})), record["prompt"]
+        assert {*record} - {"present"} == {"image", "prompt", "answer", "kind"}
         assert (record["image"].mode, record["image"].size) == ("RGB", (16, 16))
-        assert record["answer"] == solve(record["prompt"], read_labels(record["image"], split)), record["prompt"]
+        assert record["answer"] == solve(record["prompt"], labels), record["prompt"]
 
 
 def test_examples_are_deterministic_and_any_prefix_is_balanced():

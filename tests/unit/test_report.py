@@ -35,6 +35,7 @@ LOOK = {
 }
 ROW = {"n": 211, "dense_accuracy": 0.957, "routed_accuracy": 0.931, "keep": 0.613, "flops_saved": 0.387}
 ROW |= {"static_accuracy": 0.812, "kl": 0.05, "static_kl": 0.0417, "token_agreement": 0.911, "routed_perplexity": 3.21}
+ROW |= {"dense_edit_distance": 0.0187, "routed_edit_distance": 0.0291, "routed_hallucinated": None}
 ROW |= {"dense_s": 1.37, "routed_s": 0.91, "prefill_dense_s": 0.4, "prefill_routed_s": 0.32}
 EVALUATION = {
     "split": "test",
@@ -172,6 +173,8 @@ def test_says_what_the_files_say(written, said):
         ("evaluation.json", '"static_kl": 0.0417', '"static_kl": 0.0428', "0.0428"),
         ("evaluation.json", '"token_agreement": 0.911', '"token_agreement": 0.922', "0.922"),
         ("evaluation.json", '"routed_perplexity": 3.21', '"routed_perplexity": 3.32', "3.32"),
+        ("evaluation.json", '"routed_edit_distance": 0.0291', '"routed_edit_distance": 0.0307', "| 0.0187 | 0.0307 |"),
+        ("evaluation.json", '"routed_hallucinated": null', '"routed_hallucinated": 0.0345', "| routed hallucinated |"),
         ("conditions.jsonl", "0.0213", "0.0345", "0.0345 [0.005, 0.045] / 0.05"),
         ("conditions.jsonl", '"coverage_p": 0.4311', '"coverage_p": 0.0123', "does not hold here (p < 0.05)"),
         ("conditions.jsonl", '"kappa": 0.3937', '"kappa": null', "could not be tested: too few inputs"),
