@@ -145,7 +145,9 @@ def _faults(subject: Subject, settings: BenchSettings, skips: tuple[float, ...] 
     skipped = {rate: round(rate * layers) for rate in skips or ()}
     faults = [f"--skip {rate:g}: leaves no layer of {layers}" for rate, count in skipped.items() if count == layers]
     target = routed.target
-    if (target.scope, target.unit, target.kv, target.phase) != ("prompt", "block", "absent", "both"):
+    # what drafts read ran whole in either phase
+    phases = ("both", "decode") if {*settings.path} == {"lossless"} else ("both",)
+    if (target.scope, target.unit, target.kv) != ("prompt", "block", "absent") or target.phase not in phases:
         faults.append(
             f"a policy of scope {target.scope!r}, unit {target.unit!r}, kv {target.kv!r} and phase {target.phase!r} "
             "leaves no layer as a whole, so there is no model to cut out for comparison; expected scope prompt, unit "

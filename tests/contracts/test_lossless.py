@@ -48,10 +48,10 @@ def test_greedy_tokens_are_the_dense_models(name: str) -> None:
         expected = dense(model, batch, **NEW)
         for lossless in (True, 1 + seed % 5):
             assert torch.equal(model.generate(**batch, **NEW, lossless=lossless), expected), (seed, lossless)
-            accepted += model.lossless.accepted
-            refused += model.lossless.tried - model.lossless.accepted
-    assert accepted > 50
-    assert refused > 50
+        accepted += model.lossless.accepted  # of drafts of a given length; others depend on the machine's speed
+        refused += model.lossless.tried - model.lossless.accepted
+    assert accepted > 10
+    assert refused > 10
 
 
 @pytest.mark.parametrize("name", NAMES)
