@@ -186,7 +186,8 @@ def recipes() -> dict[str, Path]:
     package = Path(__file__).parent
     installed = package / "_recipes"
     folder = installed if installed.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.rglob("*.yaml"), key=lambda path: path.stem)}
+    # those at the root first, by which a comparison trains where none is named
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path.stem))}
 
 
 def sentence(path: Path) -> str:

@@ -179,7 +179,8 @@ def _variant(subject: Subject, policy: str, given: dict[str, Recipe], overrides:
         )
     own = [base for base in bases if FOUND_BY[load(base).method] == policy]
     method = next(method for method, found in FOUND_BY.items() if found == policy)
-    changes = [] if own else [f"method={method}", *_BY_METHOD[policy]]
+    untuned = ["trainer.steps=0"] if policy in ("path_bank", "token_plan") else []
+    changes = untuned if own else [f"method={method}", *_BY_METHOD[policy]]
     # what a method must have comes last: the steps that somebody asks for are those of routers
     recipe = load((own or bases)[0], [*overrides, *changes])
     check_same(f"compare: --policies {policy}", "recipe", recipe, subject.model, subject.group, subject.source)

@@ -116,8 +116,8 @@ def test_a_newer_format_says_upgrade(tmp_path) -> None:
     """Routers saved by a later adaskip; catches a guess at what they mean."""
     routed().save_pretrained(tmp_path)
     config = tmp_path / "adaskip_config.json"
-    config.write_text(config.read_text().replace('"format": 3', '"format": 4'))
-    with pytest.raises(CheckpointError, match="format 4, this adaskip reads formats 1 to 3; upgrade adaskip"):
+    config.write_text(config.read_text().replace('"format": 3', '"format": 5'))
+    with pytest.raises(CheckpointError, match="format 5, this adaskip reads formats 1 to 4; upgrade adaskip"):
         adaskip.RoutedModel.from_pretrained(tmp_path, llama())
 
 

@@ -48,7 +48,7 @@ def test_thresholds_that_are_no_number(value: Any) -> None:
         ({"hidden": 3.5}, "hidden: expected an integer, got 3.5"),
         ({"hidden": "64"}, "hidden: expected an integer, got '64'"),
         ({"hidden": True}, "hidden: expected an integer, got True"),
-        ({"hidden": 0}, "hidden: expected an integer >= 1, got 0"),
+        ({"hidden": -1}, "hidden: expected an integer >= 0, got -1"),
         ({"keep_bias": "2"}, "keep_bias: expected a finite number, got '2'"),
         ({"held": "ab"}, r"held: expected layer numbers such as \[1, 3\], got 'ab'"),
         ({"held": 3}, r"held: expected layer numbers such as \[1, 3\], got 3"),

@@ -61,7 +61,7 @@ POLICIES = ["d-llm", "flips", "path-bank", "router-tuning", "token-plan"]
 def test_the_shipped_recipes():
     digits = ["digits-vlm", "digits-vlm-from-bounds", "digits-vlm-vision"]
     others = ["causal-lm", *digits, "qwen2.5-vl", "smollm2", "smollm2-bank", "smollm2-routers"]
-    assert list(recipes()) == sorted([*others, *POLICIES])
+    assert list(recipes()) == [*sorted(others), *sorted(POLICIES)]
     groups = {name: load(name).router.group for name in recipes()}
     assert [name for name, group in groups.items() if group == "vision"] == ["digits-vlm-vision", "qwen2.5-vl"]
     assert load("qwen2.5-vl").backbone.dtype == "bfloat16"
