@@ -96,7 +96,7 @@ class Adapters:
 
     def __init__(self, model: RoutedModel, lora: Lora, seed: int = 0) -> None:
         peft = _import_peft()
-        self.lora, self.backbone, self.runtime = lora, model.backbone, model.runtime
+        self.lora, self.model = lora, model
         names = _find_targets(model, lora.targets)
         config = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(names)
@@ -108,7 +108,7 @@ class Adapters:
         for module in self.modules.values():
             module.eval()
             module.register_forward_pre_hook(self._follow, with_kwargs=True)
-        model.patches.undo.append(self.remove)
+        model.patches.undo.append(self.remove)  # which does nothing once they are off
         self._cost = model.runtime.cost
         model.runtime.cost = replace(self._cost, added=self._flops(len(model.spec.layers), names))
 
@@ -116,7 +116,7 @@ class Adapters:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Leave the adapter out where the calling thread's pass is dense, or of the frozen model on purpose."""
-        request = self.runtime.request
+        request = self.model.runtime.request
         if request is None or (request.mode != "dense" and request.options.adapted):
             return None
         return args, {**kwargs, "adapter_names": [_BASE] * len(args[0])}
@@ -167,12 +167,14 @@ class Adapters:
 
     def remove(self) -> None:
         """Give the backbone its own modules back, as they were; `RoutedModel.detach` does it too."""
+        if self.model.adapters is not self:
+            return
         for name, module in self.modules.items():
             parent, _, key = name.rpartition(".")
-            setattr(self.backbone.get_submodule(parent), key, module.get_base_layer())
-        self.backbone.__dict__.pop("peft_config", None)
-        self.runtime.cost = self._cost
-        self.modules = {}
+            setattr(self.model.backbone.get_submodule(parent), key, module.get_base_layer())
+        self.model.backbone.__dict__.pop("peft_config", None)
+        self.model.runtime.cost = self._cost
+        self.model.adapters, self.modules = None, {}
 
 
 def adapt(model: RoutedModel, lora: Lora | None = None, seed: int = 0) -> Adapters:

@@ -39,7 +39,7 @@ def draw_path(
         DataError: an input without an answer.
     """
     if goal.gradient == "flips":
-        _weights(batch.supervised)
+        _check_answers(batch.supervised)
         return _by_flips(model, batch, dense, goal, noise, temperature)
     with model.explore(noise, temperature):
         out = model(**batch.arguments())
@@ -123,13 +123,17 @@ def _weights(where: Tensor) -> Tensor:
     Raises:
         DataError: an input without an answer.
     """
-    tokens = where.sum(1, keepdim=True)
-    if empty := (tokens == 0).nonzero()[:, 0].tolist():
+    _check_answers(where)
+    return where.float() / where.sum(1, keepdim=True) / len(where)  # float32 whatever torch's default is
+
+
+def _check_answers(where: Tensor) -> None:
+    """Refuse an input without an answer."""
+    if empty := (~where.any(1)).nonzero()[:, 0].tolist():
         raise DataError(
             f"training: rows {empty} of a batch have no answer to learn from: their labels are all {IGNORED}; "
             "leave such inputs out, or give them answers"
         )
-    return where.float() / tokens / len(where)  # float32 whatever torch's default is
 
 
 def check_strategy(goal: Objective, trainer: lightning.Trainer) -> None:

@@ -23,6 +23,7 @@ from adaskip.training.checkpoints import (
     RoundsBySteps,
     WholeFiles,
     checkpoint_callback,
+    checkpoints,
     keep_newest,
     newest_checkpoint,
 )
@@ -32,10 +33,9 @@ from adaskip.training.objective import is_count
 from adaskip.training.steps import StepCount
 from adaskip.training.tracking import MetricsFile
 from adaskip.verbs.amounts import fitted
-from adaskip.verbs.judge import judge
 from adaskip.verbs.run import Run, check_writable, read_recipe
 from adaskip.verbs.splits import records
-from adaskip.verbs.teacher import Forced, read_answers
+from adaskip.verbs.teacher import Forced, join, read_answers
 
 _SETTINGS, _RESULT, _BEFORE = "settings.json", "healing.json", "router"
 """Files of the folder ``RUN/healing``: what was asked for, what came of it, and the routers as they were."""
@@ -157,9 +157,9 @@ def heal(
 
 
 def _check_settings(place: Path, settings: dict[str, Any]) -> None:
-    """Note what is asked for, and refuse to go on with a healing of other settings."""
+    """Note what is asked for, and refuse to go on from a checkpoint of other settings; a failed start left none."""
     path = place / _SETTINGS
-    if not path.is_file():
+    if not path.is_file() or not checkpoints(place):
         write_json(path, settings, indent=2)
         return
     try:
@@ -173,10 +173,14 @@ def _check_settings(place: Path, settings: dict[str, Any]) -> None:
 
 def _measure(run: Run, batches: list[Batch]) -> tuple[dict[str, float], Forced]:
     """Return the routed model's figures on batches, and what it gives each input."""
-    forced = read_answers(run.model, batches, None)["routed"]
+    parts, keep = [], []
+    for batch in batches:
+        parts.append(read_answers(run.model, [batch], None)["routed"])
+        keep.append(run.model.routing.keep_rate)  # of the routed pass, the last one
+    forced = join(parts)
     figures = forced.figures()
     figures.pop("log_likelihood")
-    return {"keep": judge(run.model, batches).figures["keep"], **figures}, forced
+    return {"keep": float(torch.cat(keep).mean()), **figures}, forced
 
 
 def _train(tuner: AdapterTuner, batches: Any, place: Path, steps: int, every: int, stages: Stages) -> None:

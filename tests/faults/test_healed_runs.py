@@ -81,6 +81,14 @@ def test_a_healing_that_was_stopped_goes_on(run: Path, tmp_path: Path, monkeypat
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+def test_a_start_that_failed_may_be_asked_for_otherwise(run: Path, tmp_path: Path) -> None:
+    """Somebody mistypes a module, and then types it right; catches settings that a start without a step has left."""
+    folder = planned(run, tmp_path / "run")
+    with pytest.raises(ConfigError, match="Lora: targets: expected some of"):
+        adaskip.heal(folder, **SMALL, lora=adaskip.Lora(targets=("q_prj",)))
+    assert adaskip.heal(folder, **SMALL | {"steps": 2}, lora=adaskip.Lora(targets=("q_proj",))).parameters > 0
+
+
 def test_settings_out_of_range_are_refused_before_anything_is_written(run: Path, tmp_path: Path) -> None:
     folder = copy_of(run, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"heal: steps: expected an integer >= 1, got 0"):
