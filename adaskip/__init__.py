@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from adaskip.plan import SkipPlan as SkipPlan
     from adaskip.plan import Target as Target
     from adaskip.policies.learned.config import RouterConfig as RouterConfig
-    from adaskip.runtime.adapters import Lora as Lora
     from adaskip.runtime.adapters import adapt as adapt
     from adaskip.runtime.attach import RoutedModel as RoutedModel
     from adaskip.runtime.attach import attach as attach
+    from adaskip.runtime.lora import Lora as Lora
     from adaskip.runtime.patch import detach as detach
     from adaskip.survey.profile import profile as profile
     from adaskip.training.batches import RoundBatches as RoundBatches
@@ -65,7 +65,7 @@ _HOMES = {
     "Batch": "batch",
     "Collator": "training.collate",
     "ConditionCheck": "training.callbacks",
-    "Lora": "runtime.adapters",
+    "Lora": "runtime.lora",
     "Objective": "training.objective",
     "RoundBatches": "training.batches",
     "RoutedModel": "runtime.attach",

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from adaskip import runfiles, sources
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.policies.learned.config import RouterConfig
+from adaskip.runtime.lora import Lora
 from adaskip.sections import Overrides, Section, faults, override, read_yaml
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective, check_gradient
@@ -145,6 +146,7 @@ class Recipe(Section):
     data: DataSection
     objective: Objective = Objective()
     method: Literal["end-to-end", "from-bounds", "path-bank", "token-plan"] = "end-to-end"
+    lora: Lora | None = None  # adapters trained along with the routers; None: the backbone stays as it is
     fit: Fit = Fit()  # of method from-bounds
     bank: BankSection = BankSection()  # of method path-bank
     tokens: TokensSection = TokensSection()  # of method token-plan
@@ -167,7 +169,12 @@ class Recipe(Section):
                 "Recipe: trainer.steps: expected an integer >= 1 (methods from-bounds, path-bank and token-plan do "
                 "without), got 0"
             )
-        check_gradient(self.objective, self.router.scope)
+        if self.lora is not None and self.method != "end-to-end":
+            raise ConfigError(
+                f"Recipe: lora: expected none with method {self.method}, which takes no gradient through the model: "
+                "heal the finished run instead (adaskip heal), got a section"
+            )
+        check_gradient(self.objective, self.router.scope, self.lora is not None)
         if self.static.start and (self.method != "end-to-end" or not self.static.width):
             raise ConfigError(
                 "Recipe: static.start: expected false with method from-bounds, whose first round surveys the dense "

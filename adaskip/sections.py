@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -118,7 +118,8 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str) -> str | N
     """Set one key in place, making the sections above it; return the fault, if it cannot be."""
     *sections, last = keys
     for depth, key in enumerate(sections, 1):
-        raw = raw.setdefault(key, {})
+        raw[key] = {} if raw.get(key) is None else raw[key]  # a section that was left out says None
+        raw = raw[key]
         if not isinstance(raw, dict):
             return f"override {text!r}: {'.'.join(sections[:depth])} is {_show(raw)}, which has no key {keys[depth]!r}"
     raw[last] = value
@@ -165,6 +166,8 @@ def _schema(model: type[Section], loc: Sequence[str | int]) -> dict[str, Any]:
 
 
 def _schema_of(kind: Any) -> dict[str, Any]:
+    for member in get_args(kind):  # a section that may be left out
+        kind = member if is_dataclass(member) or hasattr(member, "model_fields") else kind
     if is_dataclass(kind):
         return {f.name: f.type for f in fields(kind)}
     return {name: info.annotation for name, info in getattr(kind, "model_fields", {}).items()}

@@ -129,7 +129,7 @@ def heal(
 
     def work() -> Any:
         folder = existing(run)
-        from adaskip.runtime.adapters import Lora
+        from adaskip.runtime.lora import Lora
         from adaskip.verbs.heal import heal
 
         _quieten()

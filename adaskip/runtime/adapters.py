@@ -10,7 +10,7 @@ that a dense pass in one thread and a routed one in another do not disturb each 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,67 +19,15 @@ from transformers.pytorch_utils import Conv1D
 
 from adaskip.backbone.weights import HEALING
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import read_count, read_number
+from adaskip.runtime.lora import Lora
 
 if TYPE_CHECKING:
     from adaskip.runtime.attach import RoutedModel
 
+PREFIX = "adapters."
+"""What names of adapters' weights begin with in files and checkpoints; no policy's weights have it."""
 _BASE = "__base__"
 """What peft calls the module without any adapter."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Set what adapters are made of.
-
-    Args:
-        rank: of the update of each weight.
-        alpha: the update counts ``alpha / rank`` times.
-        dropout: share of an adapter's inputs that training leaves out.
-        targets: names of the modules adapted, as they end (``q_proj``); none: every linear one of a decoder layer.
-
-    Raises:
-        ConfigError: a value outside its range; all faults at once.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        faults = []
-        readers: dict[str, Any] = {"rank": read_count, "alpha": read_number, "dropout": read_number}
-        for name, read in readers.items():
-            try:
-                object.__setattr__(self, name, read(getattr(self, name)))
-            except ValueError as error:
-                faults.append(f"{name}: {error}")
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if not faults:
-            faults += ["rank: expected an integer >= 1, got " + repr(self.rank)] * (self.rank < 1)
-            faults += ["alpha: expected a number > 0, got " + repr(self.alpha)] * (self.alpha <= 0)
-            faults += ["dropout: expected a share in [0, 1), got " + repr(self.dropout)] * (not 0 <= self.dropout < 1)
-        if wrong := [name for name in self.targets if not isinstance(name, str) or not name]:
-            faults.append(f"targets: expected names of modules, got {wrong[0]!r}")
-        if faults:
-            raise ConfigError("Lora: " + "; ".join(faults))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, JSON-ready."""
-        return asdict(self) | {"targets": list(self.targets)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Lora:
-        """Make settings from what `to_dict` gave.
-
-        Raises:
-            ConfigError: an unknown field, or a value outside its range.
-        """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ConfigError(f"Lora: expected {', '.join(sorted(known))}, got {', '.join(unknown)}")
-        return cls(**values)
 
 
 class Adapters:
@@ -141,21 +89,21 @@ class Adapters:
             module.lora_dropout.train(mode)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights, by the names that peft gives them in files."""
+        """Return the weights, by the names that peft gives them in files, behind `PREFIX`."""
         return {
-            f"base_model.model.{name}.{part}.weight": getattr(module, part)[HEALING].weight.detach()
+            f"{PREFIX}base_model.model.{name}.{part}.weight": getattr(module, part)[HEALING].weight.detach()
             for name, module in self.modules.items()
             for part in ("lora_A", "lora_B")
         }
 
     @torch.no_grad()
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
-        """Take weights that `state_dict` gave.
+        """Take those weights of a checkpoint that `state_dict` gave.
 
         Raises:
             CheckpointError: weights of other modules or of another rank.
         """
-        own = self.state_dict()
+        own, weights = self.state_dict(), {n: value for n, value in weights.items() if n.startswith(PREFIX)}
         wrong = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
         if wrong:
             raise CheckpointError(
@@ -202,6 +150,11 @@ def adapt(model: RoutedModel, lora: Lora | None = None, seed: int = 0) -> Adapte
     model.adapters = Adapters(model, Lora() if lora is None else lora, seed)
     model.certificate = model.gauge = None
     return model.adapters
+
+
+def trained_adapters(model: RoutedModel) -> list[nn.Parameter]:
+    """Return the weights of a model's adapters that ask for gradients; none where it has no adapters."""
+    return [] if model.adapters is None else [weight for weight in model.adapters.parameters() if weight.requires_grad]
 
 
 def _import_peft() -> Any:

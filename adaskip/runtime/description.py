@@ -10,7 +10,7 @@ from typing import Any
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import read_layers, read_number
 from adaskip.policy import Policy, find
-from adaskip.runtime.adapters import Lora
+from adaskip.runtime.lora import Lora
 from adaskip.theory.gauge import Gauge
 
 CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"

@@ -18,10 +18,11 @@ from adaskip.backbone.load import load_backbone
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.policy import Policy
 from adaskip.runfiles import write
-from adaskip.runtime.adapters import Lora, adapt
+from adaskip.runtime.adapters import PREFIX, adapt
 from adaskip.runtime.card import write_card
 from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_policy, read_config, read_policy, sign
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check_digest, check_fingerprint, fingerprint
+from adaskip.runtime.lora import Lora
 from adaskip.sources import model_name
 from adaskip.theory.gauge import Gauge
 from adaskip.version import __version__
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 
 SAMPLES = "backbone."
 """The prefix of the names of values that identify the backbone in the weights file; no policy's weights have it."""
-
-
-ADAPTERS = "adapters."
-"""The prefix of the names of adapters' weights there; no policy's weights have it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in model.policy.state_dict().items()}
     if model.adapters is not None:
-        weights |= {ADAPTERS + name: value.cpu().contiguous() for name, value in model.adapters.state_dict().items()}
+        weights |= {name: value.cpu().contiguous() for name, value in model.adapters.state_dict().items()}
     count = sum(value.numel() for value in weights.values())
     content = _pack(weights, backbone.samples)
     meta["content"] = hashlib.sha256(content).hexdigest()
@@ -152,12 +149,11 @@ def read_saved(folder: Any, backbone: Any, options: dict[str, Any]) -> Saved:
 def restore(saved: Saved, model: RoutedModel, strict: bool) -> None:
     """Give an attached model's policy the weights that were saved, once the backbone is known to be the right one."""
     _check(saved.meta, saved.samples, model, strict)
-    ours = {name: value for name, value in saved.weights.items() if not name.startswith(ADAPTERS)}
+    ours = {name: value for name, value in saved.weights.items() if not name.startswith(PREFIX)}
     _check_shapes(saved.folder / WEIGHTS, ours, model.policy.state_dict())
     model.policy.load_state_dict(ours)
     if (lora := saved.meta.get("adapters")) is not None:
-        parts = {name.removeprefix(ADAPTERS): saved.weights[name] for name in saved.weights.keys() - ours.keys()}
-        adapt(model, Lora.from_dict(lora)).load_state_dict(parts)
+        adapt(model, Lora.from_dict(lora)).load_state_dict(saved.weights)
     model.facts, model.certificate = saved.meta.get("facts") or {}, saved.meta.get("certificate")
     model.gauge = None if (gauge := saved.meta.get("gauge")) is None else Gauge.from_dict(gauge)
 

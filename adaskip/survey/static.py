@@ -125,6 +125,7 @@ class Contest:
     skip: Path  # of the plan
     costs: PlanCosts  # (n 2): of the routers, of the plan
     budget: float
+    adapted: bool = False  # whether the routers have adapters; the plan is of the frozen model
 
     @property
     def difference(self) -> Interval:
@@ -157,7 +158,8 @@ class Contest:
         """Say by how much the routers win, or that they do not."""
         gap = self.difference
         sides = [f"{self.figures(side)['kl']:.3g}" for side in (0, 1)]
-        text = f"routers: {sides[0]} nats a token, the best static plan ({name_layers(self.skip)}) {sides[1]}: "
+        names = ("routers with adapters", "plan of the frozen model") if self.adapted else ("routers", "plan")
+        text = f"{names[0]}: {sides[0]} nats a token, the best static {names[1]} ({name_layers(self.skip)}) {sides[1]}: "
         if self.winner == "static":
             if self.figures(0)["keep"] > self.budget + ROUNDING:
                 return f"{text}the routers miss the budget, which the plan holds"
@@ -205,7 +207,8 @@ def compare(model: RoutedModel, batches: Sequence[Batch], skip: Path, budget: fl
         static = run_plan(dense, plan)
         for name, values in columns.items():
             values.append(torch.stack([decided[name].double().cpu(), static[name]], 1))
-    return Contest(skip, PlanCosts(**{name: torch.cat(values) for name, values in columns.items()}), budget)
+    costs = PlanCosts(**{name: torch.cat(values) for name, values in columns.items()})
+    return Contest(skip, costs, budget, model.adapters is not None)
 
 
 def name_layers(layers: Sequence[int]) -> str:

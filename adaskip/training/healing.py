@@ -16,8 +16,7 @@ from adaskip.survey.record import record
 from adaskip.training.gradient import answer_costs
 from adaskip.training.objective import is_count, is_number
 from adaskip.training.schedule import OneCycle, length
-
-_PREFIX = "adapters."
+from adaskip.training.seeds import seed_at, seeded
 
 
 class AdapterTuner(lightning.LightningModule):
@@ -33,13 +32,20 @@ class AdapterTuner(lightning.LightningModule):
         learning_rate: peak of a one-cycle schedule.
         steps: length of the schedule in optimiser steps; None: as many as the trainer will run.
         task_weight: weight of the cross-entropy with the data's own answers.
+        seed: of the adapters' dropout.
 
     Raises:
         ConfigError: the model has no adapters, or a value outside its range.
     """
 
     def __init__(
-        self, model: RoutedModel, *, learning_rate: float = 1e-3, steps: int | None = None, task_weight: float = 0.0
+        self,
+        model: RoutedModel,
+        *,
+        learning_rate: float = 1e-3,
+        steps: int | None = None,
+        task_weight: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(model, RoutedModel) or model.adapters is None:
@@ -54,13 +60,13 @@ class AdapterTuner(lightning.LightningModule):
             raise ConfigError("AdapterTuner: " + "; ".join(faults))
         self.strict_loading = False  # checkpoints hold no frozen weights
         self.model, self.adapters = model, model.adapters
-        self.learning_rate, self.steps, self.task_weight = learning_rate, steps, task_weight
+        self.learning_rate, self.steps, self.task_weight, self.seed = learning_rate, steps, task_weight, seed
         self.val_kl, self.val_agreement, self.val_keep = MeanMetric(), MeanMetric(), MeanMetric()
 
     def train(self, mode: bool = True) -> AdapterTuner:
         """Set the mode of the adapters' dropout; the policy decides as it does in use."""
         super().train(mode)
-        self.model.train(False)
+        self.model.train(False)  # the adapters too, for a moment
         self.adapters.train(mode)
         return self
 
@@ -69,7 +75,9 @@ class AdapterTuner(lightning.LightningModule):
         check_batch(batch, "training")
         with torch.no_grad(), self.model.dense():
             dense = self.model(**batch.arguments()).logits
-        kl, task = answer_costs(dense, self.model(**batch.arguments()).logits, batch)
+        with seeded(seed_at(self.seed, self.global_step)):  # of the adapters' dropout
+            routed = self.model(**batch.arguments()).logits
+        kl, task = answer_costs(dense, routed, batch)
         loss = kl + self.task_weight * task
         self.log_dict({"train/loss": loss.detach(), "train/kl": kl.detach(), "train/task": task.detach()})
         return loss
@@ -96,7 +104,7 @@ class AdapterTuner(lightning.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the adapters only."""
-        return {_PREFIX + name: value for name, value in self.adapters.state_dict().items()}
+        return self.adapters.state_dict()
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Take adapters that `state_dict` gave.
@@ -104,5 +112,5 @@ class AdapterTuner(lightning.LightningModule):
         Raises:
             CheckpointError: of other modules or of another rank.
         """
-        self.adapters.load_state_dict({name.removeprefix(_PREFIX): value for name, value in state_dict.items()})
+        self.adapters.load_state_dict(state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])

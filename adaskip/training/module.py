@@ -15,6 +15,7 @@ from adaskip.backbone.weights import find_packed
 from adaskip.batch import Batch, check_batch, exact_match, fingerprints
 from adaskip.errors import ConfigError
 from adaskip.plan import Routing
+from adaskip.runtime.adapters import trained_adapters
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.dense_costs import SkipCosts, price_dense
 from adaskip.theory.costs import compare
@@ -25,6 +26,7 @@ from adaskip.training.keep_rates import KeepByKind
 from adaskip.training.objective import Objective, check_gradient, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length
+from adaskip.training.seeds import seed_at, seeded
 
 OVERSHOOT = 10.0
 """Nats that a unit of keep above the target costs in ``val/objective``: more than any layer's skip saves in KL."""
@@ -34,6 +36,9 @@ _log = logging.getLogger(__name__)
 
 class RouterTuner(lightning.LightningModule):
     """Train the routers so that the routed model predicts like the dense one at a fraction of its compute.
+
+    Adapters that the model has (`adaskip.adapt`) are trained along with them, in routed passes alone: the dense model
+    stays what it is. They are left as they are where they ask for no gradient.
 
         loss = E KL(p_dense || p_routed) + task_weight * CE + bound_weight * E[B] + budget
 
@@ -87,7 +92,7 @@ class RouterTuner(lightning.LightningModule):
         super().__init__()
         last_temperature = temperature if last_temperature is None else last_temperature
         _check_arguments(model, objective, prices, calibration, learning_rate, steps, (temperature, last_temperature))
-        check_gradient(objective, model.target.scope)
+        check_gradient(objective, model.target.scope, bool(trained_adapters(model)))
         self.strict_loading = False  # checkpoints hold no frozen weights
         self.model, self.objective, self.prices, self.calibration = model, objective, prices, calibration
         self.learning_rate, self.steps, self.seed = learning_rate, steps, seed
@@ -168,7 +173,8 @@ class RouterTuner(lightning.LightningModule):
         check_batch(batch, "training")
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
         dense, costs = self._dense(batch)
-        kl, task = draw_path(self.model, batch, dense, self.objective, self._noise(), self.temperature())
+        with seeded(self._seed(2)):  # of the adapters' dropout
+            kl, task = draw_path(self.model, batch, dense, self.objective, self._noise(), self.temperature())
         routing, share = self._soft_keep()
         bound = self._bound(routing, costs)
         goal = self.objective
@@ -205,10 +211,10 @@ class RouterTuner(lightning.LightningModule):
 
     def _noise(self, stream: int = 0) -> torch.Generator:
         """Make a source of draws that is a pure function of (seed, step, micro-batch, rank, stream)."""
-        step = (self.seed * 1_000_003 + self.global_step) * 4096
-        mixed = step + self.global_rank + 2048 * stream + self._micro * 0x9E3779B97F4A7C15
-        # the large odd factor keeps micro-batches apart from steps; seeds have 64 bits
-        return torch.Generator().manual_seed(mixed if self._micro == 0 else mixed % 2**64)
+        return torch.Generator().manual_seed(self._seed(stream))
+
+    def _seed(self, stream: int) -> int:
+        return seed_at(self.seed, self.global_step, self._micro, self.global_rank, stream)
 
     def _dense(self, batch: Batch) -> tuple[Tensor, SkipCosts | None]:
         """Return the dense model's logits, and what each layer's skip is predicted to cost each input."""
@@ -288,9 +294,12 @@ class RouterTuner(lightning.LightningModule):
     # -- Lightning's bookkeeping -------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """Make AdamW on the policy's parameters, with a one-cycle schedule."""
+        """Make AdamW on the policy's parameters, and on adapters, with a one-cycle schedule."""
         self._length = length(self.trainer, self.steps, self.objective.warmup)
-        optimizer = torch.optim.AdamW(self.model.policy.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        parts = [{"params": [*self.model.policy.parameters()], "weight_decay": 0.01}]
+        if adapted := trained_adapters(self.model):
+            parts.append({"params": adapted, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(parts, lr=self.learning_rate)
         schedule = OneCycle(optimizer, self.learning_rate, self._length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -302,9 +311,20 @@ class RouterTuner(lightning.LightningModule):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the routers and the multiplier only: the frozen backbone does not belong into a checkpoint."""
+        """Return routers, adapters and multiplier only: the frozen backbone does not belong into a checkpoint."""
         full = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in full.items() if not name.startswith("model.backbone.")}
+        adapted = {} if self.model.adapters is None else self.model.adapters.state_dict()
+        return {name: value for name, value in full.items() if not name.startswith("model.backbone.")} | adapted
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take what `state_dict` gave.
+
+        Raises:
+            CheckpointError: its adapters are those of other modules or of another rank.
+        """
+        if self.model.adapters is not None:
+            self.model.adapters.load_state_dict(state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 def _check_arguments(

@@ -85,16 +85,21 @@ class Objective:
             raise ConfigError("Objective: " + "; ".join(faults))
 
 
-def check_gradient(goal: Objective, scope: str) -> None:
-    """Refuse decisions that no flips are taken of.
+def check_gradient(goal: Objective, scope: str, adapted: bool = False) -> None:
+    """Refuse what flips do not train: decisions of single tokens, and adapters.
 
     Raises:
-        ConfigError: every token decides.
+        ConfigError: every token decides, or there are adapters to train.
     """
     if goal.gradient == "flips" and scope != "prompt":
         raise ConfigError(
             "RouterTuner: objective.gradient: expected straight-through for scope token, since flips take routers that "
             f"decide once a row (scope prompt), got {goal.gradient!r}"
+        )
+    if goal.gradient == "flips" and adapted:
+        raise ConfigError(
+            "RouterTuner: objective.gradient: expected straight-through where adapters are trained along, since flips "
+            f"take forward passes only (or train without them, and heal the finished run), got {goal.gradient!r}"
         )
 
 

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from adaskip.batch import Batch
 from adaskip.errors import CheckpointError, ConfigError
 from adaskip.runfiles import HEALING, LOCK, ROUTER, write_json
-from adaskip.runtime.adapters import Lora, adapt
+from adaskip.runtime.adapters import adapt
+from adaskip.runtime.lora import Lora
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.gauging import gauge_routing
 from adaskip.theory.intervals import paired_difference
@@ -137,7 +138,7 @@ def heal(
         with stages(f"judging the policy on {len(validation)} validation inputs"):
             before, unhealed = _measure(loaded, judged)
         adapters = adapt(model, lora, seed)
-        tuner = AdapterTuner(model, learning_rate=learning_rate, steps=steps, task_weight=task_weight)
+        tuner = AdapterTuner(model, learning_rate=learning_rate, steps=steps, task_weight=task_weight, seed=seed)
         _train(tuner, batches, place, steps, checkpoint_every, stages)
         with stages(f"judging the healed policy on {len(validation)} validation inputs"):
             after, healed = _measure(loaded, judged)

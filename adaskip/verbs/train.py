@@ -16,6 +16,7 @@ from adaskip.errors import CheckpointError
 from adaskip.ranks import closes_its_group, is_first_process, is_lost_process, says_when_lost
 from adaskip.recipe import Recipe, load
 from adaskip.runfiles import CONDITIONS, RECIPE
+from adaskip.runtime.adapters import adapt
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.sections import Overrides
 from adaskip.stages import SILENT, Stages
@@ -81,6 +82,8 @@ def train(
     enough_to_train(recipe, len(splits["validation"]), len(splits["calibration"]))
     with stages(f"loading {recipe.backbone.path}"):
         model = attach(load_model(recipe), recipe.router, seed=recipe.seed)
+        if recipe.lora is not None:
+            adapt(model, recipe.lora, recipe.seed)
     with opened(recipe, folder, resume) as (checkpoint, step):
         if resume:
             stages.note(f"{folder}: going on from step {step}")

@@ -1,6 +1,6 @@
 """``adaskip`` with a death built in: ``MOMENT`` at ``STEP`` of process ``VICTIM``.
 
-Every process tells its routers, and at its end whether it leaves the group of processes open.
+Every process tells a digest of its routers, with any adapters, and at its end whether it leaves the group of processes open.
 
 A program of its own, so that Lightning and torchrun can start it as they start ``adaskip``. Imported, it arms the
 process that imports it.
@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from adaskip.cli import main
+from adaskip.runtime.adapters import trained_adapters
 from adaskip.training.module import RouterTuner
 
 train_one, write, validate = RouterTuner.training_step, Path.write_bytes, lightning.Trainer.validate
@@ -58,7 +59,8 @@ def validate_or_die(self: lightning.Trainer, *args: Any, **options: Any) -> Any:
 
 
 def tell(self: RouterTuner) -> None:
-    weights = b"".join(w.detach().numpy().tobytes() for w in self.model.routers.parameters())
+    trained = [*self.model.routers.parameters(), *trained_adapters(self.model)]
+    weights = b"".join(w.detach().numpy().tobytes() for w in trained)
     line = f"ROUTERS {self.global_rank} {hashlib.sha256(weights).hexdigest()} {float(self.multiplier)!r}\n"
     os.write(2, line.encode())
 
