@@ -10,6 +10,7 @@ that a dense pass in one thread and a routed one in another do not disturb each 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,19 @@ class Adapters:
             yield module.lora_A[HEALING].weight
             yield module.lora_B[HEALING].weight
 
-    def train(self, mode: bool = True) -> None:
-        """Set whether dropout leaves inputs out."""
-        for module in self.modules.values():
-            module.lora_dropout.train(mode)
+    @contextmanager
+    def dropping(self, seed: int) -> Iterator[None]:
+        """Leave inputs out inside, as ``dropout`` says, drawn from this seed; other draws go on as if nothing was."""
+        devices = {weight.device for weight in self.parameters() if weight.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            torch.manual_seed(seed)
+            for module in self.modules.values():
+                module.lora_dropout.train()
+            try:
+                yield
+            finally:
+                for module in self.modules.values():
+                    module.lora_dropout.eval()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights, by the names that peft gives them in files, behind `PREFIX`."""

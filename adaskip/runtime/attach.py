@@ -193,12 +193,10 @@ class RoutedModel(Results):
         return request.tokens.valid if request.routed is None else request.routed
 
     def train(self, mode: bool = True) -> RoutedModel:
-        """Set the training mode of the policy and of adapters; the frozen backbone stays in ``eval()``."""
+        """Set the training mode of the policy alone; the frozen backbone stays in ``eval()``."""
         self.training = mode
         self.policy.train(mode)
         self.backbone.eval()
-        if self.adapters is not None:
-            self.adapters.train(mode)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> RoutedModel:

@@ -159,7 +159,9 @@ class Contest:
         gap = self.difference
         sides = [f"{self.figures(side)['kl']:.3g}" for side in (0, 1)]
         names = ("routers with adapters", "plan of the frozen model") if self.adapted else ("routers", "plan")
-        text = f"{names[0]}: {sides[0]} nats a token, the best static {names[1]} ({name_layers(self.skip)}) {sides[1]}: "
+        text = (
+            f"{names[0]}: {sides[0]} nats a token, the best static {names[1]} ({name_layers(self.skip)}) {sides[1]}: "
+        )
         if self.winner == "static":
             if self.figures(0)["keep"] > self.budget + ROUNDING:
                 return f"{text}the routers miss the budget, which the plan holds"

@@ -16,7 +16,7 @@ from adaskip.survey.record import record
 from adaskip.training.gradient import answer_costs
 from adaskip.training.objective import is_count, is_number
 from adaskip.training.schedule import OneCycle, length
-from adaskip.training.seeds import seed_at, seeded
+from adaskip.training.seeds import seed_at
 
 
 class AdapterTuner(lightning.LightningModule):
@@ -64,10 +64,9 @@ class AdapterTuner(lightning.LightningModule):
         self.val_kl, self.val_agreement, self.val_keep = MeanMetric(), MeanMetric(), MeanMetric()
 
     def train(self, mode: bool = True) -> AdapterTuner:
-        """Set the mode of the adapters' dropout; the policy decides as it does in use."""
+        """Set the mode of what is no model; the policy decides as it does in use."""
         super().train(mode)
-        self.model.train(False)  # the adapters too, for a moment
-        self.adapters.train(mode)
+        self.model.train(False)
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -75,7 +74,7 @@ class AdapterTuner(lightning.LightningModule):
         check_batch(batch, "training")
         with torch.no_grad(), self.model.dense():
             dense = self.model(**batch.arguments()).logits
-        with seeded(seed_at(self.seed, self.global_step)):  # of the adapters' dropout
+        with self.adapters.dropping(seed_at(self.seed, self.global_step)):
             routed = self.model(**batch.arguments()).logits
         kl, task = answer_costs(dense, routed, batch)
         loss = kl + self.task_weight * task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -26,7 +27,7 @@ from adaskip.training.keep_rates import KeepByKind
 from adaskip.training.objective import Objective, check_gradient, is_count, is_number
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length
-from adaskip.training.seeds import seed_at, seeded
+from adaskip.training.seeds import seed_at
 
 OVERSHOOT = 10.0
 """Nats that a unit of keep above the target costs in ``val/objective``: more than any layer's skip saves in KL."""
@@ -173,7 +174,7 @@ class RouterTuner(lightning.LightningModule):
         check_batch(batch, "training")
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
         dense, costs = self._dense(batch)
-        with seeded(self._seed(2)):  # of the adapters' dropout
+        with nullcontext() if self.model.adapters is None else self.model.adapters.dropping(self._seed(2)):
             kl, task = draw_path(self.model, batch, dense, self.objective, self._noise(), self.temperature())
         routing, share = self._soft_keep()
         bound = self._bound(routing, costs)

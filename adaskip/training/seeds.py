@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
 
 def seed_at(seed: int, step: int, micro: int = 0, rank: int = 0, stream: int = 0) -> int:
     """Return a seed for the draws of one kind (``stream``) in one micro-batch of an optimiser step on one rank."""
     mixed = (seed * 1_000_003 + step) * 4096 + rank + 2048 * stream + micro * 0x9E3779B97F4A7C15
     # the large odd factor keeps micro-batches apart from steps; seeds have 64 bits
     return mixed if micro == 0 else mixed % 2**64
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let whatever draws from torch's own generators, such as dropout, draw from this seed inside; undo it after."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -219,3 +219,23 @@ def test_healed_drafts_are_verified_by_the_dense_model() -> None:
     assert torch.equal(model.generate(**batch, **options, lossless=3), expected)
     assert not torch.equal(model.generate(**batch, **options), expected)
     assert model.adapters is not None
+
+
+def test_dropout_leaves_inputs_out_in_training_alone() -> None:
+    """Catches dropout that is never on, that stays on, or that draws from elsewhere than its seed."""
+    toy = toys.make("llama")
+    model, inputs = healed(toy.model, adaskip.SkipPlan.static([1]), dropout=0.5), with_answers(toy.batch([5, 4]))
+    assert model.adapters is not None
+    plain = logits_of(model, inputs)
+    torch.manual_seed(0)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    found = []
+    for seed in (1, 1, 2):
+        with model.adapters.dropping(seed):
+            found.append(logits_of(model, inputs))
+    assert torch.equal(torch.rand(3), drawn), "the draws of others have moved"
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], plain)
+    assert torch.equal(logits_of(model, inputs), plain)
