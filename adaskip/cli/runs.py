@@ -190,13 +190,20 @@ def generate(
 
 
 @app.command()
-def export(run: Run, destination: Annotated[Path, typer.Argument(metavar="DEST")], as_json: Json = False) -> None:
-    """Copy a run's routers to a folder of their own, ready to ship."""
+def export(
+    run: Run,
+    destination: Annotated[Path, typer.Argument(metavar="DEST")],
+    cut: Annotated[
+        bool, typer.Option("--cut", help="The layers that a plan keeps, as an ordinary Hugging Face model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a run's routers to a folder of their own, ready to ship; or of a plan the model that it leaves."""
 
     def work() -> Any:
         folder = existing(run)
         from adaskip.verbs.export import export
 
-        return export(folder, destination)
+        return export(folder, destination, cut=cut, stages=terminal_stages())
 
     do(work, pairs, as_json)

@@ -25,8 +25,9 @@ _CLOSE = 1e-3
 def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = None) -> PreTrainedModel:
     """Return the layers of one path as a model of their own, of the backbone's class, frozen and in ``eval()``.
 
-    It shares the backbone's weights, and takes no memory but its caches'; ``model`` stays as it is. What it answers is
-    what the routed model answers along this path. Do not save it: its configuration need not say which layers it has.
+    It shares the backbone's weights, and takes no memory but its caches' and, where the model has adapters, that of the
+    weights into which they are merged; ``model`` stays as it is. What it answers is what the routed model answers along
+    this path. `adaskip.generate.plain.save_plain` saves it, where its configuration can say which layers it has.
 
     Args:
         model: blocks of which whole rows leave out (unit ``block``, group ``all``).
@@ -35,7 +36,8 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
 
     Raises:
         ConfigError: no such path, or one that leaves more of a layer than nothing.
-        BackboneError: the model's layers do something else when they stand elsewhere, or it was detached.
+        BackboneError: the model's layers do something else when they stand elsewhere, adapters cannot be merged into
+            its weights, or it was detached.
     """
     model._check_attached()
     keep = _path(model, path)
@@ -49,12 +51,18 @@ def cut(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None = No
     with state.aside(), state.using(mode="skip", fixed=fixed):
         routed = dense_pass(model.backbone).logits
     gap = (dense_pass(plain).logits - routed).abs().max()
-    if not gap <= _CLOSE * routed.abs().max():
+    if not gap <= _close(model) * routed.abs().max():
         raise BackboneError(
             f"cut: {type(plain).__name__}: on plain tokens its logits differ by {float(gap):.2g} from those of the "
             "routed model, so its layers depend on the place where they stand; use the routed model"
         )
     return plain
+
+
+def _close(model: RoutedModel) -> float:
+    """Return how far logits may differ, of the largest: merged weights are rounded anew."""
+    rounding = 0.0 if model.adapters is None else 8 * torch.finfo(model.backbone.dtype).eps
+    return max(_CLOSE, rounding)
 
 
 def _path(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None) -> Tensor:
@@ -93,8 +101,10 @@ def _check_injected(model: RoutedModel, layers: list[int]) -> None:
 
 
 def _unrouted(model: RoutedModel) -> RoutedModel:
-    """Return a copy on the same weights with its routers taken off."""
+    """Return a copy on the same weights, but for those that adapters are merged into, with its routers taken off."""
     double = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     double.patches.frozen = []  # the weights are the routed model's, and stay frozen
+    if double.adapters is not None:
+        double.adapters.merge()
     double.detach()
     return double

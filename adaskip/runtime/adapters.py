@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adaskip.backbone.weights import HEALING
-from adaskip.errors import CheckpointError, ConfigError
+from adaskip.errors import BackboneError, CheckpointError, ConfigError
 from adaskip.runtime.lora import Lora
 
 if TYPE_CHECKING:
@@ -122,6 +122,25 @@ class Adapters:
             )
         for name, value in own.items():
             value.copy_(weights[name])
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the updates to the weights for good, which become tensors of their own, and take the adapters off.
+
+        Raises:
+            BackboneError: a weight is packed or quantised.
+        """
+        for name, module in self.modules.items():
+            base = module.get_base_layer()
+            if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
+                raise BackboneError(
+                    f"adapters: {name}: expected a weight of floating-point numbers to merge into, got "
+                    f"{type(base.weight).__name__} of {base.weight.dtype}; merge on the backbone as it was before it "
+                    "was quantised"
+                )
+            merged = base.weight.float() + module.get_delta_weight(HEALING).float()
+            base.weight = nn.Parameter(merged.to(base.weight.dtype), requires_grad=False)
+        self.remove()
 
     def remove(self) -> None:
         """Give the backbone its own modules back, as they were; `RoutedModel.detach` does it too."""

@@ -1,11 +1,13 @@
-"""Write the model card of a saved policy."""
+"""Write the model card of a saved policy, or of the model that a plan leaves."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adaskip.plan import Target
+from adaskip.version import __version__
 
 
 def write_card(meta: dict[str, Any], target: Target, parameters: int) -> str:
@@ -17,11 +19,7 @@ def write_card(meta: dict[str, Any], target: Target, parameters: int) -> str:
         parameters: of the policy.
     """
     backbone, policy = meta["backbone"], meta["policy"]
-    # a card is for others, to whom a folder of this machine says nothing
-    base = Path(backbone["name"]).name if Path(backbone["name"]).is_absolute() else backbone["name"]
-    facts = (
-        "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in meta["facts"].items()) or "- none recorded"
-    )
+    base = _known_as(backbone["name"])
     return f"""---
 library_name: adaskip
 base_model: {base}
@@ -46,10 +44,50 @@ phase `{target.phase}`.
 
 ## Measured
 
-{facts}
+{_list(meta["facts"])}
 {_promise(meta["certificate"])}
 Made with adaskip {meta["adaskip"]}.
 """
+
+
+def write_cut_card(name: str, kept: Sequence[bool], adapted: bool, facts: Mapping[str, Any]) -> str:
+    """Return the card's text of an ordinary model that consists of some layers of another one.
+
+    Args:
+        name: of the whole model; empty where it was built in memory.
+        kept: of each of its layers, whether it stays.
+        adapted: whether adapters were merged into what stays.
+        facts: what the run measured.
+    """
+    base = _known_as(name) or "a model built in memory"
+    left = [str(layer) for layer, stays in enumerate(kept) if not stays]
+    merged = " Low-rank updates that heal this were merged into the others." if adapted else ""
+    return f"""---
+library_name: transformers
+base_model: {base}
+tags: [layer-skipping]
+---
+
+# {base} without layers {", ".join(left) or "none"}
+
+{len(left)} of {len(kept)} decoder layers were left out, the same for every input.{merged}
+It is an ordinary model of its class: load it with `from_pretrained`, or serve it as any other.
+
+## Measured
+
+{_list(facts)}
+
+Made with adaskip {__version__}.
+"""
+
+
+def _known_as(name: str) -> str:
+    """Name a model for others, to whom a folder of this machine says nothing."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _list(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()) or "- none recorded"
 
 
 _UNITS = {"block": "all of it", "attention": "its attention", "mlp": "its MLP"}

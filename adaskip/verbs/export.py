@@ -1,4 +1,4 @@
-"""`adaskip export`: the routers of a run, ready to ship."""
+"""`adaskip export`: the routers of a run, ready to ship, or the layers that a plan keeps, as an ordinary model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import CheckpointError
+from adaskip.generate.plain import save_plain
 from adaskip.runtime.description import CARD, CONFIG, WEIGHTS, read_config
 from adaskip.runtime.persist import read_weights
-from adaskip.verbs.run import check_writable, router_folder
+from adaskip.stages import SILENT, Stages
+from adaskip.verbs.run import Run, check_writable, router_folder
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Hold a folder that `RoutedModel.from_pretrained` reads."""
+    """Hold a folder that `RoutedModel.from_pretrained` reads; of a cut model, Hugging Face reads it by itself."""
 
     folder: Path
     files: tuple[str, ...]
@@ -32,11 +34,20 @@ class ExportResult:
         }
 
 
-def export(run: str | Path, destination: str | Path) -> ExportResult:
+def export(run: str | Path, destination: str | Path, *, cut: bool = False, stages: Stages = SILENT) -> ExportResult:
     """Copy the routers of a finished run to an empty or new folder: configuration, weights and model card.
+
+    Args:
+        run: the run's folder.
+        destination: new or empty.
+        cut: write the layers that the run's plan keeps as an ordinary Hugging Face model in their place, with its
+            processor, adapters merged; nothing of adaskip is left in it.
+        stages: hears what is under way.
 
     Raises:
         CheckpointError: the run has no whole routers, or the destination holds something else or cannot be written to.
+        ConfigError: ``cut``, and the run's policy leaves other layers out for other inputs, or only parts of layers.
+        BackboneError: ``cut``, and what is left cannot be written as a model of the backbone's class.
 
     Example:
         ``adaskip.export("runs/digits-vlm", "my-router")``
@@ -47,10 +58,23 @@ def export(run: str | Path, destination: str | Path) -> ExportResult:
     check_writable(destination, "the export", "choose another folder")
     meta = read_config(source)
     read_weights(source / WEIGHTS, meta)  # a damaged file is said here, not where it has been shipped to
+    if cut:
+        return _export_cut(Path(run), destination, stages)
     destination.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS, CARD):
         if (source / name).is_file():  # a model card may have been taken away
             shutil.copyfile(source / name, destination / name)
-    copied = sorted(destination.iterdir())
-    size = sum(path.stat().st_size for path in copied)
-    return ExportResult(destination, tuple(path.name for path in copied), size, meta["backbone"]["name"])
+    return _listed(destination, meta["backbone"]["name"])
+
+
+def _export_cut(folder: Path, destination: Path, stages: Stages) -> ExportResult:
+    run = Run.open(folder, stages)
+    with stages("cutting the plan's layers out, and reading them again"):
+        save_plain(run.model, destination, run.processor)
+    return _listed(destination, run.recipe.backbone.path)
+
+
+def _listed(destination: Path, backbone: str) -> ExportResult:
+    written = sorted(path for path in destination.iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in written)
+    return ExportResult(destination, tuple(path.name for path in written), size, backbone)

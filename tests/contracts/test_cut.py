@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from transformers import StaticCache
 
 import adaskip
+from adaskip.backbone.load import load_backbone
 from adaskip.errors import BackboneError, ConfigError
+from adaskip.generate.plain import save_plain
 from adaskip.plan import SkipPlan
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
@@ -134,3 +137,69 @@ def test_decoding_is_captured_as_one_cuda_graph() -> None:
         token.copy_(out)
         place.add_(1)
     assert torch.equal(torch.cat(found, 1), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_vl"])
+@torch.no_grad()
+def test_adapters_are_merged_into_it(name: str) -> None:
+    """And into nothing else; catches updates that are lost, added twice or to the shared weights, or transposed."""
+    pytest.importorskip("peft", reason="PEFT is an extra: pip install 'adaskip[peft]'")
+    toy = families.make(name)
+    model = attach(toy.model, SkipPlan.static([1]))
+    adapters, batch = adaskip.adapt(model, adaskip.Lora(rank=2)), toy.batch([9, 7])
+    frozen = model(**batch).logits
+    for weight in adapters.parameters():
+        weight.normal_(std=0.1)
+    wanted, there = model(**batch).logits, batch["attention_mask"].bool()
+    assert (wanted - frozen)[there].abs().max() > 1e-2
+    plain = adaskip.cut(model)
+    assert not [part for part in plain.modules() if "lora" in type(part).__module__]
+    assert (plain(**batch).logits - wanted)[there].abs().max() <= 1e-4
+    assert torch.equal(model(**batch).logits, wanted)
+    with model.dense():
+        dense = model(**batch).logits
+    assert torch.equal(model.detach()(**batch).logits, dense)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("llama", "gemma3", "qwen2_vl") else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted({*TEXT, *VISION} - {*INJECTED})
+    ],
+)
+def test_what_is_saved_of_it_is_read_as_an_ordinary_model(name: str, tmp_path: Path) -> None:
+    """Or refused; catches a configuration that would give a model of other layers, and leaves nothing half-written."""
+    toy = families.make(name)
+    model = attach(toy.model, SkipPlan.static([1]))
+    batch = toy.batch([9, 7])
+    try:
+        plain = save_plain(model, tmp_path / "plain")
+    except BackboneError as error:
+        assert "ship the routers instead" in str(error)  # noqa: PT017
+        assert not [*tmp_path.iterdir()]
+        return
+    read = load_backbone(str(tmp_path / "plain")).eval()
+    assert type(read) is type(toy.model)
+    with torch.no_grad():
+        there = batch["attention_mask"].bool()
+        assert (read(**batch).logits - plain(**batch).logits)[there].abs().max() <= 1e-4
+    assert "without layers 1" in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_a_configuration_that_does_not_say_which_layers_are_left_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a folder that is handed out without having been read."""
+    toy = families.make("llama")
+    model = attach(toy.model, SkipPlan.static([1]))
+    write = type(toy.model.config).save_pretrained
+
+    def forget(config: Any, folder: Any, **options: Any) -> None:
+        config.num_hidden_layers = LAYERS
+        write(config, folder, **options)
+
+    monkeypatch.setattr(type(toy.model.config), "save_pretrained", forget)
+    with pytest.raises(BackboneError, match="ship the routers instead"):
+        save_plain(model, tmp_path / "plain")
+    assert not [*tmp_path.iterdir()]

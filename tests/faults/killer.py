@@ -1,6 +1,6 @@
 """``adaskip`` with a death built in: ``MOMENT`` at ``STEP`` of process ``VICTIM``.
 
-Every process tells a digest of its routers, with any adapters, and at its end whether it leaves the group of processes open.
+Every process tells a digest of its routers and adapters, and at its end whether it leaves the group of processes open.
 
 A program of its own, so that Lightning and torchrun can start it as they start ``adaskip``. Imported, it arms the
 process that imports it.

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 import adaskip
+from adaskip.cli import app
 from adaskip.errors import ConfigError
+from adaskip.training.data import load_records
 from adaskip.training.healing import AdapterTuner
 from tests.faults.finished import copy_of
 from tests.keys_of import keys_of
@@ -47,8 +51,29 @@ def test_a_healed_run_is_nearer_to_the_dense_model(run: Path, tmp_path: Path) ->
     model = adaskip.RoutedModel.from_pretrained(tmp_path / "shipped")
     assert model.adapters is not None
     assert model.facts["healed_steps"] == 6
+    _check_cut(folder, model, tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"healed already; to heal it anew, put .*healing/router in the place of"):
         adaskip.heal(folder, **SMALL)
+
+
+def _check_cut(folder: Path, model: adaskip.RoutedModel, place: Path) -> None:
+    """What `export --cut` writes answers as the healed run does, with nothing of adaskip in it."""
+    found = CliRunner().invoke(app, ["export", str(folder), str(place), "--cut", "--json"])
+    assert found.exit_code == 0, found.output
+    plain = AutoModelForImageTextToText.from_pretrained(place).eval()
+    collate = adaskip.Collator(AutoProcessor.from_pretrained(place))
+    batch = collate(load_records("digits-vlm", "test", 8, 0))
+    with torch.no_grad():
+        wanted = model(**batch.arguments()).logits[:, :-1][batch.supervised]
+        assert (plain(**batch.inputs).logits[:, :-1][batch.supervised] - wanted).abs().max() < 1e-3
+    assert plain.config.get_text_config().num_hidden_layers == 8
+
+
+def test_a_run_of_routers_has_no_layers_to_cut_out(run: Path, tmp_path: Path) -> None:
+    """Routers choose for every prompt: a sentence, and nothing written."""
+    with pytest.raises(ConfigError, match="routers choose a path for every prompt"):
+        adaskip.export(run, tmp_path / "plain", cut=True)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_healing_that_was_stopped_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
