@@ -41,16 +41,16 @@ def main() -> None:
         records = by_length(load_records(run.recipe.data.source, split, stop, run.recipe.seed)[start:])
         return [collate(records[at : at + options.rows]) for at in range(0, len(records), options.rows)]
 
-    gauge = gauge_routing(model, read("calibration", 0, options.calibration), prices.alpha)
+    gauge = model.gauge = gauge_routing(model, read("calibration", 0, options.calibration), prices.alpha)
     test = read("test", options.skip, options.skip + options.inputs)
     costs = joint_cost(model, test, price_inputs(model, test, prices))
     order = torch.randperm(len(costs["kl"]), generator=torch.Generator().manual_seed(0))
     kl, bound, keep = costs["kl"][order].double(), costs["bound"][order], costs["keep"][:, order]
     told = {"B": Reading.of(judge_joint(kl, bound, keep, {}, prices.alpha))}
     if gauge is not None:
-        outcome = costs["outcome"].T[order]
-        both = (gauge.predict(outcome) * bound).sqrt()
-        told["gauge"] = judge_gauge(gauge, outcome, kl)
+        predicted = costs["told"][order]
+        both = (predicted * bound).sqrt()
+        told["gauge"] = judge_gauge(gauge, predicted, kl)
         told["together"] = Reading.of(judge_joint(kl, both, keep, {}, prices.alpha))
     print(json.dumps({"kl": float(kl.mean())} | {name: reading.to_dict() for name, reading in told.items()}, indent=1))
 

@@ -297,7 +297,7 @@ def _gauge(gauge: dict[str, Any] | None, together: dict[str, Any] | None, source
         row("n", "n", str),
     ]
     text = (
-        "The gauge reads off a routed pass alone, from how sure its predictions are, what its skips cost at most. "
+        "The gauge reads off the logits of a routed pass alone what its skips cost at most. "
         "Together: the geometric mean of B and the gauge's prediction, whose factor half of the inputs calibrate."
     )
     table = _table(["", "gauge", "together"], rows)

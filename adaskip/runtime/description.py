@@ -11,7 +11,7 @@ from adaskip.errors import CheckpointError, ConfigError
 from adaskip.plan import read_layers, read_number
 from adaskip.policy import Policy, find
 from adaskip.runtime.lora import Lora
-from adaskip.theory.gauge import Gauge
+from adaskip.theory.gauge import stored_gauge
 
 CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"
 FORMAT = 4
@@ -150,7 +150,7 @@ def _faults(meta: Any) -> list[str]:
             faults.append(f"{name}: expected an object, got {meta[name]!r}")
     try:
         if isinstance(gauge := meta.get("gauge"), dict):
-            Gauge.from_dict(gauge)
+            stored_gauge(gauge)
     except ValueError as error:
         faults.append(f"gauge: {error}")
     try:

@@ -24,7 +24,7 @@ from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check_digest, check_fingerprint, fingerprint
 from adaskip.runtime.lora import Lora
 from adaskip.sources import model_name
-from adaskip.theory.gauge import Gauge
+from adaskip.theory.gauge import stored_gauge
 from adaskip.version import __version__
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def restore(saved: Saved, model: RoutedModel, strict: bool) -> None:
     if (lora := saved.meta.get("adapters")) is not None:
         adapt(model, Lora.from_dict(lora)).load_state_dict(saved.weights)
     model.facts, model.certificate = saved.meta.get("facts") or {}, saved.meta.get("certificate")
-    model.gauge = None if (gauge := saved.meta.get("gauge")) is None else Gauge.from_dict(gauge)
+    model.gauge = stored_gauge(saved.meta.get("gauge"))
 
 
 def _sort(folder: Any, backbone: Any, options: dict[str, Any]) -> tuple[Path, Any]:

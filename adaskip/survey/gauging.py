@@ -9,7 +9,11 @@ import torch
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.record import record
-from adaskip.theory.gauge import Gauge, calibrate_gauge, describe_outcome
+from adaskip.theory.bounds import kl_exact
+from adaskip.theory.gauge import Gauge, Outcome, calibrate_gauge, describe_outcome
+
+_AT_ONCE = 64
+"""Predicted tokens that are compared at once, so that no second copy of all logits is made."""
 
 
 @torch.no_grad()
@@ -24,11 +28,12 @@ def gauge_routing(model: RoutedModel, batches: Sequence[Batch], alpha: float) ->
     Returns:
         None where there are too few inputs, or nothing to read: see `calibrate_gauge`.
     """
-    features, kl = [], []
+    outcomes, kl = [], []
     for batch in batches:
         dense = record(model, batch, states=False)
         routed = record(model, batch, routed=True, states=False)
-        keep = model.routing.keep_rate
-        features.append(describe_outcome(routed.logits, batch.supervised, batch.prompt_mask, keep).cpu())
-        kl.append(dense.compare(routed.logits)["kl"].double().cpu())
-    return calibrate_gauge(torch.cat(features), torch.cat(kl), alpha)
+        outcome = describe_outcome(routed.logits, batch.supervised, model.routing.keep_rate)
+        outcomes.append(Outcome(outcome.tokens.cpu(), outcome.counts.cpu()))
+        pairs = zip(dense.logits.split(_AT_ONCE), routed.logits.split(_AT_ONCE), strict=True)
+        kl += [kl_exact(before, after).double().cpu() for before, after in pairs]
+    return calibrate_gauge(Outcome.join(outcomes), torch.cat(kl), alpha)

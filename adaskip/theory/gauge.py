@@ -1,9 +1,9 @@
-"""Read off a routed pass alone what its skips cost: KL(dense || routed), told from how sure the routed model is.
+"""Read off a routed pass alone what its skips cost: KL(dense || routed), told token by token from its logits.
 
 B prices decisions before they are carried out. A gauge reads their outcome: where skips have done harm the routed
-prediction is less sure. How much that says is regressed on inputs for which the dense pass was made as well, beside how
-much was left out, and of how many tokens. A fresh input needs no dense pass. The prediction is an estimator; its factor
-is calibrated (split conformal):
+prediction is less sure, and how much that means depends on what is predicted. This is regressed on inputs for which
+the dense pass was made as well. A fresh input needs no dense pass. The prediction is an estimator; its factor is
+calibrated (split conformal):
 
     P(KL(dense || routed) <= factor * predicted) >= 1 - alpha
 
@@ -14,7 +14,7 @@ another threshold or other held layers void it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,62 +31,112 @@ from adaskip.theory.conformal import (
 )
 from adaskip.theory.measures import spearman
 from adaskip.theory.regression import Predictor, fit_predictor
-from adaskip.theory.sureness import SURENESS, describe_sureness
+from adaskip.theory.sureness import token_sureness
 
-_FLOOR = 1e-5
-"""Nats below which costs are all the same to a gauge."""
+_FLOOR = 1e-4
+"""Nats below which the costs of a token are all the same to a gauge."""
+_SMALL = 1e-6
 _FITTED = 5
 """Inputs that a gauge is fitted on at least."""
 _SCORED_EVERY = 3
 """Of the inputs one in so many calibrates the factor, or more where alpha needs more; the others fit."""
-OUTCOME = SURENESS + 3
-"""Numbers that `describe_outcome` gives an input."""
+_MOST = 4096
+"""Predicted tokens that a gauge is fitted on at most."""
+SURE, SKETCH = 4, 512
+"""Numbers of a token that say how sure its prediction is, and that stand for what is predicted."""
+NUMBERS = SURE + SKETCH
+_NINE = 9
+_GOLDEN = 0x9E3779B1
+"""Multiplied by a label's number it gives 32 bits that are spread evenly: Knuth's multiplicative hash."""
 
 
-def describe_outcome(logits: Tensor, supervised: Tensor, prompt: Tensor, keep: Tensor) -> Tensor:
-    """Describe routed passes, float64 (b 9): `describe_sureness`, the keep rate, and log counts of tokens.
+@dataclass(frozen=True)
+class Outcome:
+    """Hold what routed passes show of their predicted tokens."""
+
+    tokens: Tensor  # float64 (k 516), row by row: see `describe_outcome`
+    counts: Tensor  # long (b): how many of them each input has
+
+    @classmethod
+    def join(cls, parts: Sequence[Outcome]) -> Outcome:
+        """Return several as one."""
+        return cls(torch.cat([part.tokens for part in parts]), torch.cat([part.counts for part in parts]))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return each input's mean (b) of values of its tokens (k)."""
+        rows = torch.repeat_interleave(
+            torch.arange(len(self.counts), device=values.device), self.counts.to(values.device)
+        )
+        total = torch.zeros(len(self.counts), dtype=values.dtype, device=values.device).index_add_(0, rows, values)
+        return total / self.counts.to(values).clamp(min=1)
+
+    def select(self, inputs: Tensor) -> Outcome:
+        """Return that of some inputs, bool (b)."""
+        inputs = inputs.to(self.counts.device)
+        return Outcome(self.tokens[torch.repeat_interleave(inputs, self.counts)], self.counts[inputs])
+
+
+def describe_outcome(logits: Tensor, supervised: Tensor, keep: Tensor) -> Outcome:
+    """Describe routed passes: of each predicted token 516 numbers.
+
+    Logs of entropy and of the probability beside the top label, the top label's lead, the input's keep rate; then the
+    direction of a fixed projection of the logits, in which every label adds to one of 512 sums or takes from it. The
+    logits are linear in the state behind the last layer, so this stands for it, whatever the model calls it.
 
     Args:
         logits: (k v) of a routed pass at the predicted tokens, row by row.
         supervised: bool (b t-1), where these are.
-        prompt: bool (b t).
         keep: (b) executed over dense decoder FLOPs.
     """
-    counts = torch.stack([supervised.sum(1), prompt.sum(1)], 1).clamp(min=1).double().log()
-    return torch.cat([describe_sureness(logits, supervised), keep.double().to(counts.device)[:, None], counts], 1)
+    counts = supervised.sum(1)
+    sure = token_sureness(logits)
+    sure[:, :2] = (sure[:, :2] + _SMALL).log()
+    rate = torch.repeat_interleave(keep.double().to(counts.device), counts)
+    return Outcome(torch.cat([sure, rate[:, None].to(sure), _sketch(logits)], 1), counts)
+
+
+def _sketch(logits: Tensor) -> Tensor:
+    """Return float64 (k 512): the direction of the projection."""
+    hashed = (torch.arange(logits.shape[-1], device=logits.device) * _GOLDEN) % 2**32
+    place, sign = hashed >> 23, ((hashed >> 22) & 1) * 2 - 1
+    inside = logits > -torch.inf  # of the vocabulary
+    known = torch.where(inside, logits, 0.0).double()
+    centre = known.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
+    moved = torch.where(inside, known - centre, 0.0) * sign
+    sums = torch.zeros(len(logits), SKETCH, dtype=torch.float64, device=logits.device).index_add_(1, place, moved)
+    return sums / torch.linalg.vector_norm(sums, dim=1, keepdim=True).clamp_min(_SMALL)
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """Predict from nine numbers of a routed pass what its skips cost the input, in nats per predicted token."""
+    """Predict from a routed pass's logits what its skips cost the input, in nats per predicted token."""
 
-    centre: tuple[float, ...]  # 9: of `describe_outcome`
-    weight: tuple[float, ...]  # 9: of the logarithm of the cost
+    centre: tuple[float, ...]  # 516: of `describe_outcome`
+    weight: tuple[float, ...]  # 516: of the logarithm of a token's cost
     bias: float
     factor: float  # calibrated
     alpha: float  # miscoverage of factor * prediction
     scored: int  # inputs that calibrated the factor
 
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the predicted costs (n) of outcomes (n 9): an estimator."""
+    def predict(self, outcome: Outcome) -> Tensor:
+        """Return the predicted costs (b), means over an input's tokens: an estimator."""
         table = (torch.tensor(values, dtype=torch.float64) for values in (self.centre, self.weight, (self.bias,)))
         centre, weight, bias = table
-        return Predictor(centre, weight[:, None], bias)(features)[:, 0]
+        return outcome.mean(Predictor(centre, weight[:, None], bias)(outcome.tokens)[:, 0])
 
-    def bound(self, features: Tensor) -> Tensor:
-        """Return what the skips cost at most, (n) nats, each with probability >= 1 - alpha, from outcomes (n 9)."""
-        return self.factor * self.predict(features)
+    def bound(self, outcome: Outcome) -> Tensor:
+        """Return what the skips cost at most, (b) nats, each with probability >= 1 - alpha."""
+        return self.factor * self.predict(outcome)
 
-    def read(self, logits: Tensor, supervised: Tensor, prompt: Tensor, keep: Tensor) -> Tensor:
+    def read(self, logits: Tensor, supervised: Tensor, keep: Tensor) -> Tensor:
         """Return `bound` (b) of a routed pass.
 
         Args:
             logits: (b t v) of the pass.
             supervised: bool (b t-1): whether the token after each place counts, of an answer or of what was generated.
-            prompt: bool (b t).
             keep: (b), ``model.routing.keep_rate``.
         """
-        return self.bound(describe_outcome(logits[:, :-1][supervised], supervised, prompt, keep))
+        return self.bound(describe_outcome(logits[:, :-1][supervised], supervised, keep))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-ready."""
@@ -108,11 +158,22 @@ class Gauge:
         except (TypeError, ValueError) as error:
             raise ValueError(f"expected numbers ({error})") from None
         every = (*gauge.centre, *gauge.weight, gauge.bias, gauge.factor)
-        if {len(gauge.centre), len(gauge.weight)} != {OUTCOME} or not all(map(math.isfinite, every)):
-            raise ValueError(f"expected {OUTCOME} finite numbers in centre and weight, and a finite bias and factor")
+        if {len(gauge.centre), len(gauge.weight)} != {NUMBERS} or not all(map(math.isfinite, every)):
+            raise ValueError(f"expected {NUMBERS} finite numbers in centre and weight, and a finite bias and factor")
         if not (0 < gauge.alpha < 1 and gauge.factor >= 0 and gauge.scored >= smallest_sample(gauge.alpha)):
             raise ValueError(f"alpha={gauge.alpha:g}, factor={gauge.factor:g}, scored={gauge.scored} do not fit")
         return gauge
+
+
+def stored_gauge(stored: Mapping[str, Any] | None) -> Gauge | None:
+    """Read what a checkpoint holds: None where it holds none, or one of nine numbers, as they were at first.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if stored is None or len(stored.get("centre") or ()) == _NINE:
+        return None
+    return Gauge.from_dict(stored)
 
 
 def fewest_to_gauge(alpha: float) -> int:
@@ -124,27 +185,31 @@ def fewest_to_gauge(alpha: float) -> int:
     return smallest_sample(alpha) + _FITTED
 
 
-def calibrate_gauge(features: Tensor, kl: Tensor, alpha: float) -> Gauge | None:
+def calibrate_gauge(outcome: Outcome, kl: Tensor, alpha: float) -> Gauge | None:
     """Fit a gauge on some inputs, and calibrate its factor on the others.
 
     Args:
-        features: (n 9) of `describe_outcome`.
-        kl: (n) exact KL(dense || routed) of the same, nats per predicted token.
+        outcome: of the inputs' routed passes.
+        kl: (k) exact KL(dense || routed) of each predicted token, nats.
         alpha: miscoverage.
 
     Returns:
         None where inputs are too few, their figures are not finite, or no skip costs anything.
     """
-    finite = bool(features.isfinite().all() and kl.isfinite().all())
-    if len(kl) < fewest_to_gauge(alpha) or not finite:
+    count, costs = len(outcome.counts), outcome.mean(kl)
+    finite = bool(outcome.tokens.isfinite().all() and kl.isfinite().all())
+    if count < fewest_to_gauge(alpha) or not finite:
         return None
-    scored = spread_over(max(smallest_sample(alpha), len(kl) // _SCORED_EVERY), len(kl))
-    if not (kl[~scored] > 0).any():
+    scored = spread_over(max(smallest_sample(alpha), count // _SCORED_EVERY), count)
+    fitted = torch.repeat_interleave(~scored, outcome.counts)
+    tokens, paid = outcome.tokens[fitted], kl[fitted]
+    if not (paid > 0).any():
         return None
-    fitted, _ = fit_predictor(features[~scored], kl[~scored, None], _FLOOR)
-    centre, weight = tuple(fitted.centre.tolist()), tuple(fitted.weight[:, 0].tolist())
-    raw = Gauge(centre, weight, float(fitted.bias), 1.0, alpha, int(scored.sum()))
-    factor = float(conformal_quantile(safe_ratio(kl[scored], raw.predict(features[scored])), alpha))
+    chosen = spread_over(min(_MOST, len(paid)), len(paid))
+    found, _ = fit_predictor(tokens[chosen], paid[chosen, None], _FLOOR, (SURE, SKETCH))
+    centre, weight = tuple(found.centre.tolist()), tuple(found.weight[:, 0].tolist())
+    raw = Gauge(centre, weight, float(found.bias), 1.0, alpha, int(scored.sum()))
+    factor = float(conformal_quantile(safe_ratio(costs[scored], raw.predict(outcome.select(scored))), alpha))
     return replace(raw, factor=factor) if math.isfinite(factor) else None
 
 
@@ -170,9 +235,9 @@ class Reading:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
-def judge_gauge(gauge: Gauge, features: Tensor, kl: Tensor) -> Reading:
-    """Hold a gauge against the exact costs (n) of inputs that it has not seen, and their outcomes (n 9)."""
-    kl, bound = kl.double().cpu(), gauge.bound(features.cpu())
+def judge_gauge(gauge: Gauge, predicted: Tensor, kl: Tensor) -> Reading:
+    """Hold what a gauge predicted (b) against the exact costs (b) of inputs that it has not seen."""
+    kl, bound = kl.double().cpu(), gauge.factor * predicted.double().cpu()
     covered, paid = int((kl <= bound).sum()), kl > 0
     slack = (bound[paid] / kl[paid]).quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)) if paid.any() else None
     return Reading(

@@ -269,11 +269,10 @@ class ConditionCheck(lightning.Callback):
         held, logits = model.policy.held, costs.get("logits")
         look = Look(step, model.target.group, self.tolerance, self.findings, joint, skips, held)
         if model.gauge is not None:
-            outcome = costs["outcome"].T
             # two estimators whose errors have little in common: the mean of their logarithms
-            both = (model.gauge.predict(outcome) * costs["bound"]).sqrt()
+            both = (costs["told"] * costs["bound"]).sqrt()
             together = judge_joint(costs["kl"], both, costs["keep"], {}, prices.alpha)
-            reading = judge_gauge(model.gauge, outcome, costs["kl"])
+            reading = judge_gauge(model.gauge, costs["told"], costs["kl"])
             look = replace(look, gauge=reading, together=Reading.of(together))
         if logits is None:  # a plan, or another policy that decides without any
             return look

@@ -94,9 +94,9 @@ def joint_cost(
     """Measure what the routers' decisions cost each input: exact ``kl`` (n), predicted ``bound`` (n), ``keep`` (l n).
 
     ``requested`` (l n) is what the routers would do if no layer were held, ``logits`` (l n) are theirs, where the
-    policy has any, and under scope token the means over an input's tokens; ``outcome`` (9 n) describes the
-    routed passes. Under scope token an input counts as keeping
-    a layer if most of its tokens do (a heuristic), and its bound is computed from the share of them that skip.
+    policy has any, and under scope token the means over an input's tokens; ``told`` (n) is what the model's gauge, if
+    it has one, predicts off the routed passes. Under scope token an input counts as keeping a layer if most of its
+    tokens do (a heuristic), and its bound is computed from the share of them that skip.
 
     Args:
         model: with frozen or current routers.
@@ -105,13 +105,14 @@ def joint_cost(
         dense: the memory of the same batches; None: they are looked at once.
     """
     dense = dense or DenseLogits(limit=0)
-    kl, keep, requested, logits, outcome = [], [], [], [], []
+    kl, keep, requested, logits, told = [], [], [], [], []
     for index, batch in enumerate(batches):
         before, supervised = dense(model, index, batch), batch.supervised
         routed = predicted(model(**batch.arguments()).logits, supervised)
         kl.append(compare_predicted(before, routed, supervised)["kl"].cpu())
         routing = model.routing
-        outcome.append(describe_outcome(routed, supervised, batch.prompt_mask, routing.keep_rate).T.cpu())
+        if model.gauge is not None:
+            told.append(model.gauge.predict(describe_outcome(routed, supervised, routing.keep_rate)).cpu())
         keep.append(routing.share.cpu())
         # `keep` has held layers as kept; the logits tell what the router itself asks for
         decisions = routing.keep if routing.logits is None else hard(routing.logits, model.policy.threshold)
@@ -120,7 +121,9 @@ def joint_cost(
             logits.append(routing.per_row(routing.logits).cpu())
     kept = torch.cat(keep, 1)
     bound = costs.bound(kept.T)
-    rows = {"keep": kept > 0.5, "share": kept, "requested": torch.cat(requested, 1), "outcome": torch.cat(outcome, 1)}
+    rows = {"keep": kept > 0.5, "share": kept, "requested": torch.cat(requested, 1)}
+    if told:
+        rows["told"] = torch.cat(told)
     if logits:
         rows["logits"] = torch.cat(logits, 1)
     return {"kl": torch.cat(kl), "bound": bound, **rows}
