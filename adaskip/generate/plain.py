@@ -68,7 +68,7 @@ def _check_readable(plain: PreTrainedModel, folder: Path) -> None:
     name = type(plain).__name__
     try:
         read = load_backbone(str(folder), dtype=plain.dtype).eval()
-        read.to(device=plain.device)  # type: ignore[arg-type]
+        read.to(device=plain.device)
         found = dense_pass(read).logits
     except (AdaSkipError, RuntimeError, TypeError) as error:
         raise BackboneError(

@@ -45,7 +45,10 @@ _MOST = 4096
 SURE, SKETCH = 4, 512
 """Numbers of a token that say how sure its prediction is, and that stand for what is predicted."""
 NUMBERS = SURE + SKETCH
+_AT_ONCE = 64
+"""Predicted tokens that are projected at once, so that no second copy of all logits is made."""
 _NINE = 9
+"""Numbers that the first gauges read, of a whole input."""
 _GOLDEN = 0x9E3779B1
 """Multiplied by a label's number it gives 32 bits that are spread evenly: Knuth's multiplicative hash."""
 
@@ -99,12 +102,14 @@ def _sketch(logits: Tensor) -> Tensor:
     """Return float64 (k 512): the direction of the projection."""
     hashed = (torch.arange(logits.shape[-1], device=logits.device) * _GOLDEN) % 2**32
     place, sign = hashed >> 23, ((hashed >> 22) & 1) * 2 - 1
-    inside = logits > -torch.inf  # of the vocabulary
-    known = torch.where(inside, logits, 0.0).double()
-    centre = known.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
-    moved = torch.where(inside, known - centre, 0.0) * sign
-    sums = torch.zeros(len(logits), SKETCH, dtype=torch.float64, device=logits.device).index_add_(1, place, moved)
-    return sums / torch.linalg.vector_norm(sums, dim=1, keepdim=True).clamp_min(_SMALL)
+    sums = torch.zeros(len(logits), SKETCH, dtype=torch.float64, device=logits.device)
+    for part, found in zip(logits.split(_AT_ONCE), sums.split(_AT_ONCE), strict=True):
+        inside = part > -torch.inf  # of the vocabulary
+        known = torch.where(inside, part, 0.0).double()
+        centre = known.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
+        found.index_add_(1, place, torch.where(inside, known - centre, 0.0) * sign)
+    length: Tensor = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+    return sums / length.clamp_min(_SMALL)
 
 
 @dataclass(frozen=True)
