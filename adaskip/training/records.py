@@ -62,11 +62,11 @@ class Reader:
                 records.append(record)
         chosen = records if bad.too_many else choose(records)
         with ThreadPoolExecutor() as pool:  # Pillow decodes beside Python
-            texts = [*pool.map(_Pictures(folder, self.max_pixels), chosen)]
-        for record, text in zip(chosen, texts, strict=True):
+            found = [*pool.map(_Pictures(folder, self.max_pixels), chosen)]
+        for record, text in zip(chosen, found, strict=True):
             if text is not None:
                 bad.note(where(record), [text])
-        return [record for record, text in zip(chosen, texts, strict=True) if text is None]
+        return [record for record, text in zip(chosen, found, strict=True) if text is None]
 
     def _faults(self, row: Any) -> Iterator[str]:
         """Yield what is wrong with a row, except for its conversation and pictures."""

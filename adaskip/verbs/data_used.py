@@ -24,12 +24,14 @@ class DataUsed:
     splits: dict[str, dict[str, Any]]  # name -> records, digest
     bad: int
     faults: tuple[str, ...]  # one may have several
+    chat: bool = False  # whether the model's chat template wrote the prompts
 
     @classmethod
     def of(cls, splits: Mapping[str, Sequence[Record]], bad: BadRecords) -> DataUsed:
         """Describe the splits that a run has read."""
         used = {name: {"records": len(chosen), "digest": digest(chosen)} for name, chosen in splits.items()}
-        return cls(used, len(bad), tuple(bad.lines()))
+        chat = any("turns" in record for chosen in splits.values() for record in chosen)
+        return cls(used, len(bad), tuple(bad.lines()), chat)
 
     def told(self) -> list[str]:
         """Write what is said of records that were left out; nothing where none was."""
@@ -42,8 +44,14 @@ class DataUsed:
     def store(self, folder: Path) -> None:
         """Write ``data.json`` into a run's folder."""
         if is_first_process():
-            values = {"splits": self.splits, "bad": self.bad, "faults": list(self.faults)}
+            values = {"splits": self.splits, "chat": self.chat, "bad": self.bad, "faults": list(self.faults)}
             write_json(folder / DATA, values, indent=2)
+
+    @staticmethod
+    def is_chat(folder: Path) -> bool:
+        """Return whether the chat template wrote what the run of a folder learned from."""
+        path = folder / DATA
+        return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("chat"))
 
     def check_same(self, folder: Path) -> None:
         """Compare with what the run was started on; an older run does not tell.

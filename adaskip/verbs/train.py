@@ -28,7 +28,7 @@ from adaskip.theory.tables import LayerMeasures
 from adaskip.training.bad_records import BadRecords
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps
-from adaskip.training.data import Collator, Record, loader, training_loader
+from adaskip.training.data import SPLITS, Collator, Record, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.objective import Objective
@@ -40,7 +40,7 @@ from adaskip.verbs.budget import lightest
 from adaskip.verbs.data_used import DataUsed
 from adaskip.verbs.finish import Ending, TrainResult, finish
 from adaskip.verbs.run import load_model, load_processor
-from adaskip.verbs.splits import records
+from adaskip.verbs.splits import has_test, records
 from adaskip.verbs.start import check_start, opened
 from adaskip.verbs.static import prepare
 from adaskip.verbs.token_plan import finish_tokens, plan_tokens
@@ -79,7 +79,7 @@ def train(
     collate = Collator(load_processor(recipe))
     bad = BadRecords(recipe.data.bad_limit)
     with stages(f"reading {recipe.data.source}"):
-        splits = {split: records(recipe, split, bad) for split in ("train", "validation", "calibration")}
+        splits = {split: records(recipe, split, bad) for split in SPLITS if split != "test" or has_test(recipe)}
     bad.stop(recipe.data.source)
     for chosen in splits.values():  # before the model is loaded and measured, which may take minutes
         collate.check(chosen)

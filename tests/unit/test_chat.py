@@ -54,6 +54,10 @@ def test_every_turn_of_the_assistant_is_scored_and_nothing_else(begin: str) -> N
     assert [scored(words, batch, row) for row in (0, 1)] == ["w3 </s> w5 w6 </s>", "w3 </s>"]
     assert [words_of(words, ids[row][batch.prompt_mask[row]]) for row in (0, 1)] == ["<s> w72 w9 w70 w1 w2 w71"] * 2
     assert batch.answer == ["w3", "w3"]
+    # the line end behind an end token is the template's, not the assistant's
+    assert Collator(words).rendered([{"messages": TWO}])[0]["turns"][:2] == [
+        (" w3 </s>", True), ("\n w70 w4\n w71", False)
+    ]  # fmt: skip
     asked = Collator(words, answers=False)([{"messages": TWO}])
     assert words_of(words, asked.inputs["input_ids"][0]) == "<s> w72 w9 w70 w1 w2 w71"
     assert bool((asked.labels == IGNORED).all())
@@ -91,7 +95,7 @@ def test_a_template_that_writes_the_last_turn_otherwise() -> None:
 
 
 def test_templates_that_cannot_be_cut() -> None:
-    """A prompt that nothing leads to, an answer that is changed, and a refusal: each in one sentence with its record."""
+    """a prompt nothing leads to, an answer that is changed, and a refusal: each in one sentence with its record."""
     for template, reason in {
         CHAT.replace("} w71{%", "} w71 w60{%"): "what it writes before an answer is not what it asks for one with",
         THINKS.replace("{{ turn.content }}", "{{ turn.content | upper }}"): "does not show an answer as it was written",
