@@ -22,7 +22,7 @@ def hub_splits(source: str, subset: str | None) -> frozenset[str]:
     Raises:
         DataError: there is no such data set, or it cannot be reached.
     """
-    datasets = _library(f"data.source {source!r} is no folder; to read it as a Hugging Face dataset")
+    datasets = _library(source)
     try:
         return frozenset(map(str, datasets.get_dataset_split_names(source, subset)))
     except Exception as error:
@@ -35,7 +35,7 @@ def hub_table(source: str, split: str, subset: str | None, limit: int | None) ->
     Raises:
         DataError: it has no such split, or does not load.
     """
-    datasets = _library(f"data.source {source!r} is no folder; to read it as a Hugging Face dataset")
+    datasets = _library(source)
     try:
         if limit is None:
             return stored_pictures(datasets.load_dataset(source, subset, split=split))
@@ -50,7 +50,7 @@ def parquet_table(path: Path) -> Any:
     Raises:
         DataError: it is none.
     """
-    datasets = _library(f"{path}: to read Parquet")
+    datasets = _library(str(path))
     try:
         with tempfile.TemporaryDirectory() as cache:  # the rows are read at once, and nothing of them stays behind
             table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
@@ -62,8 +62,12 @@ def parquet_table(path: Path) -> Any:
 def table_rows(table: Any, title: str) -> Iterator[Row]:
     """Yield the rows of a table, each with where it stands; of a stream, one after the other."""
     if not hasattr(table, "__len__"):
-        for number, row in enumerate(table):
-            yield f"{title} {number}", row, None
+        number = -1
+        try:
+            for number, row in enumerate(table):
+                yield f"{title} {number}", row, None
+        except _DAMAGES as error:
+            raise DataError(f"{title} {number + 1}: cannot be fetched ({error})") from error
         return
     for number in range(len(table)):
         try:
@@ -95,11 +99,15 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def _library(wanted: str) -> Any:
+def _library(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{wanted}: pip install 'adaskip[data]'") from error
+        if source.endswith(".parquet"):
+            raise DataError(f"{source}: to read Parquet: pip install 'adaskip[data]'") from error
+        raise DataError(
+            f"data.source {source!r} is no folder; to read it as a Hugging Face dataset: pip install 'adaskip[data]'"
+        ) from error
     return datasets
 
 

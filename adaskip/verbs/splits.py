@@ -49,8 +49,10 @@ def read_split(
         bad: as for `records`.
     """
     own = BadRecords(section.bad_limit) if bad is None else bad
-    columns, sizes = section.columns.model_dump(), {"subset": section.subset, "max_pixels": section.max_pixels}
-    found = load_records(section.source, split, limit, seed, columns, bad=own, **sizes)
+    found = load_records(
+        section.source, split, limit, seed, section.columns.model_dump(), bad=own, subset=section.subset,
+        max_pixels=section.max_pixels,
+    )  # fmt: skip
     if not sources.is_shipped(section.source):
         if section.chat:
             found = [as_conversation(record) for record in found]

@@ -195,7 +195,8 @@ def test_a_wrong_conversation_is_named(messages: Any, fault: str) -> None:
 
 
 def test_what_follows_the_last_answer_is_left_out() -> None:
-    """A question that nobody answers teaches nothing; catches tokens that are computed for nobody."""
+    """A question that nobody answers teaches nothing; catches tokens for nobody, and a fault about its picture."""
+    assert read_messages([*TWO, says("user", [IMAGE])], [], answers=True)[1:] == ([], [])
     words = chatty()
     batch = Collator(words)([{"messages": [*TWO, {"role": "user", "content": "w8"}]}])
     assert words_of(words, batch.inputs["input_ids"][0]).endswith("w5 w6 </s>")
