@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 
+from adaskip.errors import DataError
 from adaskip.training.bad_records import BadRecords
 from adaskip.training.collate import Collator
 from adaskip.training.pictures import pictures_of
+from adaskip.training.prompts import Refusal
 from adaskip.training.records import Record, where
 from adaskip.training.token_counts import TokenCounts
 
@@ -29,15 +31,28 @@ def screen(
     Raises:
         DataError: there are conversations, and the model has no chat template.
     """
+    if any("messages" in record for record in records):
+        collate.chat.check()
     faults: dict[str, list[str]] = {}
-    for record, text in collate.faults(records):
+    rendered: list[Record] = []
+    for record in records:
+        try:
+            rendered += collate.rendered([record])
+        except DataError as error:
+            faults[where(record)] = [str(error).removeprefix(f"{where(record)}: ")]
+    for record, text in collate.faults(rendered):
         faults.setdefault(where(record), []).append(text)
-    taken = collate.rendered([record for record in records if where(record) not in faults])
-    if longest is not None:
+    taken = [record for record in rendered if where(record) not in faults]
+    counts = TokenCounts(collate)
+    for record in taken:
         # a token is a byte at least, so that most texts need not be counted
-        doubtful = [record for record in taken if pictures_of(record) or _bytes(record) + _AROUND > longest]
-        for record, counts in zip(doubtful, TokenCounts(collate)(doubtful), strict=True):
-            if (count := sum(counts)) > longest:
+        if pictures_of(record) or (longest is not None and _bytes(record) + _AROUND > longest):
+            try:
+                count = sum(counts([record])[0])
+            except Refusal as error:
+                faults[where(record)] = [f"the processor does not take it ({error})"]
+                continue
+            if longest is not None and count > longest:
                 faults[where(record)] = [f"{count} tokens with its answer, more than {longest} ({named}); shorten it"]
     for place, texts in faults.items():
         bad.note(place, texts)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from adaskip.training.collate import Collator
 from adaskip.training.pictures import picture_size, pictures_of
+from adaskip.training.prompts import call_processor
 from adaskip.training.records import Record
 
 _CHUNK = 64  # prompts tokenized at once
@@ -25,7 +26,8 @@ class TokenCounts:
     def __call__(self, records: Sequence[Record]) -> list[tuple[int, int]]:
         """Return for each record the tokens of its prompt, pictures included, and of all that follows it.
 
-        The records fit the collator, as its `check` says.
+        Raises:
+            Refusal: the processor does not take a prompt, or pictures of such a size.
         """
         prompts = self._texts([record["prompt"] for record in records])
         added = [self._of_pictures(record) for record in records]
@@ -38,7 +40,7 @@ class TokenCounts:
         for start in range(0, len(prompts), _CHUNK):
             part = [collate.edges.clean(prompt) for prompt in prompts[start : start + _CHUNK]]
             options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_attention_mask": True}
-            inputs = dict(collate.tokenizer(part, **options))
+            inputs = dict(call_processor(collate.tokenizer, part, **options))
             collate.edges.trim(inputs, part, collate.tokenizer.pad_token_id)
             lengths += inputs["attention_mask"].sum(1).tolist()
         return lengths

@@ -14,9 +14,12 @@ from PIL import Image
 
 from adaskip.errors import DataError
 from adaskip.recipe import load
-from adaskip.training.data import SPLITS, load_records, open_image
+from adaskip.training.bad_records import BadRecords
+from adaskip.training.data import SPLITS, Collator, load_records, open_image
 from adaskip.training.division import shares
+from adaskip.training.screening import screen
 from adaskip.verbs.splits import has_test, records
+from tests.processors import picture_processor
 
 ROWS = [{"prompt": f"w{i % 40} w{i % 23}", "answer": f"w{i % 7}"} for i in range(200)]
 
@@ -166,3 +169,25 @@ def test_limits_of_length_and_size(language_model: Path, tmp_path: Path) -> None
     recipe = load("causal-lm", [*own, "data.bad_limit=2"])
     assert has_test(recipe)
     assert sum(len(records(recipe, split)) for split in SPLITS) == 100
+
+
+def test_a_picture_that_the_processor_refuses(tmp_path: Path) -> None:
+    """Some take no picture two hundred times as wide as it is high; named before training."""
+    processor = picture_processor()
+    inner = processor.image_processor
+
+    class Square(type(inner)):
+        def __call__(self, images: Any, *args: Any, **options: Any) -> Any:
+            if any(image.width > 9 * image.height for row in images for image in row):
+                raise ValueError("aspect ratio")
+            return super().__call__(images, *args, **options)
+
+    inner.__class__ = Square
+    Image.new("RGB", (200, 2)).save(tmp_path / "thin.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
+    rows = [{"prompt": "<image> w1", "answer": "w2", "image": f"{name}.png"} for name in ("thin", "good")]
+    write(tmp_path / "train.jsonl", rows)
+    bad = BadRecords(1)
+    kept = screen(load_records(str(tmp_path), "train", None, 0), Collator(processor), bad)
+    assert len(kept) == 1
+    assert bad.lines() == [f"{tmp_path / 'train.jsonl'}, line 1: the processor does not take it (aspect ratio)"]

@@ -17,7 +17,7 @@ from adaskip.errors import CheckpointError
 from adaskip.recipe import load
 from adaskip.runtime.description import CONFIG
 from adaskip.verbs.data import data
-from adaskip.verbs.generate import answer
+from adaskip.verbs.generate import answer, answer_many
 from adaskip.verbs.train import train
 from tests import documents
 from tests.own_data import SHORT, conversation
@@ -147,6 +147,9 @@ def test_the_readmes_ten_lines(vision_model: Path, tmp_path: Path, monkeypatch: 
     assert (
         answer(run, prompt="w1 + w2", max_new_tokens=2).prompt == "<s> w70 w1 + w2\n w71"
     )  # as it has learned to read
+    Path("ask.jsonl").write_text(json.dumps({"messages": shown[0]["messages"][:1]}) + '\n{"prompt": "w5"}')
+    asked = [row["prompt"] for row in answer_many(run, Path("ask.jsonl"), max_new_tokens=2).rows]
+    assert asked == ["<s> w70 What is 2 + 3?\n w71", "<s> w70 w5\n w71"]
     Path("my.jsonl").write_text("\n".join(lines).replace("41.50", "41.51"))
     with pytest.raises(CheckpointError, match=r"the data have changed since the run was started: train \("):
         train(recipe, resume=True)
