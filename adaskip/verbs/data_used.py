@@ -64,7 +64,7 @@ class DataUsed:
             return
         before = json.loads(path.read_text(encoding="utf-8"))["splits"]
         changed = [
-            f"{name} ({before[name]['records']} records, now {split['records']})"
+            f"{name} ({_change(before[name]['records'], split['records'])})"
             for name, split in self.splits.items()
             if name in before and before[name] != split
         ]
@@ -73,3 +73,7 @@ class DataUsed:
                 f"{folder}: the data have changed since the run was started: {', '.join(changed)}; bring them back as "
                 f"they were and resume: adaskip train {folder / RECIPE} --resume, or start anew: output={folder}-2"
             )
+
+
+def _change(before: int, now: int) -> str:
+    return "other contents" if before == now else f"{before} records, now {now}"

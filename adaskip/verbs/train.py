@@ -41,7 +41,7 @@ from adaskip.verbs.data_used import DataUsed
 from adaskip.verbs.finish import Ending, TrainResult, finish
 from adaskip.verbs.run import load_model, load_processor
 from adaskip.verbs.splits import has_test, records
-from adaskip.verbs.start import check_start, opened
+from adaskip.verbs.start import check_start, has_progress, opened
 from adaskip.verbs.static import prepare
 from adaskip.verbs.token_plan import finish_tokens, plan_tokens
 from adaskip.verbs.trainer import make_trainer, own_device
@@ -85,7 +85,7 @@ def train(
         collate.check(chosen)
     enough_to_train(recipe, len(splits["validation"]), len(splits["calibration"]))
     data = DataUsed.of(splits, bad)
-    if resume:
+    if resume and has_progress(folder):
         data.check_same(folder)
     for line in data.told():
         stages.note(line)
