@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from adaskip.verbs.calibrate import calibrate as calibrate
     from adaskip.verbs.check import check as check
     from adaskip.verbs.compare import compare as compare
+    from adaskip.verbs.data import data as data
     from adaskip.verbs.evaluate import evaluate as evaluate
     from adaskip.verbs.export import export as export
     from adaskip.verbs.heal import heal as heal
@@ -80,6 +81,7 @@ _HOMES = {
     "check": "verbs.check",
     "compare": "verbs.compare",
     "cut": "generate.cut",
+    "data": "verbs.data",
     "detach": "runtime.patch",
     "evaluate": "verbs.evaluate",
     "export": "verbs.export",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from adaskip.errors import DataError
 
@@ -17,7 +19,8 @@ _MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_GZIP = b"\x1f\x8b"
+_PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Repeating(dict[str, Any]):
@@ -26,38 +29,24 @@ class Repeating(dict[str, Any]):
     repeated: tuple[str, ...] = ()
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    r"""Yield the lines of a UTF-8 file, with or without a byte order mark, and their numbers from 1.
+def json_lines(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    r"""Yield number, value and fault of each line that is not blank; the value of a line with a fault is None.
 
-    A line ends at ``\n``, ``\r\n`` or ``\r`` alone: U+2028, U+2029 and U+0085 may stand inside a JSON string.
+    The file is UTF-8, with or without a byte order mark, gzipped or not. A line ends at ``\n``, ``\r\n`` or ``\r``
+    alone: U+2028, U+2029 and U+0085 may stand inside a JSON string.
 
     Raises:
-        DataError: the file cannot be opened, is compressed or binary, or a line is not UTF-8.
+        DataError: the file cannot be opened, is compressed otherwise, is binary or in UTF-16.
     """
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             for number, line in enumerate(_raw_lines(file, path), 1):
-                yield number, _decoded(line, f"{path}, line {number}")
+                if line.strip():
+                    yield number, *_value(line, number)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be unpacked ({error}); copy the file anew") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    """Yield number, value and fault of each line that is not blank; the value of a line with a fault is None.
-
-    Raises:
-        DataError: as `text_lines`.
-    """
-    for number, line in text_lines(path):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line, object_pairs_hook=_object), None
-        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
-            reason = getattr(error, "msg", None) or str(error)
-            whole = line.strip() in ("[", "{") or (number == 1 and line.lstrip().startswith("["))
-            hint = "; a JSON document over several lines is not read" if whole else ""
-            yield number, None, f"not JSON ({reason}); expected one object a line{hint}"
 
 
 def own_lines(text: str) -> list[str]:
@@ -72,6 +61,13 @@ def listed(faults: Iterable[str], what: str) -> str:
         return faults[0]
     more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
     return "\n  ".join([f"{what}: {len(faults)} faults", *faults[:SHOWN], *more])
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file for its bytes, unpacked where it is gzipped, whatever its name."""
+    with path.open("rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+    return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")
 
 
 def _raw_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -92,15 +88,23 @@ def _raw_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield from line.rstrip(b"\r\n").split(b"\r")
 
 
-def _decoded(line: bytes, where: str) -> str:
+def _value(line: bytes, number: int) -> tuple[Any, str | None]:
+    """Return the value of a line, or why it has none."""
     try:
-        return line.decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         byte, before = line[error.start], line[: error.start].decode("utf-8")[-20:]
-        raise DataError(
-            f"{where}: byte 0x{byte:02x} after {before!r} is not UTF-8 (Windows-1252 or another encoding?); "
+        return None, (
+            f"byte 0x{byte:02x} after {before!r} is not UTF-8 (Windows-1252 or another encoding?); "
             "open the file in an editor and save as UTF-8"
-        ) from error
+        )
+    try:
+        return json.loads(text, object_pairs_hook=_object), None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        reason = getattr(error, "msg", None) or str(error)
+        whole = text.strip() in ("[", "{") or (number == 1 and text.lstrip().startswith("["))
+        hint = "; a JSON document over several lines is not read" if whole else ""
+        return None, f"not JSON ({reason}); expected one object a line{hint}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

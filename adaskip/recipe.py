@@ -40,6 +40,7 @@ class Columns(Section):
     prompt: Text = "prompt"
     answer: Text = "answer"
     kind: Text = "kind"
+    messages: Text = "messages"  # a conversation, instead of prompt and answer
     present: Text = "present"  # what an answer may name, a list of words: anything else of the data's is hallucinated
 
 
@@ -55,9 +56,18 @@ class Examples(Section):
 class DataSection(Section):
     """Name the data that the routers learn from."""
 
-    source: Text  # digits-vlm, a Hugging Face dataset id, or a folder: {train, validation[, calibration, test]}.jsonl
+    # digits-vlm, a folder of {train, validation[, calibration, test]}.jsonl, one file that is divided with the seed, or
+    # a Hugging Face dataset id
+    source: Text
+    subset: str | None = None  # of a Hugging Face dataset: its configuration
+    chat: bool = (
+        False  # prompts and answers are what a user and an assistant say; the model's chat template writes them
+    )
     columns: Columns = Columns()
     examples: Examples = Examples()
+    bad_limit: Count = 0  # so many bad records are left out; one more stops the run before it starts
+    max_tokens: Positive | None = None  # of a prompt with all that follows; None: the backbone's positions
+    max_pixels: Positive | None = None  # of a picture, width times height; None: what Pillow opens
 
 
 class TrainerSection(Section):

@@ -13,6 +13,7 @@ from typing import Any
 RECIPE = "recipe.resolved.yaml"
 ENVIRONMENT = "env.json"
 LOCK = ".lock"  # while a process trains in the folder
+DATA = "data.json"  # how many records each split held, their digests, and the bad ones that were left out
 METRICS = "metrics.csv"
 CONDITIONS = "conditions.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -32,7 +33,7 @@ HEALING = "healing"  # the folder of `heal`: its checkpoints, and the routers as
 PROFILE, PROFILE_PLOT = "profile.json", "profile.png"  # of `profile`, whose folder is no run's
 COMPARISON, COMPARISON_TABLE, COMPARISON_PLOT = "compare.json", "compare.md", "compare.png"  # of `compare`
 
-STARTED = (RECIPE, ENVIRONMENT, METRICS, CONDITIONS, LOCK, CHECKPOINTS, WANDB)
+STARTED = (RECIPE, ENVIRONMENT, DATA, METRICS, CONDITIONS, LOCK, CHECKPOINTS, WANDB)
 """What a start leaves in a folder before its first step."""
 
 NAMES = frozenset(

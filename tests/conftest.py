@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-from tests.own_data import data, language_model  # noqa: F401 - fixtures
+from tests.own_data import data, language_model, vision_model  # noqa: F401 - fixtures
 from tests.spreading import pytest_xdist_make_scheduler  # noqa: F401 - a hook

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import toys
+from tests.processors import CHAT, picture_processor
 
 SHORT = [
     "trainer.steps=4",
@@ -51,3 +54,27 @@ def data(tmp_path: Path) -> Path:
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture
+def vision_model(tmp_path: Path) -> Path:
+    """A tiny Llava with its processor and a chat template, in a folder."""
+    torch.manual_seed(0)
+    processor = picture_processor("<s>")
+    processor.chat_template = CHAT
+    processor.save_pretrained(tmp_path / "llava")
+    toys.llava().save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+def conversation(number: int, folder: Path) -> dict[str, Any]:
+    """One line of a conversation: every second one with a picture of its own, every third with two answers."""
+    words = [f"w{number % 7}", f"w{10 + number % 11}", f"w{30 + number % 13}"]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": " ".join(words)}]
+    if number % 2:
+        Image.new("RGB", (16, 16), (number, 255 - number, 9)).save(folder / f"{number}.png")
+        parts.insert(0, {"type": "image", "image": f"{number}.png"})
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": words[0]}]
+    if number % 3 == 0:
+        turns += [{"role": "user", "content": "w50"}, {"role": "assistant", "content": f"{words[1]} {words[2]}"}]
+    return {"messages": turns, "kind": f"k{number % 2}"}

@@ -41,3 +41,13 @@ def picture_processor(begin: str = "", end: str = "") -> Any:
     size = {"height": 16, "width": 16}
     pictures = CLIPImageProcessor(do_resize=True, size=size, do_center_crop=False)
     return LlavaProcessor(pictures, tokenizer(begin, end), patch_size=8, vision_feature_select_strategy="full")
+
+
+CHAT = (
+    "{{ bos_token }}{% for turn in messages %} {{ {'system': 'w72', 'user': 'w70', 'assistant': 'w71'}[turn.role] }}"
+    "{% if turn.content is string %} {{ turn.content }}{% else %}{% for part in turn.content %} "
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+    "{% if turn.role == 'assistant' %} {{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %} w71{% endif %}"
+)
+"""A chat template: w70 opens a turn of the user, w71 one of the assistant, w72 the system's; an end token ends his."""

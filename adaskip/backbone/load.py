@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from adaskip import sources
+from adaskip.backbone.inspect import count_positions
 from adaskip.errors import CheckpointError
 
 
@@ -60,6 +61,20 @@ def load_processor(name: str, *, trust_remote_code: bool = False, revision: str 
                 f"backbone {name!r}: no processor and no tokenizer can be loaded ({_reason(error)}); expected a "
                 "Hugging Face id, or a folder where they stand beside the model: processor.save_pretrained(folder)"
             ) from error
+
+
+def read_positions(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> int | None:
+    """Return how many positions a backbone has, read from its configuration alone; None where that states none.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
+    try:
+        return count_positions(
+            AutoConfig.from_pretrained(_located(name), trust_remote_code=trust_remote_code, revision=revision)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"backbone {name!r}: its configuration cannot be read ({_reason(error)})") from error
 
 
 def _located(name: str) -> str | Path:

@@ -1,4 +1,4 @@
-"""`adaskip ls`, `cp`, `validate`, `train` and `heal`: recipes, runs of them, and what mends a run."""
+"""`adaskip ls`, `cp`, `validate`, `data`, `train` and `heal`: recipes, their data, runs, and what mends a run."""
 
 from __future__ import annotations
 
@@ -73,6 +73,44 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         say("no faults")
 
     do(work, show, as_json)
+
+
+@app.command()
+def data(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Look at a recipe's data: counts, lengths, pictures, bad records, and the first example as the model reads it."""
+
+    def work() -> Any:
+        from adaskip.recipe import load
+
+        read = load(recipe, overrides or [])
+        from adaskip.verbs.data import data
+
+        return data(read, stages=terminal_stages())
+
+    def show(done: dict[str, Any]) -> None:
+        splits = done["splits"]
+        table([{name: row[name] for name in ("split", "records", "pictured")} | _lengths(row) for row in splits])
+        kinds = sorted({kind for row in splits for kind in row["kinds"]} - {""})
+        if kinds:
+            table([{"kind": kind, **{row["split"]: row["kinds"].get(kind, 0) for row in splits}} for kind in kinds])
+        pairs({"pictures": done["pictures"]} if done["pictures"]["count"] else {})
+        if done["faults"]:
+            say(f"{done['bad']} bad records (data.bad_limit={done['bad_limit']}):")
+            for fault in done["faults"]:
+                say(f"  {fault}")
+        first = done["first"]
+        if first:
+            say(f"{first['where']}; the model learns what is scored, routers read the prompt:")
+            for part in first["parts"]:
+                say(f"{part['part']:7} {part['tokens']:5} tokens | {part['text']}")
+
+    do(work, show, as_json)
+
+
+def _lengths(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a split's lengths in tokens."""
+    parts = {"prompt": row["prompt_tokens"], "answer": row["answer_tokens"]}
+    return {f"{part}_{name}": value for part, figures in parts.items() for name, value in figures.items()}
 
 
 @app.command()

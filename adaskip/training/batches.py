@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
 from adaskip.training.collate import Collator
-from adaskip.training.pictures import pictures_of
+from adaskip.training.messages import is_pictured
 from adaskip.training.records import Record
 
 
@@ -144,7 +144,7 @@ class NumberedBatches:
     def __call__(self, rows: Sequence[int]) -> list[Batch]:
         """Collate these records."""
         chosen = [self.records[row] for row in rows]
-        runs = [[*run] for _, run in groupby(chosen, key=lambda record: bool(pictures_of(record)))]
+        runs = [[*run] for _, run in groupby(chosen, key=is_pictured)]
         return [batch.to(self.device) for run in runs for batch in loader(run, self.collate, self.batch_size)]
 
 
@@ -191,7 +191,7 @@ def in_order(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[list
 
 def _sorts(records: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
     """Return the numbers of the records with pictures, and of those without."""
-    pictured = [bool(pictures_of(record)) for record in records]
+    pictured = [is_pictured(record) for record in records]
     return [i for i, has in enumerate(pictured) if has], [i for i, has in enumerate(pictured) if not has]
 
 

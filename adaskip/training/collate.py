@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from adaskip.batch import IGNORED, Batch
 from adaskip.errors import DataError
 from adaskip.lines import listed
+from adaskip.training.chat import Chat
 from adaskip.training.pictures import open_image, pictures_of
 from adaskip.training.placeholders import Placeholders
 from adaskip.training.prompts import Refusal, call_processor, edges, per_token
@@ -30,7 +31,9 @@ class Collator:
         processor: a processor (pictures and text) or a tokenizer (text only).
         answers: append the answers, for training and teacher forcing; without, the batch is a bare prompt.
 
-    The `Batch` has labels, -100 everywhere but on the answers. Of a bare prompt no token is scored.
+    The `Batch` has labels, -100 everywhere but on the answers. Of a bare prompt no token is scored. Of a conversation
+    (`messages`) the prompt ends where the assistant's first turn begins; all of his turns have labels, and what others
+    say between them has none.
 
     A prompt may bring its own beginning-of-sequence token, as chat templates render it; it stays the only one. An end
     token that a tokenizer puts behind every text does not come between a prompt and its answer.
@@ -45,11 +48,13 @@ class Collator:
         self.edges = edges(self.tokenizer)
         self.placeholders: Placeholders | None = None
         if self.processor is not self.tokenizer:
-            self.placeholders = Placeholders(processor, self._process)
+            self.placeholders = Placeholders(processor, self.process)
             self.edges = replace(self.edges, picture=self.placeholders.token_id)
         # a processor that takes a suffix marks it by token type 1: its model reads the prompt both ways, an answer not
         takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self.answer_values = {"token_type_ids": 1} if takes_suffix else {}
+        self.chat = Chat(processor, self.placeholders.token if self.placeholders else None)
+        self._special = {*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", {})}
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Return the batch of these records.
@@ -57,8 +62,9 @@ class Collator:
         Raises:
             DataError: a picture cannot be read, or the processor does not take these records; says which.
         """
+        records = self.rendered(records)
         if wrong := [r for r in records if not isinstance(r.get("prompt"), str)]:
-            raise DataError(listed(self._prompt_faults(wrong), "a batch"))
+            raise DataError(_told(self._prompt_faults(wrong), "a batch"))
         inputs = self._inputs(records)
         inputs.pop("labels", None)  # some processors make labels of the prompt; ours stand in the batch
         self.edges.trim(inputs, [r["prompt"] for r in records], self.tokenizer.pad_token_id)
@@ -76,9 +82,9 @@ class Collator:
         if not self.answers:
             return batch
         if faults := [*self._answer_faults(records)]:
-            raise DataError(listed(faults, "a batch"))
-        tokens = [torch.tensor(self._answer_ids(text)) for text in batch.answer]
-        return append_answers(batch, tokens, self.tokenizer.pad_token_id)
+            raise DataError(_told(faults, "a batch"))
+        tokens, scored = zip(*map(self.continued, records), strict=True)
+        return append_answers(batch, tokens, self.tokenizer.pad_token_id, scored)
 
     def check(self, records: Sequence[Record]) -> None:
         """Look for records that this collator could not take, before any shuffled batch meets one.
@@ -87,11 +93,22 @@ class Collator:
             DataError: lists them, with file and line: pictures for a tokenizer, more or fewer pictures than
                 placeholders in the prompt, an answer without tokens.
         """
-        faults = [*self._prompt_faults(records)]
+        if faults := [*self.faults(records)]:
+            raise DataError(_told(faults, "the data do not fit the backbone's processor"))
+
+    def faults(self, records: Sequence[Record]) -> Iterator[tuple[Record, str]]:
+        """Yield the records that this collator could not take, and why; see `check`."""
+        rendered = []
+        if any("messages" in record for record in records):
+            self.chat.check()
+        for record in records:
+            try:
+                rendered += self.rendered([record])
+            except DataError as error:
+                yield record, str(error).removeprefix(f"{where(record)}: ")
+        yield from self._prompt_faults(rendered)
         if self.answers:
-            faults += self._answer_faults(records)
-        if faults:
-            raise DataError(listed(faults, "the data do not fit the backbone's processor"))
+            yield from self._answer_faults(rendered)
 
     def placed(self, record: Record) -> Record:
         """Return a record with a placeholder for each picture, where its prompt leaves them out and must not."""
@@ -104,6 +121,14 @@ class Collator:
         result["prompt"] = self.edges.put_first(" ".join([places.token] * pictures), record["prompt"])
         return result
 
+    def rendered(self, records: Sequence[Record]) -> list[Record]:
+        """Return records with a prompt each: conversations are written as the model reads them.
+
+        Raises:
+            DataError: the model has no chat template, or it refuses one; see `Chat.rendered`.
+        """
+        return [self.chat.rendered(r, self.answers) if "messages" in r and "prompt" not in r else r for r in records]
+
     # -- prompts and pictures ----------------------------------------------------------------------------------------
 
     def _inputs(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -111,13 +136,18 @@ class Collator:
         pictures = [_opened(record) for record in records]
         pictured = sum(map(bool, pictures))
         if self.placeholders is None and pictured:
-            raise DataError(listed(self._prompt_faults(records), "a batch"))
+            raise DataError(_told(self._prompt_faults(records), "a batch"))
         try:
-            return self._process([r["prompt"] for r in records], pictures if pictured else None)
+            return self.process([r["prompt"] for r in records], pictures if pictured else None)
         except Refusal as error:
             raise DataError(self._blamed(records, pictures) or _together(records, pictured, error)) from error
 
-    def _process(self, prompts: list[str], pictures: list[list[Image.Image]] | None) -> dict[str, Any]:
+    def process(self, prompts: list[str], pictures: list[list[Image.Image]] | None) -> dict[str, Any]:
+        """Return what the processor makes of prompts, left-padded, and of their pictures.
+
+        Raises:
+            Refusal: it does not take them.
+        """
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         options |= {} if pictures is None else {"images": pictures}
         prompts = [self.edges.clean(prompt) for prompt in prompts]
@@ -130,48 +160,55 @@ class Collator:
         """Find the record that a processor refuses, by giving it one after the other."""
         for record, images in zip(records, pictures, strict=True):
             try:
-                self._process([record["prompt"]], [images] if images else None)
+                self.process([record["prompt"]], [images] if images else None)
             except Refusal as error:
                 return f"{where(record)}: the processor does not take it ({error})"
         return None
 
-    def _prompt_faults(self, records: Sequence[Record]) -> Iterable[str]:
+    def _prompt_faults(self, records: Sequence[Record]) -> Iterator[tuple[Record, str]]:
         """Yield the prompts that are no text, or have more or fewer placeholders than pictures."""
         for record in records:
             prompt = record.get("prompt")
             if not isinstance(prompt, str):
-                yield f"{where(record)}: prompt is {prompt!r}; expected text"
+                yield record, f"prompt is {prompt!r}; expected text"
                 continue
             try:
                 pictures = len(pictures_of(record))
             except DataError as error:
-                yield f"{where(record)}: {error}"
+                yield record, str(error)
                 continue
             if self.placeholders is not None and (fault := self.placeholders.fault(prompt, pictures)):
-                yield f"{where(record)}: {fault}"
+                yield record, fault
             if self.placeholders is None and pictures:
-                yield (
-                    f"{where(record)}: has an image, but the backbone's tokenizer takes text only; "
-                    "use a vision-language model"
-                )
+                yield record, "has an image, but the backbone's tokenizer takes text only; use a vision-language model"
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def _answer_ids(self, text: str) -> list[int]:
-        """Return the tokens of an answer with one end token, if the tokenizer has any."""
-        ids, end = self._bare_ids([text])[0], self.tokenizer.eos_token_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    def continued(self, record: Record) -> tuple[Tensor, Tensor]:
+        """Return what follows a prompt, long (n), and which of it is the assistant's, bool (n); an end token is last.
+
+        A chat template may have written an end token of its own, which then stays the only one.
+        """
+        turns = record.get("turns", [(record.get("answer", ""), True)])
+        parts = self._bare_ids([text for text, _ in turns])
+        ids = [i for part in parts for i in part]
+        scored = [own for part, (_, own) in zip(parts, turns, strict=True) for _ in part]
+        end = self.tokenizer.eos_token_id
+        ended = ids[-1:] == [end] or ("turns" in record and ids[-1] in self._special)
+        if end is not None and not ended:
+            ids, scored = [*ids, end], [*scored, True]
+        return torch.tensor(ids), torch.tensor(scored)
 
     def _bare_ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = call_processor(self.tokenizer, texts, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _answer_faults(self, records: Sequence[Record]) -> Iterable[str]:
+    def _answer_faults(self, records: Sequence[Record]) -> Iterator[tuple[Record, str]]:
         for start in range(0, len(records), _CHUNK):
             part = records[start : start + _CHUNK]
             texts: list[Any] = [r.get("answer") for r in part]
             if wrong := [r for r, text in zip(part, texts, strict=True) if not isinstance(text, str)]:
-                yield from (f"{where(r)}: answer is {r.get('answer')!r}; expected text" for r in wrong)
+                yield from ((r, f"answer is {r.get('answer')!r}; expected text") for r in wrong)
                 continue
             try:
                 tokens = self._bare_ids(texts)
@@ -180,20 +217,21 @@ class Collator:
                 continue
             for record, ids in zip(part, tokens, strict=True):
                 if not ids:
-                    yield f"{where(record)}: the tokenizer makes no tokens of the answer {record['answer']!r}"
+                    yield record, f"the tokenizer makes no tokens of the answer {record['answer']!r}"
 
-    def _refused_answers(self, records: Sequence[Record]) -> Iterable[str]:
+    def _refused_answers(self, records: Sequence[Record]) -> Iterator[tuple[Record, str]]:
         for record in records:
             try:
                 self._bare_ids([record["answer"]])
             except Refusal as error:
-                yield f"{where(record)}: the tokenizer does not take the answer {record['answer']!r} ({error})"
+                yield record, f"the tokenizer does not take the answer {record['answer']!r} ({error})"
 
 
-def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> Batch:
+def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int, scored: Sequence[Tensor] | None = None) -> Batch:
     """Put answers, long (n) each, behind the prompts of a batch, with their labels; ``pad`` fills the shorter rows.
 
-    Other inputs with a value for every token get 0 for the answers, or the value that ``answer_values`` gives.
+    Other inputs with a value for every token get 0 for the answers, or the value that ``answer_values`` gives. What
+    ``scored``, bool (n) each, leaves out gets no label: what others say between two turns of the assistant.
 
         input_ids   pad w1 w2 | a1 end pad        labels   -100 -100 -100 | a1 end -100
                     w3  w4 w5 | a2 a3  end                 -100 -100 -100 | a2 a3  end
@@ -210,9 +248,16 @@ def append_answers(batch: Batch, answers: Sequence[Tensor], pad: int) -> Batch:
         else:
             more = added.get(name, torch.full_like(labels, batch.answer_values.get(name, 0))).to(value)
         inputs[name] = torch.cat([value, more], 1)
+    if scored is not None:
+        own = torch.nn.utils.rnn.pad_sequence([*scored], batch_first=True)
+        labels = labels.masked_fill(~own.to(labels.device), IGNORED)
     labels = torch.cat([torch.full(shape, IGNORED, device=labels.device), labels], 1)
     prompt_mask = torch.nn.functional.pad(batch.prompt_mask, (0, labels.shape[1] - shape[1]))
     return replace(batch, inputs=inputs, labels=labels, prompt_mask=prompt_mask)
+
+
+def _told(faults: Iterable[tuple[Record, str]], what: str) -> str:
+    return listed((f"{where(record)}: {text}" for record, text in faults), what)
 
 
 def _opened(record: Record) -> list[Image.Image]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from adaskip.training.batches import NumberedBatches, RoundBatches, RoundSampler, in_order, loader, training_loader
 from adaskip.training.collate import Collator, append_answers
 from adaskip.training.pictures import open_image, pictures_of
-from adaskip.training.records import FIELDS, SPLITS, Record, load_records, read_prompts, where
+from adaskip.training.reading import load_records, read_prompts
+from adaskip.training.records import FIELDS, SPLITS, Record, where
 
 __all__ = [
     "FIELDS",

@@ -1,9 +1,10 @@
-"""Pictures of records: found, looked at without decoding, and opened upright as RGB."""
+"""Pictures of records: found, decoded once before they are needed, and opened upright as RGB."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 
 from adaskip.errors import DataError
 
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values of pictures that are stored on their side
 _EXPECTED = "expected a path, a PIL picture, the bytes of a picture file, or a list of them"
 
 
@@ -57,20 +59,42 @@ def located(picture: Any, folder: Path | None) -> Any:
     return path
 
 
-def look(picture: Any) -> None:
-    """Read a picture's header, which costs little and tells most of what can be wrong with it.
+def look(picture: Any, max_pixels: int | None = None) -> None:
+    """Decode a picture once, at the least size that its format offers, so that none breaks in the middle of training.
+
+    Args:
+        picture: as records hold them.
+        max_pixels: of its width times its height; None: what Pillow opens.
 
     Raises:
-        DataError: it is no picture, or larger than Pillow opens.
+        DataError: it is no picture, ends early, or is larger than that.
     """
-    if not isinstance(picture, Image.Image):
-        try:
-            with Image.open(_stream(picture)) as opened:
-                _check_size(opened, picture)
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(_unreadable(picture, error)) from error
+    try:
+        with _opened(picture) as opened:
+            _check_size(opened, picture, max_pixels)
+            if opened is not picture:  # a JPEG of an eighth of the size, which reads the file to its end all the same
+                opened.draft("RGB", (1, 1))
+            opened.load()
+            if opened.mode.startswith("I") or opened.mode == "F":
+                to_rgb(opened)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes its decoder raise anything: OSError, SyntaxError, struct.error
+        raise DataError(_unreadable(picture, error)) from error
+
+
+def picture_size(picture: Any) -> tuple[int, int]:
+    """Return width and height of a picture as `open_image` gives it, which its header tells.
+
+    Raises:
+        DataError: it is no picture.
+    """
+    try:
+        with _opened(picture) as opened:
+            turned = opened.getexif().get(_ORIENTATION, 1) in _LYING
+            return (opened.height, opened.width) if turned else (opened.width, opened.height)
+    except Exception as error:
+        raise DataError(_unreadable(picture, error)) from error
 
 
 def open_image(picture: Any) -> Image.Image:
@@ -130,10 +154,17 @@ def _stream(picture: Any) -> Any:
     raise DataError(f"image is {_short(picture)}; {_EXPECTED}")
 
 
-def _check_size(image: Image.Image, picture: Any) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
+def _opened(picture: Any) -> Any:
+    """Return a picture that closes its file, and not a picture that somebody else has opened."""
+    return nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(_stream(picture))
+
+
+def _check_size(image: Image.Image, picture: Any, wanted: int | None = None) -> None:
+    limit, size = Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height} pixels"
     if limit is not None and image.width * image.height > limit:
-        raise DataError(_too_large(picture, f"{image.width} x {image.height} pixels"))
+        raise DataError(_too_large(picture, size))
+    if wanted is not None and image.width * image.height > wanted:
+        raise DataError(f"image {_short(picture)}: {size}, more than data.max_pixels={wanted}; make it smaller")
 
 
 def _too_large(picture: Any, size: str) -> str:

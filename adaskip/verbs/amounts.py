@@ -7,7 +7,7 @@ from adaskip.recipe import Recipe
 from adaskip.theory.conditions import LEAST
 from adaskip.theory.conformal import smallest_sample
 from adaskip.theory.prices import fewest_inputs
-from adaskip.training.records import describe_half
+from adaskip.training.reading import describe_half
 
 
 def fitted(recipe: Recipe) -> int:

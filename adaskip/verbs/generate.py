@@ -16,6 +16,8 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
 from adaskip.stages import SILENT, Stages
 from adaskip.training.data import Collator, Record, pictures_of, read_prompts, where
+from adaskip.training.screening import as_conversation
+from adaskip.verbs.data_used import DataUsed
 from adaskip.verbs.lengths import UNKNOWN, check_room, longest_answer, reached_limit, tell_if_endless, warn_of_cuts
 from adaskip.verbs.run import Run, check_writable, router_folder
 from adaskip.verbs.splits import held_out
@@ -81,7 +83,8 @@ def answer(
     Args:
         run: a run, or an exported folder of routers (then without ``example``).
         image: a picture file.
-        prompt: the text; for models with a picture placeholder it may leave the placeholder out.
+        prompt: the text; for models with a picture placeholder it may leave the placeholder out. Where the run learned
+            from conversations, the model's chat template writes it as a user's turn.
         example: number of a held-out example of the run's own data, instead of image and prompt.
         max_new_tokens: longest answer; default: the longest of the run's held-out examples with its end token, or 64
             where there is no run.
@@ -129,7 +132,7 @@ def answer_many(
 
     Args:
         run: a run, or an exported folder of routers.
-        file: one object a line with ``prompt`` and maybe ``image``, a path relative to the file.
+        file: one object a line with ``prompt`` or ``messages``, and maybe ``image``, a path relative to the file.
         max_new_tokens: longest answer; default as for `answer`.
         paths: at most so many paths, see `adaskip.generate.paths.generate_many`.
         stages: hears what is under way.
@@ -142,6 +145,9 @@ def answer_many(
     model, processor, loaded = _open(Path(run), stages)
     limit = max_new_tokens or _limit(loaded, processor)
     collate, device = Collator(processor, answers=False), model.spec.device
+    if loaded is not None and DataUsed.is_chat(loaded.folder):
+        questions = [as_conversation(question) for question in questions]
+    questions = collate.rendered(questions)
     placed = [_placed(question, collate, model) for question in questions]
     collate.check(placed)
     items = [collate([record]).to(device).inputs for record in placed]
@@ -228,8 +234,11 @@ def _record(
         raise DataError("nothing to answer: pass --prompt TEXT (with --image PATH for a picture) or --example N")
     if not prompt.strip():
         raise DataError("the prompt is empty; expected a question")
-    question = {"prompt": prompt, **({"image": Path(image)} if image is not None else {})}
-    return _placed(question, Collator(processor, answers=False), model)
+    question: Record = {"prompt": prompt, **({"image": Path(image)} if image is not None else {})}
+    if run is not None and DataUsed.is_chat(run.folder):
+        question = as_conversation(question)
+    collate = Collator(processor, answers=False)
+    return _placed(collate.rendered([question])[0], collate, model)
 
 
 def _placed(question: Record, collate: Collator, model: RoutedModel) -> Record:

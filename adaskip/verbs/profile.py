@@ -22,7 +22,7 @@ from adaskip.survey.oracle import Oracle, find_oracle
 from adaskip.survey.profile import Profile, profile, smallest_profile
 from adaskip.theory.sinks import SINK
 from adaskip.training.data import Collator, NumberedBatches, load_records, loader
-from adaskip.training.records import describe_half
+from adaskip.training.reading import describe_half
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split
 

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import inf
+from typing import Any
 
 from adaskip import sources
-from adaskip.errors import AdaSkipError, ConfigError, DataError, did_you_mean
-from adaskip.recipe import Recipe
-from adaskip.training.data import SPLITS, Record, load_records
-from adaskip.training.records import split_file
+from adaskip.backbone.load import load_processor, read_positions
+from adaskip.errors import ConfigError, DataError, did_you_mean
+from adaskip.recipe import DataSection, Recipe
+from adaskip.training.bad_records import BadRecords
+from adaskip.training.data import SPLITS, Collator, Record, load_records
+from adaskip.training.reading import holds_split
+from adaskip.training.screening import as_conversation, screen
 from adaskip.verbs.amounts import fitted
 
+Fit = Callable[[], tuple[Collator, int | None]]
 
-def records(recipe: Recipe, split: str) -> list[Record]:
-    """Read one split of a recipe's data, as long as the recipe wants it."""
-    section = recipe.data
-    columns = section.columns.model_dump()
-    return load_records(section.source, split, getattr(section.examples, split), recipe.seed, columns)
+
+def records(recipe: Recipe, split: str, bad: BadRecords | None = None) -> list[Record]:
+    """Read one split of a recipe's data as its backbone's processor takes it, as long as the recipe wants it.
+
+    Args:
+        recipe: says where the data lie, and how many bad records may be left out.
+        split: its name.
+        bad: hears of bad records of several splits; None: this one may have no more than the recipe allows.
+
+    Raises:
+        DataError: there is no such split, or too much of it is bad; lists what.
+    """
+    limit = getattr(recipe.data.examples, split)
+    return read_split(recipe.data, split, limit, recipe.seed, lambda: fitting(recipe), bad)
+
+
+def read_split(
+    section: DataSection, split: str, limit: int | None, seed: int, fit: Fit, bad: BadRecords | None = None
+) -> list[Record]:
+    """Read one split of the data that a section names; see `records`.
+
+    Args:
+        section: names the data.
+        split: its name.
+        limit: at most this many records.
+        seed: of what is drawn.
+        fit: returns the collator of a backbone and its positions; not asked for what ships with the package.
+        bad: as for `records`.
+    """
+    own = BadRecords(section.bad_limit) if bad is None else bad
+    found = load_records(
+        section.source, split, limit, seed, section.columns.model_dump(), bad=own, subset=section.subset,
+        max_pixels=section.max_pixels,
+    )  # fmt: skip
+    if not sources.is_shipped(section.source):
+        if section.chat:
+            found = [as_conversation(record) for record in found]
+        collate, positions = fit()
+        longest = min(section.max_tokens or inf, positions or inf)
+        named = "data.max_tokens" if longest == section.max_tokens else "positions of the backbone"
+        found = screen(found, collate, own, None if longest == inf else int(longest), named)
+    if bad is None:
+        own.stop(section.source)
+    return found
+
+
+def fitting(recipe: Recipe) -> tuple[Collator, int | None]:
+    """Return the collator of a recipe's backbone, with answers, and how many positions that has."""
+    backbone = recipe.backbone
+    return _fitting(backbone.path, backbone.trust_remote_code, backbone.revision)
+
+
+@lru_cache(maxsize=1)
+def _fitting(path: str, trust_remote_code: bool, revision: str | None) -> tuple[Collator, int | None]:
+    """Keep what was loaded last, as verbs read one split after the other."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    return Collator(load_processor(path, **options)), read_positions(path, **options)
 
 
 def check_split(split: str) -> None:
@@ -58,12 +116,9 @@ def split_of(recipe: Recipe, split: str, per_kind: int | None = None) -> list[Re
 
 def has_test(recipe: Recipe) -> bool:
     """Return whether a run's data holds a test split; a split that is there but damaged counts."""
-    folder = Path(recipe.data.source)
-    if folder.is_dir():
-        return split_file(folder, "test").is_file()
     try:
-        return bool(records(recipe, "test"))
-    except AdaSkipError:  # a dataset of the hub tells only by failing
+        return holds_split(recipe.data.source, "test", recipe.data.subset)
+    except DataError:  # a data set of the Hub that cannot be reached
         return False
 
 

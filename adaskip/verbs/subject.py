@@ -10,12 +10,14 @@ import torch
 
 from adaskip import sources
 from adaskip.backbone import load
+from adaskip.backbone.inspect import count_positions
 from adaskip.errors import ConfigError
 from adaskip.plan import Group
-from adaskip.recipe import Recipe
+from adaskip.recipe import DataSection, Recipe
 from adaskip.runfiles import RECIPE
-from adaskip.training.data import Record, load_records
+from adaskip.training.data import Collator, Record
 from adaskip.verbs.run import load_model, load_processor, read_recipe
+from adaskip.verbs.splits import read_split
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,13 @@ class Subject:
 
     def records(self, split: str, count: int) -> list[Record]:
         """Read the first records of a split."""
-        columns = None if self.recipe is None else self.recipe.data.columns.model_dump()
-        return load_records(self.source, split, count, 0, columns)
+        section, seed = DataSection(source=self.source), 0
+        if self.recipe is not None:
+            own = self.recipe.data.source == self.source
+            section = self.recipe.data if own else DataSection(source=self.source, columns=self.recipe.data.columns)
+            seed = self.recipe.seed if own and not sources.is_shipped(self.source) else 0  # of a file that it divided
+        positions = count_positions(self.backbone.config)
+        return read_split(section, split, count, seed, lambda: (Collator(self.processor), positions))
 
 
 def open_subject(target: str | Path, data: str | None, group: str | None) -> Subject:

@@ -26,9 +26,10 @@ from adaskip.survey.skips import measure_skips
 from adaskip.survey.standardise import standardise
 from adaskip.theory.prices import Prices
 from adaskip.theory.tables import LayerMeasures
+from adaskip.training.bad_records import BadRecords
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps
-from adaskip.training.data import Collator, Record, loader, training_loader
+from adaskip.training.data import SPLITS, Collator, Record, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.objective import Objective
@@ -37,10 +38,11 @@ from adaskip.training.tracking import Laps, truncate_lines
 from adaskip.verbs.amounts import enough_to_train, fitted
 from adaskip.verbs.bank import bank_model, finish_bank
 from adaskip.verbs.budget import lightest
+from adaskip.verbs.data_used import DataUsed
 from adaskip.verbs.finish import Ending, TrainResult, finish
 from adaskip.verbs.run import load_model, load_processor
-from adaskip.verbs.splits import records
-from adaskip.verbs.start import check_start, opened
+from adaskip.verbs.splits import has_test, records
+from adaskip.verbs.start import check_start, has_progress, opened
 from adaskip.verbs.static import prepare
 from adaskip.verbs.token_plan import finish_tokens, plan_tokens
 from adaskip.verbs.trainer import make_trainer, own_device
@@ -76,15 +78,24 @@ def train(
     check_start(recipe, folder, resume)
     lightning.seed_everything(recipe.seed, verbose=False)
     collate = Collator(load_processor(recipe))
-    splits = {split: records(recipe, split) for split in ("train", "validation", "calibration")}
+    bad = BadRecords(recipe.data.bad_limit)
+    with stages(f"reading {recipe.data.source}"):
+        splits = {split: records(recipe, split, bad) for split in SPLITS if split != "test" or has_test(recipe)}
+    bad.stop(recipe.data.source)
     for chosen in splits.values():  # before the model is loaded and measured, which may take minutes
         collate.check(chosen)
     enough_to_train(recipe, len(splits["validation"]), len(splits["calibration"]))
+    data = DataUsed.of(splits, bad)
+    if resume and has_progress(folder):
+        data.check_same(folder)
+    for line in data.told():
+        stages.note(line)
     with stages(f"loading {recipe.backbone.path}"):
         model = attach(load_model(recipe), recipe.router, seed=recipe.seed)
         if recipe.lora is not None:
             adapt(model, recipe.lora, recipe.seed)
     with opened(recipe, folder, resume) as (checkpoint, step):
+        data.store(folder)
         if resume:
             stages.note(f"{folder}: going on from step {step}")
         lost = (

@@ -41,7 +41,7 @@ def read(folder: Path, split: str = "train", limit: int | None = None, **columns
     ('{"prompt": "w1", "answer": NaN}', "answer is nan (a number); expected text"),
     ({"prompt": 3}, 'prompt is 3 (a number); expected text: write "3", in quotes'),
     ({"prompt": ""}, "prompt is empty; expected text"),
-    ({"prompt": [{"role": "user", "content": "w1"}]}, "prompt is a list of messages; expected text. Render it: "),
+    ({"prompt": [{"role": "user", "content": "w1"}]}, "prompt is a list of messages; expected text. Put the whole"),
     ({"answer": "\ud800"}, "answer holds half a character"),
     ({"kind": ["a"]}, "kind is ['a'] (a list); expected text"),
     ('{"prompt": "w1", "answer": "w2", "kind": NaN}', "kind is nan (a number); expected text"),
@@ -112,7 +112,8 @@ def test_sources_that_are_no_folder_of_lines(tmp_path: Path) -> None:
     """A file, a folder of .json files, a mistyped path, a Windows path: none is looked for on the hub."""
     (tmp_path / "train.json").write_text(json.dumps([GOOD]))
     with pytest.raises(
-        DataError, match=r"train.json' is a file; expected the folder that holds train.jsonl: data.source="
+        DataError,
+        match=r"train.json' is a file; expected one that ends in .jsonl, .*the folder that holds train.jsonl: data",
     ):
         load_records(str(tmp_path / "train.json"), "train", None, 0)
     with pytest.raises(
@@ -183,7 +184,11 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Library:
         @staticmethod
-        def load_dataset(source: str, split: str) -> Table:
+        def get_dataset_split_names(source: str, subset: str | None) -> list[str]:
+            return ["train", "validation"]
+
+        @staticmethod
+        def load_dataset(source: str, subset: str | None, split: str) -> Table:
             return Table([GOOD, "broken", {**GOOD, "answer": 4}, GOOD])
 
     monkeypatch.setitem(sys.modules, "datasets", Library)

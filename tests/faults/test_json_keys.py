@@ -14,6 +14,7 @@ import pytest
 from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.check import check
 from adaskip.verbs.compare import compare
+from adaskip.verbs.data import data
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.export import export
 from adaskip.verbs.generate import answer, answer_many
@@ -52,6 +53,11 @@ def test_what_is_done_with_a_run(run: Path, tmp_path: Path) -> None:
     (tmp_path / "many.jsonl").write_text('{"prompt": "3 plus 4 ?"}\n{"prompt": "repeat 3 4 5 ?"}\n')
     same("many", answer_many(copied, tmp_path / "many.jsonl").to_dict())
     same("export", export(copied, tmp_path / "out").to_dict())
+
+
+def test_data() -> None:
+    few = {f"data.examples.{split}": 6 for split in ("train", "validation", "calibration", "test")}
+    same("data", data("digits-vlm", few).to_dict())
 
 
 def test_a_profile(tmp_path: Path) -> None:

@@ -185,13 +185,21 @@ def test_pictures_that_are_none_are_named_with_their_lines(tmp_path: Path) -> No
 
 
 def test_a_picture_that_ends_early_names_its_record(tmp_path: Path) -> None:
-    """A download that broke off shows only when the picture is decoded, in some batch; the error names the line."""
+    """A download that broke off shows only when the picture is decoded: before training, not in the middle of it."""
     broken(tmp_path)
     save(tmp_path / "good.png")
-    write(tmp_path, {"image": "good.png"}, {"image": "cut.png"})
-    records = read(tmp_path)
-    with pytest.raises(DataError, match=r"train.jsonl, line 2: image .*cut.png: cannot be read \(.*truncated"):
-        list(loader(records, Collator(picture_processor()), 2))
+    noise = Image.effect_noise((64, 64), 99)
+    noise.save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-400])
+    write(tmp_path, {"image": "good.png"}, {"image": "cut.png"}, {"image": "whole.jpg"}, {"image": "cut.jpg"})
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    faults = str(caught.value).split("\n  ")[1:]
+    assert [fault.split(": ")[0].split(", ")[-1] for fault in faults] == ["line 2", "line 4"]
+    assert all("cannot be read (" in fault and "truncated" in fault for fault in faults)
+    row = {"prompt": "<image> w1", "answer": "w2", "image": str(tmp_path / "cut.png")}  # of a loader of one's own
+    with pytest.raises(DataError, match=r"cut.png: cannot be read \(.*truncated"):
+        list(loader([row], Collator(picture_processor()), 2))
 
 
 def test_a_picture_beyond_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

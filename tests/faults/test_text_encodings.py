@@ -43,7 +43,8 @@ def test_a_string_may_hold_what_unicode_calls_a_line_end(tmp_path: Path, odd: st
     f"{LINE}\r{LINE}",
     f"\n\n{LINE}\n   \n{LINE}",
     f"{LINE}\n{LINE}\n\n\n",
-], ids=["byte order mark", "windows", "old mac", "blank lines", "no end"])  # fmt: skip
+    gzip.compress(f"{LINE}\n{LINE}\n".encode()),
+], ids=["byte order mark", "windows", "old mac", "blank lines", "no end", "gzip"])  # fmt: skip
 def test_what_editors_do_to_a_file_is_read(tmp_path: Path, content: bytes | str) -> None:
     """Notepad writes a byte order mark and CRLF; neither is part of the data."""
     path = write(tmp_path, content)
@@ -57,7 +58,8 @@ def test_what_editors_do_to_a_file_is_read(tmp_path: Path, content: bytes | str)
     (f"{LINE}\n".encode("utf-16-le"), "train.jsonl: holds zero bytes, so it is binary, or UTF-16; .* save as UTF-8"),
     (f'{LINE}\n{{"prompt": "caf\u00e9"}}'.encode("cp1252"), "line 2: byte 0xe9 after .* save as UTF-8"),
     (LINE.encode() + b"\n\x80abc", "train.jsonl, line 2: byte 0x80"),
-    (gzip.compress(LINE.encode()), r"train.jsonl: is compressed \(gzip\); expected text"),
+    (gzip.compress(LINE.encode() * 99)[:-30], r"train.jsonl: cannot be unpacked .*; copy the file anew"),
+    (gzip.compress(f"{LINE}\n".encode("utf-16")), "train.jsonl: is UTF-16; expected UTF-8"),
     (b"PK\x03\x04rest", r"train.jsonl: is compressed \(zip\)"),
     (b"PAR1\x15\x00\x15", "train.jsonl: holds zero bytes, so it is binary"),
     (b"", "train.jsonl: the file is empty"),
@@ -65,7 +67,7 @@ def test_what_editors_do_to_a_file_is_read(tmp_path: Path, content: bytes | str)
     (f"[{LINE},\n{LINE}]", r"line 1: not JSON .* a JSON document over several lines is not read"),
     ("1" * 5000, "train.jsonl, line 1: not JSON"),
     ("[" * 100_000, "train.jsonl, line 1: not JSON"),
-], ids=["utf-16", "utf-32", "utf-16 unmarked", "cp1252", "stray byte", "gzip", "zip", "parquet", "empty", "blank", "array", "digits", "deep"])  # fmt: skip # noqa: E501
+], ids=["utf-16", "utf-32", "utf-16 unmarked", "cp1252", "stray byte", "cut gzip", "gzipped utf-16", "zip", "parquet", "empty", "blank", "array", "digits", "deep"])  # fmt: skip # noqa: E501
 def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path: Path, content: bytes | str, message: str) -> None:
     """A file in another encoding, packed or binary ends in an error that names it, for data and prompts alike."""
     path = write(tmp_path, content)

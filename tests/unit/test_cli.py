@@ -187,6 +187,33 @@ def test_cp_copies_and_never_overwrites_unasked(adaskip, tmp_path):
     assert "No such file or directory" in err
 
 
+def test_data_exits_1_where_too_much_is_bad(adaskip, fake):
+    """Counts, faults and the first example for people; the exit status that a script needs before it trains."""
+    lengths = {"median": 3, "p95": 9, "most": 12}
+    row = {"split": "train", "records": 40, "pictured": 20, "kinds": {"k0": 40}, "digest": "0" * 32}
+    found = {
+        "ok": False,
+        "splits": [row | {"prompt_tokens": lengths, "answer_tokens": lengths}],
+        "pictures": {"count": 20, "width": lengths, "height": lengths},
+        "bad": 1,
+        "bad_limit": 0,
+        "faults": ["my.jsonl, line 7: answer is empty; expected text"],
+        "first": {"where": "my.jsonl, line 1", "parts": [{"part": "scored", "tokens": 2, "text": "w1 </s>"}]},
+    }
+    calls = fake("adaskip.verbs.data", data=found)
+    status, out, _ = adaskip("data", "causal-lm", "data.source=my.jsonl")
+    assert status == 1
+    assert calls[0][1][0].data.source == "my.jsonl"
+    for shown in (
+        "1 bad records (data.bad_limit=0)",
+        "line 7: answer is empty",
+        "scored      2 tokens | w1 </s>",
+        "k0",
+    ):
+        assert shown in out, shown
+    assert parsed(adaskip("data", "causal-lm", "--json")[1])["bad"] == 1
+
+
 def test_train(adaskip, fake):
     calls = fake("adaskip.verbs.train", train={"folder": "runs/x", "val": {"keep": 0.6123456, "kl": float("nan")}})
     status, out, err = adaskip("train", "digits-vlm", "seed=3", "--resume", "--json")

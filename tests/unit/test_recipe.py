@@ -114,7 +114,10 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
     [
         ("keep=0.5", "keep: no such key, got 0.5; did you mean 'objective.keep'?"),
         ("trainer.step=9", "trainer.step: no such key, got 9; did you mean 'steps'?"),
-        ("data.columns.zzz=q", "data.columns.zzz: no such key, got 'q'; valid: answer, image, kind, present, prompt"),
+        (
+            "data.columns.zzz=q",
+            "data.columns.zzz: no such key, got 'q'; valid: answer, image, kind, messages, present, prompt",
+        ),
         ("nosuch.key=1", "nosuch: no such key, got {'key': 1}; valid: backbone, bank, conditions, data,"),
         ("seed", "override 'seed': expected key.path=value, for example objective.keep=0.5"),
         (".seed=1", "override '.seed=1': expected key.path=value"),
