@@ -69,6 +69,15 @@ class Sites:
         """Return what a site is called."""
         return label_site(self.unit, site)
 
+    def key(self, site: int) -> str:
+        """Return a name that sorts as sites do.
+
+        >>> Sites("sublayers", 5).key(9), Sites("mlp", 5).key(4)
+        ('04.mlp', '04')
+        """
+        layer = f"{self.layer(site):02d}"
+        return layer if len(self.parts) == 1 else f"{layer}.{self.part(site)}"
+
     def labels(self, sites: Iterable[int]) -> tuple[Label, ...]:
         """Return what sites are called."""
         return tuple(map(self.label, sites))
@@ -146,7 +155,7 @@ def _read_label(parts: tuple[Part, ...], value: Any) -> Iterable[int]:
     if isinstance(value, str):
         layer, _, part = value.partition(".")
         if len(parts) > 1 and layer.isdecimal() and part in parts:
-            return (int(layer) * len(parts) + parts.index(part),)  # type: ignore[arg-type]
+            return (int(layer) * len(parts) + parts.index(part),)
     elif not isinstance(value, bool):
         try:
             first = index(value) * len(parts)

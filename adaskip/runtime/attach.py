@@ -65,7 +65,7 @@ class RoutedModel(Results):
 
     @property
     def routers(self) -> nn.ModuleList | None:
-        """Return the learned policy's heads, one a layer; None under another policy."""
+        """Return the learned policy's heads, one a site; None under another policy."""
         heads = getattr(self.policy, "heads", None)
         return heads if isinstance(heads, nn.ModuleList) else None
 

@@ -53,9 +53,8 @@ class Runtime:
         self.known_flags: Flags = () if self.known is None else tuple(self.known.tolist())
         self.cost = CostModel.of(spec, self.unit, self.kv)
         self.facts = Facts(spec, self._untouched)
-        self.layers = [
-            Executor(i, i, "block", self.target, spec.outputs, self._cache_names(i)[0]) for i in range(len(spec.layers))
-        ]
+        names = [part.cache_names[0] for part in spec.sublayers] or [""] * len(spec.layers)
+        self.layers = [Executor(i, i, "block", self.target, spec.outputs, name) for i, name in enumerate(names)]
         self.caches = "past_key_values" in inspect.signature(type(spec.model).forward).parameters
         self.state, self.reruns = State(), Reruns()
 
@@ -109,20 +108,16 @@ class Runtime:
         """Return whether single tokens of a row leave an attention that others of it run, so that masks are cut."""
         return self.target.partial and self.unit != "mlp"
 
-    def _cache_names(self, index: int) -> tuple[str, str]:
-        """Return the arguments by which a layer and its attention get the cache, where the routing hands it to them."""
-        return self.spec.sublayers[index].cache_names if self.kv == "kept" else ("", "")
-
     def sublayers(self, index: int) -> list[tuple[nn.Module, Executor]]:
         """Return the modules inside a layer that are routed in its place, each with what runs it; none for blocks."""
         if self.unit == "block":
             return []
-        own, name = self.spec.sublayers[index], self._cache_names(index)[1]
-        parts = [(site, self.sites.part(site)) for site in self.sites.of(index)]
+        own = self.spec.sublayers[index]
         return [
-            (module, Executor(site, index, part, self.target, own.outputs[module], name))
-            for site, part in parts for module in own.modules(part)
-        ]  # fmt: skip
+            (module, Executor(site, index, part, self.target, own.outputs[module], own.cache_names[1]))
+            for site, part in zip(self.sites.of(index), self.sites.parts, strict=True)
+            for module in own.modules(part)
+        ]
 
     # -- a request opens and closes around the whole model's forward ------------------------------------------------
 

@@ -12,7 +12,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.plans import plan_costs
 
 Path = tuple[int, ...]
-"""The layers that a path leaves out, ascending."""
+"""The sites that a path leaves out, ascending: layers, or halves of them."""
 Price = Callable[[Sequence[Path], Sequence[int]], Tensor]
 """What paths cost inputs, given by number: float64 (n p), nats per predicted token."""
 
@@ -64,10 +64,10 @@ def exact_prices(model: RoutedModel, batches: Callable[[Sequence[int]], Sequence
         model: attached, of scope ``prompt``; whatever decides in it, only its execution is used.
         batches: makes batches, on the model's device, of inputs given by number, in that order.
     """
-    layers = len(model.spec.layers)
+    sites = len(model.sites)
 
     def price(paths: Sequence[Path], rows: Sequence[int]) -> Tensor:
-        keep = torch.ones(len(paths), layers, dtype=torch.bool)
+        keep = torch.ones(len(paths), sites, dtype=torch.bool)
         for row, path in zip(keep, paths, strict=True):
             row[list(path)] = False
         return plan_costs(model, batches(rows), [*keep]).kl

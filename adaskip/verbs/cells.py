@@ -132,7 +132,7 @@ def measure_cell(
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in ("keep", "kl", "hit", "dense_hit", "same")}
     kinds: list[str] = []
-    runs = torch.zeros(len(model.spec.layers), dtype=torch.float64)
+    runs = torch.zeros(len(model.sites), dtype=torch.float64)
     for place, batch in enumerate(dense.batches):
         expected = dense(place, model)
         logits = record(model, batch, routed=True, states=False).logits
