@@ -63,15 +63,15 @@ def find_sublayers(
     with watch:
         dense_pass(model, past_key_values=ToldCache(watch.store), use_cache=True)
     sublayers = tuple(watch.parts(index) for index in range(len(layers)))
+    if unit != "block":
+        closing = [watch.closing[i] | {parts.attention} for i, parts in enumerate(sublayers)]
+        _check_identity(model, layers, closing, unit)
     if "mlp" in PARTS[unit] and any(not parts.mlp for parts in sublayers):
         index = next(i for i, parts in enumerate(sublayers) if not parts.mlp)
         raise BackboneError(
             f"{name}: unit {unit!r}: decoder layer {index} has no MLP module of its own that turns states into states; "
             "use unit='attention' or unit='block'"
         )
-    if unit != "block":
-        closing = [watch.closing[i] | {parts.attention} for i, parts in enumerate(sublayers)]
-        _check_identity(model, layers, closing, unit)
     return sublayers
 
 

@@ -153,7 +153,7 @@ def find_bank(
     for members in _groups(single[:, free], groups, seed):
         own = [rows[member] for member in members]
         with stages(f"planning for a group of {len(own)} inputs"):
-            nested = greedy_paths(ledger, own, single[members].mean(0), depth, width)
+            nested = greedy_paths(ledger, own, single[members].mean(0), depth, width, saves=saved)
         options += [nested[length - 1][0] for length in lengths if length <= len(nested)]
 
     options = [*dict.fromkeys([(), static, *options])]
@@ -233,7 +233,7 @@ def _common(
 
     def plan(skips: int) -> list[Path]:
         # what was planned for fewer layers is in the ledger, so that it costs nothing to plan it again
-        return [path for path, _ in greedy_paths(ledger, rows, single.mean(0), skips, width)]
+        return [path for path, _ in greedy_paths(ledger, rows, single.mean(0), skips, width, saves=saved)]
 
     skips = 1
     with stages(f"planning for {len(rows)} inputs"):

@@ -1,4 +1,4 @@
-"""Plan which layers go: one at a time, always the one that costs least beside those that are gone already."""
+"""Plan which layers go: one at a time, always the one that costs least for what it saves beside those that are gone."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def greedy_paths(
     skips: int,
     width: int,
     enough: Callable[[Path], bool] = lambda path: False,
+    saves: Tensor | None = None,
 ) -> list[tuple[Path, float]]:
     """Return paths of 1 to ``skips`` layers, each the one before with one more, and their mean costs to these inputs.
 
@@ -36,20 +37,24 @@ def greedy_paths(
         skips: so many layers go, or as many as may.
         width: so many layers are tried each time, those that cost least when they were last tried.
         enough: whether a path leaves out enough, so that it is the last one.
+        saves: (l) what leaving out each saves: an attention saves less than an MLP, and may cost less. None: all alike.
     """
     marginal = single.double().clone()
+    weight = torch.ones_like(marginal) if saves is None else saves.double().clamp(min=1e-12)
+    weight = weight / weight.max()  # exactly 1 where all save the same
     path: Path = ()
     before, found = 0.0, []
     while len(path) < min(skips, int(single.isfinite().sum())):
-        options = marginal.argsort()[:width]
+        options = (marginal / weight).argsort()[:width]
         options = options[marginal[options].isfinite()]
         if path:
             costs = price([tuple(sorted((*path, layer))) for layer in options.tolist()], rows).double().mean(0)
         else:
             costs = marginal[options]  # what they cost alone is known
         marginal[options] = costs - before
-        chosen = int(options[costs.argmin()])
-        path, before = tuple(sorted((*path, chosen))), float(costs.min())
+        best = int((marginal[options] / weight[options]).argmin())
+        chosen = int(options[best])
+        path, before = tuple(sorted((*path, chosen))), float(costs[best])
         marginal[chosen] = torch.inf
         found.append((path, before))
         if enough(path):

@@ -85,7 +85,7 @@ def find_static(
     if kept(tuple(means.isfinite().nonzero().flatten().tolist())) > keep + ROUNDING:
         return None
     price = exact_prices(model, lambda rows: batches)
-    return greedy_paths(price, range(len(single)), means, len(means), width, enough)[-1][0]
+    return greedy_paths(price, range(len(single)), means, len(means), width, enough, saves)[-1][0]
 
 
 def as_plan(skip: Path, target: Target) -> SkipPlan:
