@@ -203,7 +203,7 @@ def _layer_axis(axes: Axes, labels: Sequence[Label], places: Sequence[float]) ->
     for label, place in zip(labels, places, strict=True):
         first.setdefault(str(label).partition(".")[0], place)
     halves = len(first) < len({*labels})
-    every = 1 if len(first) < 32 else 4
+    every = 1 if len(first) <= 32 else 4
     axes.set_xticks([*first.values()][::every], [*first][::every])
     axes.set_xlabel("layer: its attention, and right of it its MLP" if halves else "layer", color=INK)
 
