@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from operator import index
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import ConfigError, did_you_mean
+from adaskip.sites import Label, Sites, Unit, label_site, read_sites
 
 Scope = Literal["prompt", "token"]
-Unit = Literal["block", "attention", "mlp"]
 Group = Literal["all", "vision"]
 KV = Literal["absent", "kept"]
 Phase = Literal["both", "prefill", "decode"]
@@ -32,8 +32,8 @@ class Target:
     Args:
         scope: ``prompt``: each layer is decided once from the prompt, at prefill; generated tokens follow. ``token``:
             every token decides for itself.
-        unit: what is left out of a layer: the whole ``block``, only its ``attention``, or only its ``mlp``. A sublayer
-            that is left out adds nothing to the states.
+        unit: what is left out of a layer: the whole ``block``, only its ``attention``, only its ``mlp``, or either of
+            these by a decision of its own, ``sublayers``. A sublayer that is left out adds nothing to the states.
         group: the positions that leave the unit: ``all`` tokens of a row, or only its ``vision`` tokens.
         kv: ``absent``: what skips an attention has no keys there, so nothing can attend to it. ``kept``: it is not
             updated, but its keys and values are projected from the state that bypasses the layer, stored, and attended
@@ -71,6 +71,18 @@ class Target:
         """Return whether tokens that run a layer miss the keys of others of their row that leave it."""
         some_leave = self.group == "vision" or self.phase == "prefill"
         return some_leave and self.kv == "absent" and self.unit != "mlp"
+
+    def sites(self, layers: int) -> Sites:
+        """Return where decisions about a model of so many layers fall."""
+        return Sites(self.unit, layers)
+
+    def read_labels(self, values: Any) -> tuple[Label, ...]:
+        """Return the labels of what a list names, each once, in order.
+
+        Raises:
+            ValueError: no such list.
+        """
+        return tuple(label_site(self.unit, site) for site in read_sites(self.unit, values))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -163,13 +175,7 @@ def read_layers(values: Any) -> tuple[int, ...]:
     Raises:
         ValueError: no list of whole numbers.
     """
-    values = values.tolist() if isinstance(values, Tensor) else values
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise ValueError(f"expected layer numbers such as [1, 3], got {values!r}")
-    try:
-        return tuple(sorted({read_count(value) for value in values}))
-    except ValueError as error:
-        raise ValueError(f"expected layer numbers such as [1, 3]; one of them: {error}") from None
+    return read_sites("block", values)
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,8 @@ class SkipPlan(Target):
     """Choose layers that are left out, the same for every input.
 
     Args:
-        skip: layers the group leaves out, counted from 0.
+        skip: layers the group leaves out, counted from 0; of unit ``sublayers`` halves of them, such as
+            ``"4.attention"`` or ``"7.mlp"``, where a number stands for both.
         enter: the group is absent from the first ``enter`` layers (late entry).
         leave: the group is absent after the first ``leave`` layers (early exit); ``None``: it stays to the end.
         group: the positions that leave, with ``unit``, ``kv`` and ``phase`` as in `Target`; its scope is ``prompt``.
@@ -186,24 +193,26 @@ class SkipPlan(Target):
     [True, False, True, False, True]
     >>> SkipPlan.early_exit(2).keep(4).tolist()
     [True, True, False, False]
+    >>> SkipPlan(unit="sublayers", skip=["2.mlp", 1]).skip
+    ('1.attention', '1.mlp', '2.mlp')
     """
 
     kind: ClassVar[str] = "static"
 
-    skip: tuple[int, ...] = ()
+    skip: tuple[Label, ...] = ()
     enter: int = 0
     leave: int | None = None
 
     def _faults(self) -> list[str]:
         faults = super()._faults()
-        faults += self._convert({"skip": read_layers, "enter": read_count, "leave": read_count_or_none})
+        faults += self._convert({"skip": self.read_labels, "enter": read_count, "leave": read_count_or_none})
         if self.scope == "token":
             faults.append("scope: expected prompt, got 'token'; a plan is the same for every token")
         return faults
 
     @classmethod
-    def static(cls, skip: Iterable[int], group: Group = "all", **target: Any) -> SkipPlan:
-        """Leave out exactly these layers."""
+    def static(cls, skip: Iterable[Label], group: Group = "all", **target: Any) -> SkipPlan:
+        """Leave out exactly these layers, or halves of them."""
         return cls(skip=skip, group=group, **target)  # type: ignore[arg-type]
 
     @classmethod
@@ -217,25 +226,26 @@ class SkipPlan(Target):
         return cls(leave=layers, group=group, **target)
 
     def keep(self, n_layers: int) -> Tensor:
-        """Return bool (l): whether the group runs each layer.
+        """Return bool (s): whether the group runs each site, which is a layer, or a half of one.
 
         Raises:
             ConfigError: the plan names a layer the model does not have.
         """
-        wrong = [layer for layer in self.skip if not 0 <= layer < n_layers]
+        sites, skip = self.sites(n_layers), read_sites(self.unit, self.skip)
+        wrong = sites.labels(site for site in skip if not 0 <= site < len(sites))
         bounds = {"enter": self.enter, "leave": n_layers if self.leave is None else self.leave}
         wrong_bounds = [f"{name}={value}" for name, value in bounds.items() if not 0 <= value <= n_layers]
         if wrong or wrong_bounds:
             named = ", ".join([*(f"layer {layer}" for layer in wrong), *wrong_bounds])
             raise ConfigError(f"SkipPlan: {named} is outside the model: it has {n_layers} layers, 0 to {n_layers - 1}")
-        runs = torch.arange(n_layers)
-        kept = (runs >= self.enter) & (runs < bounds["leave"])
-        kept[list(self.skip)] = False
+        layer = torch.tensor([sites.layer(site) for site in range(len(sites))])
+        kept = (layer >= self.enter) & (layer < bounds["leave"])
+        kept[list(skip)] = False
         return kept
 
 
 def host(keep: Tensor) -> tuple[Flags, ...]:
-    """Return decisions, bool (l b), as Python's own: a tuple a layer, with one value a row."""
+    """Return decisions, bool (s b), as Python's own: a tuple a site, with one value a row."""
     return tuple(map(tuple, keep.tolist()))
 
 
@@ -250,14 +260,15 @@ def mean_over(tokens: Tensor, values: Tensor) -> Tensor:
 class Routing:
     """Hold the decisions of one request, and what they cost.
 
-    A row's ``keep`` depends on that row alone, neither on padding nor on the other rows of the batch.
+    A row's ``keep`` depends on that row alone, neither on padding nor on the other rows of the batch. Its sites s are
+    the layers, under unit ``sublayers`` the attention and the MLP of each (`RoutedModel.sites` names them).
     """
 
-    keep: Tensor  # bool (l b): row b's group runs layer l; scope token: bool (l b t), whether token t of it does
+    keep: Tensor  # bool (s b): row b's group runs site s; scope token: bool (s b t), whether token t of it does
     group: Group
     logits: Tensor | None = None  # float32, shaped like keep: the routers' outputs; None where nothing gives any
-    gates: Tensor | None = None  # float32 (l b): gates that carry the gradient, scope token: their means; None else
-    #                              of layers that were drawn and really skipped, the probabilities to run
+    gates: Tensor | None = None  # float32 (s b): gates that carry the gradient, scope token: their means; None else
+    #                              of what was drawn and really skipped, the probabilities to run
     tokens: Tensor | None = None  # bool (b t), scope token: the tokens that decide
     executed: Tensor | None = None  # float64 (b): decoder FLOPs really spent on each row
     dense: Tensor | None = None  # float64 (b): decoder FLOPs of the same tokens with every layer run
@@ -272,7 +283,7 @@ class Routing:
         return torch.where(self.dense > 0, self.executed / self.dense, 1.0)
 
     def per_row(self, decided: Tensor) -> Tensor:
-        """Return float32 (l b): one number for each row out of something shaped like ``keep``.
+        """Return float32 (s b): one number for each row out of something shaped like ``keep``.
 
         Under scope token it is the mean over the row's tokens that decide; 1 for a row none of whose tokens decides.
         """
@@ -289,7 +300,7 @@ class Routing:
 
     @property
     def share(self) -> Tensor:
-        """Return float32 (l b): the share of a row's deciding tokens that ran a layer; 0 or 1 under scope prompt."""
+        """Return float32 (s b): the share of a row's deciding tokens that ran a site; 0 or 1 under scope prompt."""
         return self.per_row(self.keep)
 
     def select(self, rows: Tensor) -> Routing:
@@ -316,7 +327,7 @@ class Routing:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def __str__(self) -> str:
-        """Draw one line a row: ``#`` is a layer that ran, ``.`` a skipped one, a digit the tenths that ran."""
+        """Draw one line a row: ``#`` is a site that ran, ``.`` a skipped one, a digit the tenths that ran."""
         signs = "." + "123456789" + "#"
         return "\n".join("".join(signs[_tenths(share)] for share in row) for row in self.share.T.tolist())
 

@@ -29,7 +29,7 @@ class Policy(nn.Module):
             model's own will do) or ``labels`` (the right answers).
         target: what its decisions speak of.
         threshold: where it returns logits, a layer runs if its logit is above this.
-        held: layers that run whatever it says.
+        held: sites that run whatever it says.
     """
 
     kind: ClassVar[str] = ""
@@ -53,7 +53,7 @@ class Policy(nn.Module):
         """
 
     def known(self, layers: int) -> Tensor | None:
-        """Return bool (l), whether each layer runs, if that is the same for every input; else None.
+        """Return bool (s), whether each site runs, if that is the same for every input; else None.
 
         Such a policy is never asked to `decide`, and its passes compile to one graph.
         """
@@ -106,7 +106,8 @@ class Policy(nn.Module):
         """Decide who runs a layer. A row's decision may depend on that row alone, and on no token behind its prompt.
 
         Args:
-            layer: counted from 0.
+            layer: counted from 0; of unit ``sublayers`` the site, see `adaskip.sites.Sites`, and asked about twice a
+                layer, each time with what enters the whole of it.
             states: (b t d), what enters the layer.
             request: what is known beside the states, see `start`.
 

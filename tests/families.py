@@ -452,11 +452,12 @@ _OPEN_MLP = [
 _UNIT_REFUSED = {
     "attention": {**dict.fromkeys(["beam", "bloom", "mpt", *_POST_NORM], _RESIDUAL), "openai-gpt": _NO_CACHE},
     "mlp": {
-        **dict.fromkeys(["beam", "bloom", "mpt"], _RESIDUAL),
-        **dict.fromkeys([*_POST_NORM, *_OPEN_MLP], _NO_MLP),
+        **dict.fromkeys(["beam", "bloom", "mpt", *_POST_NORM], _RESIDUAL),
+        **dict.fromkeys(_OPEN_MLP, _NO_MLP),
         "openai-gpt": _NO_CACHE,
     },
 }
+_UNIT_REFUSED["sublayers"] = _UNIT_REFUSED["mlp"]  # what either half refuses
 UNIT_REFUSED = {
     unit: {model_type: why for model_type, why in refused.items() if model_type in CONFIG_MAPPING}
     for unit, refused in _UNIT_REFUSED.items()

@@ -28,17 +28,26 @@ POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "delask": lambda target: adaskip.policies.DeLask(0.5, 1, Target(**target)),
     "fastv": lambda target: adaskip.policies.FastV(2, 0.5, _by_token(target)),
     "learned": lambda target: adaskip.RouterConfig(**target),
-    "path_bank": lambda target: adaskip.policies.PathBank([[1], [3], [1, 2]], 1, Target(**target)),
+    "path_bank": lambda target: adaskip.policies.PathBank(_halved(target, [[1], [3], [1, 2]]), 1, Target(**target)),
     "pyramid_drop": lambda target: adaskip.policies.PyramidDrop(ratio=0.5, target=_by_token(target)),
     "skip_it": lambda target: adaskip.policies.SkipIt(1.0, 1, target=Target(**target)),
-    "static": lambda target: adaskip.SkipPlan(skip=(1, 3), **target),
-    "token_plan": lambda target: adaskip.policies.TokenPlan([[1], [2, 3], []], [[3], [1, 2]], 1, _by_token(target)),
+    "static": lambda target: adaskip.SkipPlan(skip=_halved(target, [[1, 3]])[0], **target),
+    "token_plan": lambda target: adaskip.policies.TokenPlan(
+        _halved(target, [[1], [2, 3], []]), _halved(target, [[3], [1, 2]]), 1, _by_token(target)
+    ),
 }
 """Every kind of `adaskip.policy.HOMES`, for a target; one that decides by the token does so where nothing is said."""
 
 
 def _by_token(target: dict[str, Any]) -> Target:
     return Target(**{"scope": "token"} | target)
+
+
+def _halved(target: dict[str, Any], paths: list[list[int]]) -> list[list[Any]]:
+    """Return paths of layers, where halves of layers are decided apart some halves of these."""
+    if target.get("unit") != "sublayers":
+        return paths
+    return [[f"{layer}.{('attention', 'mlp')[layer % 2]}" for layer in path] for path in paths]
 
 
 def targets(kind: str) -> Iterator[Target]:

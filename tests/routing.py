@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaskip.backbone.inspect import inspect_backbone
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.sites import Part, Sites, Unit
 from tests import families
 from tests.families import IMAGE, LAYERS, Toy
 
@@ -36,9 +37,9 @@ def decide(model: RoutedModel) -> RoutedModel:
     return model
 
 
-def some_keep(batch: int) -> Tensor:
-    """bool (l b): mixed, with a layer nobody runs, first, and one that everybody runs."""
-    keep = torch.rand(LAYERS, batch, generator=torch.Generator().manual_seed(3)) > 0.5
+def some_keep(batch: int, unit: Unit = "block") -> Tensor:
+    """bool (s b): mixed, with a site nobody runs, first, and one that everybody runs."""
+    keep = torch.rand(len(Sites(unit, LAYERS)), batch, generator=torch.Generator().manual_seed(3)) > 0.5
     keep[0], keep[2] = False, True
     return keep
 
@@ -99,29 +100,30 @@ def same_both_ways(model: RoutedModel, batch: dict[str, Tensor], **more: Any) ->
 
 
 @contextmanager
-def masked(model: RoutedModel, keep: Tensor, batch: dict[str, Tensor], unit: str, group: str) -> Iterator[None]:
+def masked(model: RoutedModel, keep: Tensor, batch: dict[str, Tensor], unit: Unit, group: str) -> Iterator[None]:
     """The reference: every module is computed for every token, and what was to be left out is overwritten."""
     outside = torch.ones_like(batch["input_ids"]).bool() if group == "all" else batch["input_ids"] == IMAGE
 
-    def overwrite(index: int) -> Callable[..., Any]:
+    def overwrite(site: int, part: Part) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
             states = out[0] if isinstance(out, tuple) else out
             before = args[0] if args else kwargs["hidden_states"]
-            kept = keep[index] if keep.dim() == 3 else keep[index][:, None]
+            kept = keep[site] if keep.dim() == 3 else keep[site][:, None]
             gone = (outside & ~kept)[..., None]
-            states = torch.where(gone, before if unit == "block" else torch.zeros_like(states), states)
+            states = torch.where(gone, before if part == "block" else torch.zeros_like(states), states)
             return (states, *out[1:]) if isinstance(out, tuple) else states
 
         return hook
 
     parts = inspect_backbone(model.backbone, unit, "kept").sublayers if unit != "block" else ()
-    handles = []
+    handles, sites = [], Sites(unit, len(model.spec.layers))
     for index, layer in enumerate(model.spec.layers):
-        modules = {"block": (layer,)}
+        modules: dict[str, tuple[nn.Module, ...]] = {"block": (layer,)}
         if parts:
             modules |= {"attention": (parts[index].attention,), "mlp": parts[index].mlp}
-        for module in modules[unit]:
-            handles.append(module.register_forward_hook(overwrite(index), with_kwargs=True))
+        for site in sites.of(index):
+            for module in modules[sites.part(site)]:
+                handles.append(module.register_forward_hook(overwrite(site, sites.part(site)), with_kwargs=True))
     try:
         yield
     finally:
@@ -130,24 +132,27 @@ def masked(model: RoutedModel, keep: Tensor, batch: dict[str, Tensor], unit: str
 
 
 @contextmanager
-def watched(model: RoutedModel, unit: str) -> Iterator[dict[int, Tensor]]:
-    """Which tokens leave each layer's unit, bool (b t) by layer, as its modules show from outside."""
+def watched(model: RoutedModel, unit: Unit) -> Iterator[dict[int, Tensor]]:
+    """Which tokens leave each site, bool (b t) by site, as its modules show from outside."""
     left: dict[int, Tensor] = {}
 
-    def watch(index: int) -> Callable[..., None]:
+    def watch(site: int, part: Part) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             states = out[0] if isinstance(out, tuple) else out
             before = args[0] if args else kwargs["hidden_states"]
-            left[index] = (states == (before if unit == "block" else 0.0)).all(-1)
+            left[site] = (states == (before if part == "block" else 0.0)).all(-1)
 
         return hook
 
-    handles = []
-    for index, module in enumerate(model.spec.layers):
-        if unit != "block":
-            parts = model.spec.sublayers[index]
-            module = parts.attention if unit == "attention" else parts.mlp[-1]
-        handles.append(module.register_forward_hook(watch(index), with_kwargs=True))
+    handles, sites = [], Sites(unit, len(model.spec.layers))
+    for index, layer in enumerate(model.spec.layers):
+        for site in sites.of(index):
+            part = sites.part(site)
+            module = layer
+            if part != "block":
+                own = model.spec.sublayers[index]
+                module = own.attention if part == "attention" else own.mlp[-1]
+            handles.append(module.register_forward_hook(watch(site, part), with_kwargs=True))
     try:
         yield left
     finally:

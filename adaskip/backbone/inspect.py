@@ -22,6 +22,7 @@ from adaskip.backbone.probe import check_layers, home
 from adaskip.backbone.sublayers import Sublayers, find_sublayers
 from adaskip.backbone.work import Work, measure_work
 from adaskip.errors import BackboneError, ConfigError, DataError
+from adaskip.sites import Unit
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _ROUTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -90,12 +91,12 @@ class Tokens:
         return torch.stack([among & ~self.vision, among & self.vision], dim=1)
 
 
-def inspect_backbone(model: nn.Module, unit: str = "block", kv: str = "absent") -> BackboneSpec:
+def inspect_backbone(model: nn.Module, unit: Unit = "block", kv: str = "absent") -> BackboneSpec:
     """Find the decoder layers of a causal language or image-text-to-text model, and what the routing needs of them.
 
     Args:
         model: the Hugging Face object.
-        unit: what is to be left out of a layer: block, attention or mlp.
+        unit: what is to be left out of a layer: block, attention, mlp, or sublayers for either of the latter.
         kv: what is to become of the keys and values of what is left out: absent or kept.
 
     Raises:

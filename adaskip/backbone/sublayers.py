@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from adaskip.backbone.probe import ROWS, TOKENS, ToldCache, dense_pass
 from adaskip.errors import BackboneError
+from adaskip.sites import PARTS, Part, Unit
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,15 @@ class Sublayers:
     outputs: dict[nn.Module, int] = field(repr=False)
     cache_names: tuple[str, str] = ("past_key_values", "past_key_values")
 
+    def modules(self, part: Part) -> tuple[nn.Module, ...]:
+        """Return the modules that leave with a part of the layer; none for the whole of it."""
+        return {"block": (), "attention": (self.attention,), "mlp": self.mlp}[part]
+
 
 def find_sublayers(
-    model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int, unit: str
+    model: PreTrainedModel, layers: tuple[nn.Module, ...], width: int, unit: Unit
 ) -> tuple[Sublayers, ...]:
-    """Find the parts of every layer, for a unit ``block | attention | mlp`` that is about to be routed.
+    """Find the parts of every layer, for a unit that is about to be routed.
 
     Raises:
         BackboneError: the parts cannot be told apart, or leaving the unit out would be unsound; says why.
@@ -58,20 +63,20 @@ def find_sublayers(
     with watch:
         dense_pass(model, past_key_values=ToldCache(watch.store), use_cache=True)
     sublayers = tuple(watch.parts(index) for index in range(len(layers)))
-    if unit == "mlp" and any(not parts.mlp for parts in sublayers):
-        index = next(i for i, parts in enumerate(sublayers) if not parts.mlp)
-        raise BackboneError(
-            f"{name}: unit 'mlp': decoder layer {index} has no MLP module of its own that turns states into states; "
-            "use unit='attention' or unit='block'"
-        )
     if unit != "block":
         closing = [watch.closing[i] | {parts.attention} for i, parts in enumerate(sublayers)]
         _check_identity(model, layers, closing, unit)
+    if "mlp" in PARTS[unit] and any(not parts.mlp for parts in sublayers):
+        index = next(i for i, parts in enumerate(sublayers) if not parts.mlp)
+        raise BackboneError(
+            f"{name}: unit {unit!r}: decoder layer {index} has no MLP module of its own that turns states into states; "
+            "use unit='attention' or unit='block'"
+        )
     return sublayers
 
 
 def _check_identity(
-    model: PreTrainedModel, layers: tuple[nn.Module, ...], sublayers: list[set[nn.Module]], unit: str
+    model: PreTrainedModel, layers: tuple[nn.Module, ...], sublayers: list[set[nn.Module]], unit: Unit
 ) -> None:
     """Refuse layers that are not the identity once none of their sublayers adds anything."""
     gaps: dict[int, float] = {}

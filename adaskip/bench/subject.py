@@ -58,7 +58,7 @@ def stored_subject(target: str, device: torch.device, seed: int) -> Subject:
         routed = attach(twin(spec), type(policy).from_dict(policy.to_dict()))
         routed.policy.load_state_dict(policy.state_dict())
         routed.set_threshold(policy.threshold)
-        routed.hold(policy.held)
+        routed.hold(routed.sites.labels(policy.held))
         records = splits.records(run.recipe, "test")
     collate = Collator(processor, answers=False)
 

@@ -184,7 +184,8 @@ def generate(
         if many is not None:
             return
         bar = "".join("#" if ran else "." for ran in result["route"])
-        say(f"route   {bar}   {sum(result['route'])} of {result['layers']} layers ran (# ran, . skipped)")
+        unit = "layers" if len(bar) == result["layers"] else "halves of layers"
+        say(f"route   {bar}   {sum(result['route'])} of {len(bar)} {unit} ran (# ran, . skipped)")
 
     do(work, show, as_json)
 

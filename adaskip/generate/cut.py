@@ -76,7 +76,7 @@ def _path(model: RoutedModel, path: Sequence[bool] | Tensor | SkipPlan | None) -
     if (target.unit, target.group, target.phase) != ("block", "all", "both"):
         raise ConfigError(
             f"cut: with unit {target.unit!r}, group {target.group!r} and phase {target.phase!r} a part of every layer "
-            "still runs, so none can be cut out; expected unit 'block', group 'all' and phase 'both'"
+            "still runs or may run, so none can be cut out; expected unit 'block', group 'all' and phase 'both'"
         )
     if isinstance(path, SkipPlan):
         return path.keep(layers)

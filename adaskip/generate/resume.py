@@ -64,7 +64,7 @@ def _try(model: RoutedModel) -> tuple[float, float]:
     for name in ("mm_token_type_ids", *(("token_type_ids",) if model.spec.reads_ahead else ())):
         if name in parameters:
             inputs[name] = torch.zeros_like(ids)
-    runs = torch.ones(len(model.spec.layers), len(ids), dtype=torch.bool)
+    runs = torch.ones(len(model.sites), len(ids), dtype=torch.bool)
     whole = _generate(model, inputs, routing=runs)
     resumed = _generate(model, inputs, past_key_values=fill_cache(model, inputs, runs)[0])
     # as a group is made: beside longer prompts, keys that were computed without padding get some before them

@@ -13,6 +13,7 @@ from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.forecast import Forecast, find_forecast
 from adaskip.survey.greedy import Path
+from adaskip.survey.halves import last_strays, site_seconds, site_turns
 from adaskip.survey.ledger import Ledger
 from adaskip.survey.plans import plan_costs
 from adaskip.survey.price_file import PriceFile, find_origin
@@ -25,6 +26,8 @@ from adaskip.theory.prices import calibrate_prices
 from adaskip.theory.tables import LayerMeasures
 
 COSTS, HITS = "costs.safetensors", "hits.safetensors"
+_TIMED = 32
+"""Inputs whose passes are timed."""
 
 
 class Evidence:
@@ -48,7 +51,7 @@ class Evidence:
         folder: FilePath | None = None,
     ) -> None:
         self.model, self.batches, self.inputs = model, batches, inputs
-        self.layers, self.group = len(model.spec.layers), model.target.group
+        self.layers, self.group = len(model.sites), model.target.group  # layers, or halves of them
         origin = {} if folder is None else find_origin(model, batches(self.everyone))
         files = [None if folder is None else PriceFile(folder / name, origin) for name in (COSTS, HITS)]
         self.costs = Ledger(lambda paths, rows: self._measure(paths, rows)[0], inputs, files[0])
@@ -94,6 +97,21 @@ class Evidence:
             found.append(torch.stack([cosine, change, mass])[:, counted].double().cpu())
         cosine, change, mass = torch.cat(found, 1).mean(1)
         return cosine, change, mass
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """Return float64 (s): how far each half of a layer turns a prompt token, mean; costs two dense passes."""
+        return site_turns(self.model, self.batches(self.everyone))
+
+    @cached_property
+    def strays(self) -> Tensor:
+        """Return float64 (s): 1 - cos of the last state with and without each half of a layer, mean."""
+        return last_strays(self.model, self.batches(self.everyone))
+
+    @cached_property
+    def seconds(self) -> Tensor:
+        """Return float64 (s): what each half of a layer takes at the length of these inputs, on this machine."""
+        return site_seconds(self.model, self.batches(self.everyone[:_TIMED]))
 
     @cached_property
     def patches(self) -> Tensor:

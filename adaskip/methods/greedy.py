@@ -19,6 +19,7 @@ def choose(evidence: Evidence, keep: float, seed: int) -> Path:
         evidence.layers,
         evidence.layers,
         lambda path: evidence.holds(path, keep),
+        evidence.saves,
     )
     path = found[-1][0]
     if not evidence.holds(path, keep):

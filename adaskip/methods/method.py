@@ -11,6 +11,7 @@ from adaskip.errors import ConfigError, did_you_mean
 from adaskip.methods.evidence import Evidence
 from adaskip.plan import KV, Group, SkipPlan
 from adaskip.policy import Policy
+from adaskip.sites import Unit
 from adaskip.survey.greedy import Path
 
 Rule = Callable[[Evidence, float, int], Path | Policy]
@@ -31,6 +32,7 @@ class Method:
         choose: its rule.
         groups: the token groups whose layers it can leave out.
         kv: whether keys of vision tokens that leave are kept.
+        unit: what of a layer it leaves out.
         looks: what of the inputs it looks at: ``nothing``, ``states`` (a dense pass), ``costs`` (reruns) or ``answers``
             (the data's own: it needs labels).
         draws: whether its choice depends on a seed.
@@ -43,6 +45,7 @@ class Method:
     choose: Rule
     groups: tuple[Group, ...] = ("all", "vision")
     kv: KV = "absent"
+    unit: Unit = "block"
     looks: str = "nothing"
     draws: bool = False
     ours: str = ""
@@ -58,7 +61,7 @@ class Method:
                 f"method {self.name}: expected group {' or '.join(self.groups)}, got {group!r}; {self.title} speaks of "
                 "no other tokens"
             )
-        return SkipPlan(group=group, kv=self.kv if group == "vision" else "absent")
+        return SkipPlan(group=group, kv=self.kv if group == "vision" else "absent", unit=self.unit)
 
     def policy(self, evidence: Evidence, keep: float, seed: int = 0) -> SkipPlan | Policy:
         """Return the policy of least skipping that holds a budget, mean over the evidence's inputs.
@@ -72,13 +75,14 @@ class Method:
             ConfigError: the method has nothing to say of this group, or no choice of it keeps so little.
         """
         empty, target = self.empty(evidence.group), evidence.model.target
-        if target.kv != empty.kv:
-            raise ConfigError(
-                f"method {self.name}: expected evidence of kv={empty.kv!r}, got {target.kv!r}; "
-                f"attach find({self.name!r}).empty({empty.group!r})"
-            )
+        for name in ("kv", "unit"):
+            if (got := getattr(target, name)) != (expected := getattr(empty, name)):
+                raise ConfigError(
+                    f"method {self.name}: expected evidence of {name}={expected!r}, got {got!r}; "
+                    f"attach find({self.name!r}).empty({empty.group!r})"
+                )
         chosen = self.choose(evidence, keep, seed)
-        return chosen if isinstance(chosen, Policy) else replace(empty, skip=chosen)
+        return chosen if isinstance(chosen, Policy) else replace(empty, skip=tuple(evidence.model.sites.labels(chosen)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what it is, JSON-ready."""
@@ -88,6 +92,7 @@ class Method:
             "source": self.source,
             "groups": list(self.groups),
             "kv": self.kv,
+            "unit": self.unit,
             "looks": self.looks,
             "draws": self.draws,
             "ours": self.ours,
@@ -111,6 +116,9 @@ METHODS = (
     "shortv",
     "greedy",
     "gm_skip",
+    "ada_skip",
+    "knapspec",
+    "greedy_halves",
 )
 """One module of this folder a method, which holds it under ``METHOD``; in the order of what they look at."""
 

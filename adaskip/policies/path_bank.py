@@ -21,9 +21,10 @@ from torch import Tensor
 
 from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError
-from adaskip.plan import Target, read_layers
+from adaskip.plan import Target
 from adaskip.policies.features import describe_prompt
 from adaskip.policy import Policy
+from adaskip.sites import Label, read_sites
 
 if TYPE_CHECKING:
     from adaskip.runtime.request import Request
@@ -35,7 +36,7 @@ class PathBank(Policy):
     Made by `adaskip.survey.bank.find_bank`. As it comes, without a fit, every prompt takes the first path.
 
     Args:
-        paths: the layers that each path leaves out.
+        paths: the layers that each path leaves out, or halves of them.
         entry: the choice falls before this layer; every earlier one runs on all paths.
         target: its scope is ``prompt``.
         price: nats per predicted token that all of the dense decoder's FLOPs are worth; 0: cost alone decides.
@@ -49,7 +50,7 @@ class PathBank(Policy):
 
     kind: ClassVar[str] = "path_bank"
     needs: ClassVar[str] = "answers"
-    keep: Tensor  # bool (k l)
+    keep: Tensor  # bool (k s)
     share: Tensor  # float32 (k), of the dense decoder's FLOPs that each path needs
     centre: Tensor  # float32 (f), of the features
     weight: Tensor  # float32 (f k)
@@ -58,7 +59,7 @@ class PathBank(Policy):
 
     def __init__(
         self,
-        paths: Sequence[Sequence[int]],
+        paths: Sequence[Sequence[Label]],
         entry: int = 3,
         target: Target | None = None,
         *,
@@ -67,12 +68,12 @@ class PathBank(Policy):
     ) -> None:
         super().__init__(target)
         try:
-            self.paths = tuple(read_layers(path) for path in paths)
+            self.paths = tuple(self.target.read_labels(path) for path in paths)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"PathBank: paths: expected a list of layer numbers for each ({error})") from None
-        self.entry, self.price, self.nats = entry, price, nats
+        self.entry, self.price, self.nats, self.sites = entry, price, nats, self.target.sites(0)
         faults = [] if self.paths else ["paths: expected at least one, got none"]
-        if early := sorted({layer for path in self.paths for layer in path if layer < entry}):
+        if early := self.target.sites(entry).split(self.paths)[0]:
             faults.append(f"paths: layers {early} stand before entry={entry}, where every layer runs; lower the entry")
         if not (isinstance(price, int | float) and 0 <= price < float("inf")):
             faults.append(f"price: expected nats, 0 or more, got {price!r}")
@@ -90,13 +91,14 @@ class PathBank(Policy):
             ConfigError: a path names a layer that the model does not have, or the entry is not inside it.
         """
         layers, features = len(spec.layers), 2 * spec.width
-        wrong = sorted({layer for path in self.paths for layer in path if layer >= layers})
+        self.sites = self.target.sites(layers)
+        _, wrong = self.sites.split(self.paths)
         if wrong or not 0 <= self.entry < layers:
             named = f"layers {wrong} of paths" if wrong else f"entry={self.entry}"
             raise ConfigError(f"PathBank: {named}: the model has {layers} layers, 0 to {layers - 1}")
-        keep = torch.ones(len(self.paths), layers, dtype=torch.bool)
+        keep = torch.ones(len(self.paths), len(self.sites), dtype=torch.bool)
         for row, path in zip(keep, self.paths, strict=True):
-            row[list(path)] = False
+            row[list(read_sites(self.target.unit, path))] = False
         self.register_buffer("keep", keep.to(spec.device), persistent=False)
         self.register_buffer("share", torch.ones(len(self.paths), device=spec.device))
         self.register_buffer("centre", torch.zeros(features, device=spec.device))
@@ -118,7 +120,7 @@ class PathBank(Policy):
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Return bool (b): what the chosen path says of this layer; the choice falls once a request."""
-        if layer < self.entry:
+        if self.sites.layer(layer) < self.entry:
             return torch.ones(len(states), dtype=torch.bool, device=states.device)
         if "path" not in request.memo:
             request.memo["path"] = self.choose(self.predict(describe_prompt(states, request.prompt)))

@@ -84,6 +84,10 @@ class SkipIt(Policy):
             faults.append(f"delta: expected a cosine distance in (0, 2), got {delta!r}")
         if self.target.scope == "token":
             faults.append("target: expected scope 'prompt', got 'token'; notions are of a whole prompt")
+        if len(self.target.sites(1)) > 1:
+            faults.append(
+                f"target: expected one decision a layer, got unit {self.target.unit!r}; notions are of layers"
+            )
         if faults:
             raise ConfigError("SkipIt: " + "; ".join(faults))
         self.threshold = math.log(limit)

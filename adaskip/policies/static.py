@@ -33,7 +33,7 @@ class Static(Policy):
         self.plan.keep(len(spec.layers))
 
     def known(self, layers: int) -> Tensor:
-        """Return bool (l): the plan's decisions."""
+        """Return bool (s): the plan's decisions."""
         return self.plan.keep(layers)
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError
-from adaskip.plan import Target, read_layers
+from adaskip.plan import Target
 from adaskip.policy import Policy
+from adaskip.sites import Label, read_sites
 
 if TYPE_CHECKING:
     from adaskip.runtime.request import Request
@@ -35,7 +36,7 @@ class TokenPlan(Policy):
     class of its side.
 
     Args:
-        prompt: the layers that each class of prompt tokens leaves out.
+        prompt: the layers that each class of prompt tokens leaves out, or halves of them.
         answer: the same of generated tokens.
         entry: classes are told apart before this layer; every earlier one runs.
         target: its scope is ``token``.
@@ -46,24 +47,24 @@ class TokenPlan(Policy):
 
     kind: ClassVar[str] = "token_plan"
     needs: ClassVar[str] = "answers"
-    keep: Tensor  # bool (c l), the classes of prompt tokens first
+    keep: Tensor  # bool (c s), the classes of prompt tokens first
     centres: Tensor  # float32 (c d), of length 1 each
 
     def __init__(
         self,
-        prompt: Sequence[Sequence[int]],
-        answer: Sequence[Sequence[int]],
+        prompt: Sequence[Sequence[Label]],
+        answer: Sequence[Sequence[Label]],
         entry: int = 3,
         target: Target | None = None,
     ) -> None:
         super().__init__(target or Target(scope="token"))
         try:
-            self.prompt, self.answer = (tuple(read_layers(skip) for skip in side) for side in (prompt, answer))
+            self.prompt, self.answer = (tuple(map(self.target.read_labels, side)) for side in (prompt, answer))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"TokenPlan: expected a list of layer numbers for each class ({error})") from None
-        self.entry = entry
+        self.entry, self.sites = entry, self.target.sites(0)
         faults = [f"{name}: expected at least one class, got none" for name in SIDES if not getattr(self, name)]
-        if early := sorted({layer for skip in self.skips for layer in skip if layer < entry}):
+        if early := self.target.sites(entry).split(self.skips)[0]:
             faults.append(f"layers {early} stand before entry={entry}, where every layer runs; lower the entry")
         if self.target.scope != "token":
             faults.append("target: expected scope 'token', got 'prompt'; every token is of a class of its own")
@@ -71,7 +72,7 @@ class TokenPlan(Policy):
             raise ConfigError("TokenPlan: " + "; ".join(faults))
 
     @property
-    def skips(self) -> tuple[tuple[int, ...], ...]:
+    def skips(self) -> tuple[tuple[Label, ...], ...]:
         """Return what each class leaves out, those of prompt tokens first."""
         return (*self.prompt, *self.answer)
 
@@ -82,19 +83,20 @@ class TokenPlan(Policy):
             ConfigError: a class names a layer that the model does not have, or the entry is not inside it.
         """
         layers = len(spec.layers)
-        wrong = sorted({layer for skip in self.skips for layer in skip if layer >= layers})
+        self.sites = self.target.sites(layers)
+        _, wrong = self.sites.split(self.skips)
         if wrong or not 0 <= self.entry < layers:
             named = f"layers {wrong}" if wrong else f"entry={self.entry}"
             raise ConfigError(f"TokenPlan: {named}: the model has {layers} layers, 0 to {layers - 1}")
-        keep = torch.ones(len(self.skips), layers, dtype=torch.bool)
+        keep = torch.ones(len(self.skips), len(self.sites), dtype=torch.bool)
         for row, skip in zip(keep, self.skips, strict=True):
-            row[list(skip)] = False
+            row[list(read_sites(self.target.unit, skip))] = False
         self.register_buffer("keep", keep.to(spec.device), persistent=False)
         self.register_buffer("centres", torch.zeros(len(keep), spec.width, device=spec.device))
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Return bool (b t): what each token's class says of this layer; classes are told apart once a request."""
-        if layer < self.entry:
+        if self.sites.layer(layer) < self.entry:
             return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         if "class" not in request.memo:
             request.memo["class"] = classify(states, request.prompt, self.centres, len(self.prompt))

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from adaskip.errors import DataError
 from adaskip.lines import own_lines
 from adaskip.report import markdown
 from adaskip.report.plots import Curves, conditions_plot, keep_heat_map, training_plot
+from adaskip.sites import PARTS, Label, Sites
 
 __all__ = ["conditions_plot", "keep_heat_map", "training_plot", "write"]
 
 HEADER = ["step", "name", "value"]
-FINDING = {"layer": int, "notion": str, "verdict": str} | dict.fromkeys(("estimate", "low", "high", "threshold"), float)
+FINDING = {"layer": int | str, "notion": str, "verdict": str} | dict.fromkeys(
+    ("estimate", "low", "high", "threshold"), float
+)
 
 
 def write(run: str | Path) -> Path:
@@ -45,11 +49,13 @@ def write(run: str | Path) -> Path:
         plot(data, run / runfiles.PLOTS / name)
         return f"{runfiles.PLOTS}/{name}"
 
+    labels = name_columns(recipe, rates)
+    heat_map = partial(keep_heat_map, labels=labels)
     sections = [
         markdown.trained(recipe, files.environment, files.summary),
         markdown.result(files.summary, files.evaluation),
         markdown.beside_static(files.summary),
-        markdown.keep_by_kind(rates, draw(keep_heat_map, rates, "keep_by_layer.png") if rates else None),
+        markdown.keep_by_kind(rates, draw(heat_map, rates, "keep_by_layer.png") if rates else None, labels),
         markdown.training(curves, draw(training_plot, curves, "training.png") if curves else None),
         markdown.conditions(looks, recipe, draw(conditions_plot, looks[-1], "conditions.png") if looks else None),
         markdown.alarms(looks),
@@ -57,6 +63,14 @@ def write(run: str | Path) -> Path:
     report = run / runfiles.REPORT
     runfiles.write_text(report, "\n\n".join(chain.from_iterable(sections)) + "\n")
     return report
+
+
+def name_columns(recipe: dict[str, Any], rates: dict[str, list[float]]) -> tuple[Label, ...]:
+    """Return what the columns of keep rates are called, by the unit that a run's routers leave out."""
+    router = recipe.get("router")
+    unit = router.get("unit") if isinstance(router, dict) else None
+    count = len(next(iter(rates.values()), ()))
+    return Sites(unit if unit in PARTS else "block", count).labels(range(count))
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,8 @@ def _check_finding(finding: Any, where: str) -> None:
         value = finding.get(key, "nothing") if isinstance(finding, dict) else "nothing"
         number = kind is float and (value is None or isinstance(value, int | float))
         if not number and not isinstance(value, kind):
-            raise DataError(f"{where}: `findings`: expected {kind.__name__} `{key}`, got {_short(finding)}")
+            expected = getattr(kind, "__name__", str(kind))
+            raise DataError(f"{where}: `findings`: expected {expected} `{key}`, got {_short(finding)}")
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from adaskip import runfiles
 from adaskip.report.columns import GENERATED, READ, WORDED
+from adaskip.sites import Label
 
 UNITS = {"functional": "nats", "geometric": "1 − cos", "proximal": "share moved", "cross-modal": "attention mass"}
 _SLACK = ("slack_median", "slack_90")
@@ -121,16 +122,17 @@ def _budget(summary: dict[str, Any]) -> list[str]:
     return [f"**budget: {_cell(summary['budget'])}**. {sentence}." if missed else f"budget: held. {sentence}."]
 
 
-def keep_by_kind(rates: dict[str, list[float]], picture: str | None) -> list[str]:
+def keep_by_kind(rates: dict[str, list[float]], picture: str | None, labels: Sequence[Label] = ()) -> list[str]:
     """Show which layers each kind of input runs."""
     body = ["## Keep rates by layer and kind"]
     if not picture:
         return [*body, _missing(runfiles.KEEP_RATES)]
     means = np.mean(list(rates.values()), axis=0)
     most, least = int(means.argmax()), int(means.argmin())
+    names = labels or range(len(means))
     body.append(
-        f"1 means that every input of the kind ran the layer. Layers are counted from 0. Over the kinds, layer {least} "
-        f"runs least ({number(means[least])}) and layer {most} most ({number(means[most])})."
+        f"1 means that every input of the kind ran the layer. Layers are counted from 0. Over the kinds, layer "
+        f"{names[least]} runs least ({number(means[least])}) and layer {names[most]} most ({number(means[most])})."
     )
     return [*body, f"![keep rates by layer and kind]({picture})", _source(runfiles.KEEP_RATES)]
 
@@ -244,7 +246,7 @@ def _verdicts(look: dict[str, Any]) -> str:
     overall = look.get("layers") or {}
     rows = [
         [str(layer), overall.get(str(layer), "not measured"), *(cell(found.get((layer, notion))) for notion in notions)]
-        for layer in sorted({key[0] for key in found})
+        for layer in dict.fromkeys(key[0] for key in found)
     ]
     return _table(["layer", "verdict", *(f"{notion} ({UNITS[notion]})" for notion in notions)], rows)
 

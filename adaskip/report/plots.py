@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from adaskip.errors import DataError
+from adaskip.sites import Label
 
 Curves = dict[str, np.ndarray]
 """What was logged: name -> float64 (2 n), steps and values."""
@@ -31,12 +32,15 @@ NOTIONS = {
 }
 
 
-def keep_heat_map(rates: dict[str, list[float]], path: Path | None = None) -> Figure:
-    """Draw how often each layer ran (0 to 1), one row a kind of input.
+def keep_heat_map(
+    rates: dict[str, list[float]], path: Path | None = None, labels: Sequence[Label] | None = None
+) -> Figure:
+    """Draw how often each layer, or half of one, ran (0 to 1), one row a kind of input.
 
     Args:
         rates: kind -> share of its inputs that ran layer 0, 1, ...; all of one length.
         path: where to save the PNG.
+        labels: what the columns are called; None: layers.
 
     Raises:
         DataError: no rates, or kinds of different lengths.
@@ -48,7 +52,7 @@ def keep_heat_map(rates: dict[str, list[float]], path: Path | None = None) -> Fi
     figure, (axes,) = _canvas(1.4 + 0.42 * kinds, 1)
     image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_yticks(range(kinds), list(rates))
-    _layer_axis(axes, range(layers))
+    _layer_axis(axes, labels or range(layers), range(layers))
     axes.tick_params(length=0, labelcolor=INK, labelsize=9)
     axes.set_title("share of inputs that ran the layer", loc="left", fontsize=10, color=INK)
     axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
@@ -121,7 +125,8 @@ def conditions_plot(look: dict[str, Any], path: Path | None = None) -> Figure:
         _tidy(axes)
         _notion(axes, rows, logarithmic=notion in ("functional", "geometric"))
         axes.set_title(NOTIONS[notion], loc="left", fontsize=10, color=INK)
-    _layer_axis(panels[-1], [row["layer"] for row in look["findings"]])
+    labels = dict.fromkeys(row["layer"] for row in look["findings"])
+    _layer_axis(panels[-1], [*labels], [_place(label) for label in labels])
     handles = [
         Line2D([], [], color=color, marker=marker, linewidth=1.5, label=verdict)
         for verdict, (color, marker) in VERDICTS.items()
@@ -133,7 +138,8 @@ def conditions_plot(look: dict[str, Any], path: Path | None = None) -> Figure:
 
 def _notion(axes: Axes, rows: Sequence[dict[str, Any]], logarithmic: bool) -> None:
     """Draw estimates with intervals and each layer's threshold; logarithmic axes are linear near zero."""
-    layers = np.array([row["layer"] for row in rows], dtype=float)
+    layers = np.array([_place(row["layer"]) for row in rows], dtype=float)
+    width = 0.52 * np.diff(layers).min(initial=1.0)
     limit, value, low, high = (
         np.array([row[key] for row in rows], dtype=float) for key in ("threshold", "estimate", "low", "high")
     )
@@ -153,7 +159,7 @@ def _notion(axes: Axes, rows: Sequence[dict[str, Any]], logarithmic: bool) -> No
         if own.any():
             axes.vlines(layers[own], low[own], high[own], color=color, linewidth=1.5)
             axes.plot(layers[own], value[own], marker, color=color, markersize=5, clip_on=False, zorder=3)
-    axes.hlines(limit, layers - 0.52, layers + 0.52, color=INK, linewidth=1.5, zorder=1.5)
+    axes.hlines(limit, layers - width, layers + width, color=INK, linewidth=1.5, zorder=1.5)
     axes.set_xlim(layers.min() - 0.7, layers.max() + 0.7)
     axes.set_ylim(min(0.0, value[np.isfinite(value)].min(initial=0.0)), top)
 
@@ -185,10 +191,21 @@ def _tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _layer_axis(axes: Axes, layers: Sequence[int]) -> None:
-    every = 1 if max(layers) < 32 else 4
-    axes.set_xticks(range(0, max(layers) + 1, every))
-    axes.set_xlabel("layer", color=INK)
+def _place(label: Label) -> float:
+    """Return where a layer stands on an axis of layers; its halves stand beside one another."""
+    layer, _, part = str(label).partition(".")
+    return int(layer) + {"attention": -0.25, "mlp": 0.25}.get(part, 0.0)
+
+
+def _layer_axis(axes: Axes, labels: Sequence[Label], places: Sequence[float]) -> None:
+    """Name layers along the axis, where they have halves at the first of these."""
+    first: dict[str, float] = {}
+    for label, place in zip(labels, places, strict=True):
+        first.setdefault(str(label).partition(".")[0], place)
+    halves = len(first) < len({*labels})
+    every = 1 if len(first) <= 32 else 4
+    axes.set_xticks([*first.values()][::every], [*first][::every])
+    axes.set_xlabel("layer: its attention, and right of it its MLP" if halves else "layer", color=INK)
 
 
 def _saved(figure: Figure, path: Path | None) -> Figure:

@@ -59,7 +59,7 @@ class Adapters:
             module.register_forward_pre_hook(self._follow, with_kwargs=True)
         model.patches.undo.append(self.remove)  # which does nothing once they are off
         self._cost = model.runtime.cost
-        model.runtime.cost = replace(self._cost, added=self._flops(len(model.spec.layers), names))
+        model.runtime.cost = replace(self._cost, added=self._flops(names))
 
     def _follow(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -70,13 +70,22 @@ class Adapters:
             return None
         return args, {**kwargs, "adapter_names": [_BASE] * len(args[0])}
 
-    def _flops(self, layers: int, names: dict[str, int]) -> Tensor:
-        """Return what the adapters of each layer compute for a token, float64 (l)."""
-        added = torch.zeros(layers, dtype=torch.float64)
+    def _flops(self, names: dict[str, int]) -> Tensor:
+        """Return what the adapters at each site compute for a token, float64 (s)."""
+        added = torch.zeros(len(self.model.sites), dtype=torch.float64)
         for name, layer in names.items():
             sizes = [self.modules[name].lora_A[HEALING].weight, self.modules[name].lora_B[HEALING].weight]
-            added[layer] += 2 * sum(weight.numel() for weight in sizes)
+            added[self._site(layer, self.modules[name])] += 2 * sum(weight.numel() for weight in sizes)
         return added
+
+    def _site(self, layer: int, module: nn.Module) -> int:
+        """Return the site that a module leaves with: where no part of its layer has it, the layer's first."""
+        first, *others = self.model.sites.of(layer)
+        for site in others:
+            parts = self.model.spec.sublayers[layer].modules(self.model.sites.part(site))
+            if any(inner is module for part in parts for inner in part.modules()):
+                return site
+        return first
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what is trained."""

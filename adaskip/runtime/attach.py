@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from adaskip.backbone.inspect import BackboneSpec, Tokens, inspect_backbone, read_tokens
 from adaskip.errors import BackboneError, ConfigError
-from adaskip.plan import KEEP_ALL, Routing, Target, read_layers, read_number
+from adaskip.plan import KEEP_ALL, Routing, Target, read_number
 from adaskip.policy import Policy, Settings, as_policy
 from adaskip.runtime.arguments import name_arguments
 from adaskip.runtime.fingerprint import describe_unreadable
@@ -25,6 +25,7 @@ from adaskip.runtime.patch import MARK, Patches, unwrap
 from adaskip.runtime.persist import read_saved, restore, save
 from adaskip.runtime.results import Results
 from adaskip.runtime.trial import try_tokens
+from adaskip.sites import Label, Sites, read_sites
 from adaskip.theory.gauge import Gauge
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class RoutedModel(Results):
 
     @property
     def routers(self) -> nn.ModuleList | None:
-        """Return the learned policy's heads, one a layer; None under another policy."""
+        """Return the learned policy's heads, one a site; None under another policy."""
         heads = getattr(self.policy, "heads", None)
         return heads if isinstance(heads, nn.ModuleList) else None
 
@@ -79,8 +80,8 @@ class RoutedModel(Results):
             *args: as the backbone takes them: ``input_ids``, ``attention_mask``, ...
             prompt_mask: bool (b t), what the routers may look at; default: the real tokens before the first label that
                 is not -100, or all of them. Needed when a whole answer is read without a cache.
-            routing: decisions to follow instead of the routers' own: a `Routing` or its ``keep``, bool (l b); under
-                scope ``token`` also bool (l b t) by position, behind which every token runs.
+            routing: decisions to follow instead of the routers' own: a `Routing` or its ``keep``, bool (s b); under
+                scope ``token`` also bool (s b t) by position, behind which every token runs.
             **inputs: what the processor or tokenizer returned.
 
         Returns:
@@ -161,7 +162,7 @@ class RoutedModel(Results):
             yield
 
     def gates(self) -> list[Tensor]:
-        """Return the gates (b) of each layer in the last `soft` pass, as they stand in its graph.
+        """Return the gates (b) of each site in the last `soft` pass, as they stand in its graph.
 
         Raises:
             ConfigError: the last pass was not one, or ran without gradients.
@@ -207,11 +208,12 @@ class RoutedModel(Results):
     def _read_fixed(self, routing: Routing | Tensor | None) -> Tensor | None:
         """Return decisions made beforehand; refuse a shape that the scope does not understand."""
         keep = routing.keep if isinstance(routing, Routing) else routing
-        layers, by_token = len(self.spec.layers), self.runtime.scope == "token"
+        sites, by_token = len(self.sites), self.runtime.scope == "token"
         if keep is not None and keep.dtype != torch.bool:
             raise ConfigError(f"routing: expected keep of torch.bool, got {keep.dtype}")
-        if keep is not None and (keep.shape[0] != layers or keep.dim() not in ((2, 3) if by_token else (2,))):
-            shape = f"(layers={layers}, batch{', tokens' if by_token else ''})"
+        if keep is not None and (keep.shape[0] != sites or keep.dim() not in ((2, 3) if by_token else (2,))):
+            named = f"layers={sites}" if sites == len(self.spec.layers) else f"sites={sites}"
+            shape = f"({named}, batch{', tokens' if by_token else ''})"
             raise ConfigError(f"routing: expected keep of shape {shape}, got {tuple(keep.shape)}")
         return keep
 
@@ -233,17 +235,17 @@ class RoutedModel(Results):
             raise ConfigError(f"threshold: {error}") from None
         self.certificate = self.gauge = None
 
-    def hold(self, layers: Iterable[int]) -> None:
-        """Run exactly these layers whatever the policy says; saved with it, voids certificate and gauge.
+    def hold(self, layers: Iterable[Label]) -> None:
+        """Run exactly these layers, or halves of them, whatever the policy says; saved, voids certificate and gauge.
 
         Raises:
             ConfigError: a layer the model does not have.
         """
         try:
-            held = read_layers(layers)
+            held = read_sites(self.target.unit, layers)
         except ValueError as error:
             raise ConfigError(f"held: {error}") from None
-        _check_held(held, len(self.spec.layers))
+        _check_held(held, self.sites)
         self.policy.held = held
         self.certificate = self.gauge = None
 
@@ -307,10 +309,10 @@ class RoutedModel(Results):
         return f"layers={len(self.spec.layers)}, {settings}"
 
 
-def _check_held(held: tuple[int, ...], layers: int) -> None:
+def _check_held(held: tuple[int, ...], sites: Sites) -> None:
     """Refuse to hold a layer that the model does not have."""
-    if wrong := [layer for layer in held if not 0 <= layer < layers]:
-        raise ConfigError(f"held: expected layers 0 to {layers - 1}, got {', '.join(map(str, wrong))}")
+    if wrong := sites.labels(site for site in held if not 0 <= site < len(sites)):
+        raise ConfigError(f"held: expected layers 0 to {sites.layers - 1}, got {', '.join(map(str, wrong))}")
 
 
 def attach(model: PreTrainedModel, policy: Policy | Settings | None = None, *, seed: int = 0) -> RoutedModel:
@@ -347,7 +349,7 @@ def build(model: PreTrainedModel, policy: Policy | Settings | None, seed: int) -
         )
     target = policy.target
     spec = inspect_backbone(model, target.unit, target.kv)
-    _check_held(policy.held, len(spec.layers))
+    _check_held(policy.held, target.sites(len(spec.layers)))
     if target.group == "vision" and not spec.vision_ids:
         raise BackboneError(
             f"group 'vision': {type(model).__name__} has no vision tokens in its sequence "

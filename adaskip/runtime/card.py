@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.plan import Target
+from adaskip.sites import PARTS
 from adaskip.version import __version__
 
 
@@ -28,7 +29,7 @@ tags: [layer-skipping, {policy["kind"]}]
 
 # Layer-skipping {"routers" if policy["kind"] == "learned" else "policy"} for {base}
 
-{_who(policy, parameters)} decides {_decides(target)} may leave out,
+{_who(policy, target, parameters)} decides {_decides(target)} may leave out,
 of each of the {backbone["layers"]} layers: {_UNITS[target.unit]}{_WHEN[target.phase]}.
 The backbone is not in this folder and is not changed.
 
@@ -90,16 +91,22 @@ def _list(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()) or "- none recorded"
 
 
-_UNITS = {"block": "all of it", "attention": "its attention", "mlp": "its MLP"}
+_UNITS = {
+    "block": "all of it",
+    "attention": "its attention",
+    "mlp": "its MLP",
+    "sublayers": "its attention, its MLP, or both",
+}
 
 
 _WHEN = {"both": "", "prefill": ", while the prompt is read", "decode": ", while the answer is generated"}
 
 
-def _who(policy: dict[str, Any], parameters: int) -> str:
+def _who(policy: dict[str, Any], target: Target, parameters: int) -> str:
     """Say who decides."""
     if policy["kind"] == "learned":
-        return f"One small router per decoder layer ({parameters:,} parameters in all)"
+        each = "decoder layer" if len(PARTS[target.unit]) == 1 else "attention and per MLP"
+        return f"One small router per {each} ({parameters:,} parameters in all)"
     return f"A policy of the kind `{policy['kind']}` ({parameters:,} parameters)"
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from adaskip.backbone.inspect import BackboneSpec
 from adaskip.backbone.work import Work
-from adaskip.plan import KV, Routing, Unit
+from adaskip.plan import KV, Routing
+from adaskip.sites import PARTS, Part, Unit
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Flops:
     A mixture of experts counts the experts that a token meets. The head is no part of ``decoder``, nor of keep rates.
     """
 
-    projections: Tensor  # float64 (l b): the attention's products with weights
-    attention: Tensor  # float64 (l b): its products of queries, keys and values
-    mlp: Tensor  # float64 (l b): everything else in the layer
+    projections: Tensor  # float64 (s b): the attention's products with weights, at each site
+    attention: Tensor  # float64 (s b): its products of queries, keys and values
+    mlp: Tensor  # float64 (s b): everything else in the layer
     head: Tensor  # float64 (b): the language-model head, at the positions whose logits were computed
 
     @property
@@ -37,38 +38,44 @@ class Flops:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Price tokens in each layer of one backbone, by part p (projections, attention, MLP).
+    """Price tokens at each site of one backbone, by part p (projections, attention, MLP).
 
-    ``token[p, l] * tokens + pair[p, l] * query-key pairs``. A token that skips the unit is spared ``spared[p, l]`` of
-    the first term. Of the second it is spared its queries, and its keys unless they are ``kept``; or nothing, where the
-    unit is the MLP.
+    ``token[p, s] * tokens + pair[p, s] * query-key pairs``; the sites of a layer add up to the layer. A token that
+    skips the site is spared ``spared[p, s]`` of the first term. Of the second it is spared its queries, and its keys
+    unless they are ``kept``; or nothing, where the site is an MLP.
     """
 
-    token: Tensor  # float64 (p l)
-    pair: Tensor  # float64 (p l)
-    spared: Tensor  # float64 (p l)
+    token: Tensor  # float64 (p s)
+    pair: Tensor  # float64 (p s)
+    spared: Tensor  # float64 (p s)
+    leaves: Tensor  # bool (s): whether what skips the site leaves an attention
     head: float = 0.0  # a position's
-    unit: Unit = "block"
     kept: bool = False
-    added: Tensor | None = None  # float64 (l): what adapters compute for a token in routed passes
+    whole: bool = True  # whether what skips every site of a layer runs nothing of it
+    added: Tensor | None = None  # float64 (s): what adapters compute for a token in routed passes
 
     @classmethod
     def of(cls, spec: BackboneSpec, unit: Unit = "block", kv: KV = "absent") -> CostModel:
         """Read the prices from what the backbone's layers were seen to compute."""
+        first, *others = PARTS[unit]
         rates = []
         for index, work in enumerate(spec.work):
-            leaving = list(work.token)
-            if unit != "block":
-                parts = spec.sublayers[index]
-                leaving = [parts.attention] if unit == "attention" else list(parts.mlp)
-            stored = work.stored if kv == "kept" else {}
-            spared = {part: work.token.get(part, 0.0) - stored.get(part, 0.0) for part in leaving}
-            rates.append([_by_part(work, work.token), [0.0, work.pair, 0.0], _by_part(work, spared)])
-        token, pair, spared_of = torch.tensor(rates, dtype=torch.float64).permute(1, 2, 0)
-        return cls(token, pair, spared_of, spec.head, unit, kv == "kept")
+            leaving = {part: _leaving(spec, index, part) for part in PARTS[unit]}
+            # the first site of a layer has all that leaves with no other
+            own = {part: leaving[part] for part in others}
+            own[first] = [module for module in work.token if all(module not in leaving[part] for part in others)]
+            for part in PARTS[unit]:
+                stored = work.stored if kv == "kept" else {}
+                spared = {module: work.token.get(module, 0.0) - stored.get(module, 0.0) for module in leaving[part]}
+                token = {module: work.token.get(module, 0.0) for module in own[part]}
+                pair = work.pair if part == first else 0.0
+                rates.append([_by_part(work, token), [0.0, pair, 0.0], _by_part(work, spared)])
+        tokens, pairs, spared_of = torch.tensor(rates, dtype=torch.float64).permute(1, 2, 0)
+        leaves = torch.tensor([part != "mlp" for part in PARTS[unit]]).repeat(len(spec.work))
+        return cls(tokens, pairs, spared_of, leaves, spec.head, kv == "kept", first == "block" or bool(others))
 
     def chunk(self, new: Tensor, past: Tensor) -> Tensor:
-        """Price ``new`` tokens (b) that attend to ``past`` ones (b) and to one another: float64 (p l b)."""
+        """Price ``new`` tokens (b) that attend to ``past`` ones (b) and to one another: float64 (p s b)."""
         new, past = new.double().cpu(), past.double().cpu()
         return self.token[..., None] * new + self.pair[..., None] * new * (past + new)
 
@@ -76,11 +83,17 @@ class CostModel:
         """Price as `chunk` does, where only ``ran`` of the new tokens and ``past_ran`` of the past ones ran."""
         ran, new, past_ran, past = (tokens.double().cpu() for tokens in (ran, new, past_ran, past))
         # a token that leaves the MLP alone still attends and is attended to
-        queries, keys = (new, past + new) if self.unit == "mlp" else (ran, past_ran + ran)
+        leaves = self.leaves[:, None].expand(-1, new.shape[-1])
+        queries, keys = torch.where(leaves, ran, new), torch.where(leaves, past_ran + ran, past + new)
         if self.kept:
             keys = past + new
         tokens = self.token[..., None] * new - self.spared[..., None] * (new - ran)
         return tokens + self.pair[..., None] * queries * keys
+
+
+def _leaving(spec: BackboneSpec, index: int, part: Part) -> list[nn.Module]:
+    """Return the modules of a layer that leave with a part of it."""
+    return list(spec.work[index].token) if part == "block" else list(spec.sublayers[index].modules(part))
 
 
 def _by_part(work: Work, flops: dict[nn.Module, float]) -> list[float]:
@@ -171,12 +184,12 @@ class Ledger:
         if routing is not None and not by_token:
             parts = torch.where(routing.keep.to(run.device), run, skip)
         if routing is not None and cost.added is not None:
-            parts[0] += cost.added[:, None] * self._count_ran(routing, cost.unit == "block")
+            parts[0] += cost.added[:, None] * self._count_ran(routing, cost.whole)
         head = torch.full(run.shape[2:], cost.head * self.heads, dtype=torch.float64)
         return Flops(parts[0], parts[1], parts[2], head)
 
     def _count_ran(self, routing: Routing, whole: bool) -> Tensor:
-        """Count each row's tokens that ran anything of a layer, float64 (l b); ``whole``: what skips runs nothing."""
+        """Count each row's tokens that ran anything at a site, float64 (s b); ``whole``: what skips runs nothing."""
         place, counts = 0, torch.zeros(routing.keep.shape[0], len(self.chunks[0][0]), dtype=torch.float64)
         for always, routed in [*self.chunks, *self._singles()]:
             every, least = (always | routed).sum(1).cpu(), always.sum(1).cpu()
@@ -191,7 +204,7 @@ class Ledger:
         return counts
 
     def flops(self, cost: CostModel) -> tuple[Tensor, Tensor]:
-        """Return each row's cost of running a layer, and of leaving its group out of it: float64 (l b) each.
+        """Return each row's cost of running a site, and of leaving its group out of it: float64 (s b) each.
 
         Those of the model alone: what adapters compute is no part of them.
         """
@@ -199,11 +212,11 @@ class Ledger:
         return run.sum(0), skip.sum(0)
 
     def _price(self, cost: CostModel, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the costs of `flops` by part, float64 (p l b) each.
+        """Return the costs of `flops` by part, float64 (p s b) each.
 
         Args:
             cost: the prices.
-            keep: bool (l b t), the tokens of the group that run the layer all the same.
+            keep: bool (s b t), the tokens of the group that run the site all the same.
         """
         if not self.chunks:
             raise ValueError("an empty ledger has no price")

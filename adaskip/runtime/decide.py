@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,8 +18,19 @@ from adaskip.runtime.request import Request
 from adaskip.runtime.segment import take
 
 
+def settle(policy: Policy, request: Request, sites: Iterable[int], states: Tensor) -> None:
+    """Decide about the sites of one layer, all of them by the ``states`` that enter it, and note it in the request.
+
+    The MLP's decision does not wait for what the attention does: both are known before the layer runs, so that a rerun
+    needs nothing but the layer's states, and one look at them serves both.
+    """
+    with torch.set_grad_enabled(request.learns):  # which a reentrant checkpoint turns off
+        for site in sites:
+            request.decisions[site] = (gate if request.mode == "soft" else keep)(policy, request, site, states)
+
+
 def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor:
-    """Return float32 gates (b), scope token (b t), of a layer in a soft pass: 0 or 1, with a slope where logits are."""
+    """Return float32 gates (b), scope token (b t), of a site in a soft pass: 0 or 1, with a slope where logits are."""
     if request.fixed is not None:
         gate = request.fixed[index].to(states.device, torch.float32)
     else:
@@ -45,7 +56,7 @@ def gate(policy: Policy, request: Request, index: int, states: Tensor) -> Tensor
 
 @torch.no_grad()
 def keep(policy: Policy, request: Request, index: int, states: Tensor) -> Keep:
-    """Return which rows or tokens run a layer; only a fresh decision about rows has to be read from the device.
+    """Return which rows or tokens run a site; only a fresh decision about rows has to be read from the device.
 
     Where there is noise the decision is drawn, and the router's own probability keeps its graph.
     """
@@ -126,7 +137,7 @@ def _amending(
 
 
 def _draw(logits: Tensor, request: Request, index: int) -> Tensor:
-    """Return who runs a layer by a draw, and note with what probability (b) each row would."""
+    """Return who runs a site by a draw, and note with what probability (b) each row would."""
     noise, temperature = request.noise(index), request.options.temperature
     assert noise is not None
     with torch.enable_grad():
@@ -143,7 +154,7 @@ def _certain(kept: Tensor, request: Request, index: int) -> Tensor:
 
 
 def _must_run(request: Request, index: int) -> bool:
-    """Return whether a layer runs whatever the policy says: it is held, or every layer is to run."""
+    """Return whether a site runs whatever the policy says: it is held, or everything is to run."""
     return index in request.held or request.threshold <= KEEP_ALL
 
 

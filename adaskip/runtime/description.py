@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import CheckpointError, ConfigError
-from adaskip.plan import read_layers, read_number
+from adaskip.plan import read_number
 from adaskip.policy import Policy, find
 from adaskip.runtime.lora import Lora
+from adaskip.sites import label_site, read_sites
 from adaskip.theory.gauge import stored_gauge
 
 CONFIG, WEIGHTS, CARD = "adaskip_config.json", "router.safetensors", "README.md"
@@ -83,7 +84,8 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
         raise ConfigError(
             f"save_pretrained: {type(policy).__name__}.to_dict(): JSON cannot hold it ({error})"
         ) from None
-    return {"kind": policy.kind, "settings": settings, "threshold": policy.threshold, "held": list(policy.held)}
+    held = [label_site(policy.target.unit, site) for site in policy.held]
+    return {"kind": policy.kind, "settings": settings, "threshold": policy.threshold, "held": held}
 
 
 def read_policy(meta: dict[str, Any]) -> Policy:
@@ -94,7 +96,8 @@ def read_policy(meta: dict[str, Any]) -> Policy:
     """
     description = _described(meta)
     policy = find(description["kind"]).from_dict(description["settings"])
-    policy.threshold, policy.held = read_number(description["threshold"]), read_layers(description["held"])
+    policy.threshold = read_number(description["threshold"])
+    policy.held = read_sites(policy.target.unit, description["held"])
     return policy
 
 

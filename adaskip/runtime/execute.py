@@ -20,10 +20,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from adaskip.plan import Flags, Target, Unit
+from adaskip.plan import Flags, Target
 from adaskip.runtime.cache import KeptLayer, Projected, SkipCache, SkipLayer
 from adaskip.runtime.request import Request
 from adaskip.runtime.segment import MASKS, WHOLE, Segment, hide_keys, narrow, take
+from adaskip.sites import Part
 
 Call = Callable[..., Any]
 Keep = Flags | Tensor
@@ -34,17 +35,19 @@ class Executor:
     """Run one patched module, a layer or a sublayer of it, for the part of the batch that runs it.
 
     Args:
+        site: whose decision the module follows.
         index: the decoder layer.
-        unit: what the module is. States that skip a block go on as they are; those that skip a sublayer get 0 added.
+        part: what the module is. States that skip a block go on as they are; those that skip a sublayer get 0 added.
         target: what the decisions speak of.
         outputs: what the module returns: a tensor (0), or a tuple of this many.
         cache_name: the argument by which it receives the cache.
     """
 
     def __init__(
-        self, index: int, unit: Unit, target: Target, outputs: int, cache_name: str = "past_key_values"
+        self, site: int, index: int, part: Part, target: Target, outputs: int, cache_name: str = "past_key_values"
     ) -> None:
-        self.index, self.unit, self.kv, self.hides = index, unit, target.kv, target.hides
+        self.site, self.index, self.part, self.kv = site, index, part, target.kv
+        self.hides = target.hides and part != "mlp"  # an MLP hides nothing, whatever else of its layer may
         self.outputs, self.cache_name = outputs, cache_name
 
     def execute(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], decision: Any) -> Any:
@@ -56,7 +59,7 @@ class Executor:
     def soft(self, request: Request, call: Call, states: Tensor, named: dict[str, Any], gate: Tensor) -> Any:
         """Return ``lerp(bypass, run, gate)``: with both branches at hand, the gate's gradient is their difference."""
         by_token = gate.dim() == 2
-        if by_token and self.unit != "mlp" and self.kv == "absent":
+        if by_token and self.part != "mlp" and self.kv == "absent":
             masks = [name for name in MASKS if name in named] or [MASKS[0]]
             named = {**named, **{name: hide_keys(named.get(name), gate, states.dtype) for name in masks}}
         out = call(states, **named)
@@ -103,7 +106,7 @@ class Executor:
     def _layer(self, request: Request) -> SkipLayer | None:
         """Return where this module's keys and values go; None in a pass without a cache, and for an MLP."""
         cache = _cache(request)
-        return None if cache is None or self.unit == "mlp" else cache.layers[self.index]
+        return None if cache is None or self.part == "mlp" else cache.layers[self.index]
 
     def _segments(
         self, request: Request, flags: Flags, device: torch.device
@@ -136,13 +139,13 @@ class Executor:
     def wrap(self, states: Tensor, request: Request, form: int | None = None) -> Any:
         """Return states as the module does: as it just did (``form``), else as it does when nothing more is asked."""
         outputs = self.outputs if form is None else form
-        if self.unit == "block" and request.weights is not None:
+        if self.part == "block" and request.weights is not None:
             outputs = request.weights.sources[self.index].outputs
         return (states, *[None] * (outputs - 1)) if outputs else states
 
     def _bypass(self, states: Tensor) -> Tensor:
         """Return what stands for the module's result where it is skipped."""
-        return states if self.unit == "block" else torch.zeros_like(states)
+        return states if self.part == "block" else torch.zeros_like(states)
 
     def _run_segment(
         self, request: Request, call: Call, states: Tensor, named: dict[str, Any], segment: Segment, into: Tensor
@@ -163,7 +166,7 @@ class Executor:
             layer.begin(segment)
             keys = None if whole else layer.key_places(segment, positions, request.cut)
         request.part = segment
-        if request.weights is not None and self.unit != "mlp":
+        if request.weights is not None and self.part != "mlp":
             request.weights.part = segment, positions, keys
         out = call(
             take(states, segment, batch_axis=0), **narrow(named, segment, len(states), positions, keys, request.cut)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaskip.backbone.inspect import BackboneSpec, Tokens, bind_arguments, read_tokens
 from adaskip.errors import BackboneError, ConfigError, DataError
-from adaskip.plan import KEEP_ALL, KV, Flags, Group, Routing, Scope, Unit, host
+from adaskip.plan import KEEP_ALL, KV, Flags, Group, Routing, Scope, host
 from adaskip.policy import Policy
 from adaskip.runtime import decide
 from adaskip.runtime.attentions import Source, WeightRecord
@@ -32,6 +32,7 @@ from adaskip.runtime.request import (
     read_routed,
 )
 from adaskip.runtime.rerun import Reruns
+from adaskip.sites import Unit
 
 
 class Runtime:
@@ -46,12 +47,14 @@ class Runtime:
 
     def __init__(self, spec: BackboneSpec, policy: Policy) -> None:
         self.spec, self.policy, self.target = spec, policy, policy.target
+        self.sites = self.target.sites(len(spec.layers))
         # decisions that no input changes: they need no look at the device, and compile to one graph
         self.known = policy.known(len(spec.layers))
         self.known_flags: Flags = () if self.known is None else tuple(self.known.tolist())
         self.cost = CostModel.of(spec, self.unit, self.kv)
         self.facts = Facts(spec, self._untouched)
-        self.layers = [self._executor(i, "block", spec.outputs) for i in range(len(spec.layers))]
+        names = [part.cache_names[0] for part in spec.sublayers] or [""] * len(spec.layers)
+        self.layers = [Executor(i, i, "block", self.target, spec.outputs, name) for i, name in enumerate(names)]
         self.caches = "past_key_values" in inspect.signature(type(spec.model).forward).parameters
         self.state, self.reruns = State(), Reruns()
 
@@ -105,18 +108,16 @@ class Runtime:
         """Return whether single tokens of a row leave an attention that others of it run, so that masks are cut."""
         return self.target.partial and self.unit != "mlp"
 
-    def _executor(self, index: int, unit: Unit, outputs: int) -> Executor:
-        """Make what runs one module of a layer."""
-        names = self.spec.sublayers[index].cache_names if self.kv == "kept" else ("", "")
-        return Executor(index, unit, self.target, outputs, names[0 if unit == "block" else 1])
-
     def sublayers(self, index: int) -> list[tuple[nn.Module, Executor]]:
         """Return the modules inside a layer that are routed in its place, each with what runs it; none for blocks."""
         if self.unit == "block":
             return []
-        parts = self.spec.sublayers[index]
-        modules = (parts.attention,) if self.unit == "attention" else parts.mlp
-        return [(module, self._executor(index, self.unit, parts.outputs[module])) for module in modules]
+        own = self.spec.sublayers[index]
+        return [
+            (module, Executor(site, index, part, self.target, own.outputs[module], own.cache_names[1]))
+            for site, part in zip(self.sites.of(index), self.sites.parts, strict=True)
+            for module in own.modules(part)
+        ]
 
     # -- a request opens and closes around the whole model's forward ------------------------------------------------
 
@@ -356,17 +357,12 @@ class Runtime:
             call = decide.watched(self.policy, request, index, layer, states, call)
         if index + 1 < len(replay):
             return executor.wrap(replay[index + 1], request)
-        if request.mode == "dense":
+        if request.mode != "dense":
+            decide.settle(self.policy, request, self.sites.of(index), states)
+        if request.mode == "dense" or self.unit != "block":
             out = call(states, **named)
         else:
-            soft = request.mode == "soft"
-            with torch.set_grad_enabled(request.learns):  # which a reentrant checkpoint turns off
-                decision = (decide.gate if soft else decide.keep)(self.policy, request, index, states)
-            if self.unit == "block":
-                out = executor.execute(request, call, states, named, decision)
-            else:
-                request.decisions[index] = decision
-                out = call(states, **named)
+            out = executor.execute(request, call, states, named, request.decisions[index])
         if observer is not None:
             observer(index, states, states_of(out))
         return out
@@ -384,7 +380,7 @@ class Runtime:
             return call(*args, **kwargs)
         states = named.pop("hidden_states" if "hidden_states" in named else next(iter(named)))
         call = self._listen(request, executor.index, module, call)
-        return executor.execute(request, call, states, named, request.decisions[executor.index])
+        return executor.execute(request, call, states, named, request.decisions[executor.site])
 
     def _listen(self, request: Request, index: int, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the call of a patched module, so that the weights of its attention are noted."""

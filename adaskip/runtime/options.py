@@ -44,7 +44,7 @@ class Options:
     target: Target | None = None  # instead of the policy's, where it says which tokens decisions speak of
     temperature: float = 1.0
     noise: torch.Generator | None = None
-    fixed: Tensor | None = None  # bool (l b), scope token also (l b t): decisions made beforehand
+    fixed: Tensor | None = None  # bool (s b), scope token also (s b t): decisions made beforehand
     prompt_mask: Tensor | None = None  # bool (b t)
     prompt_length: int | None = None
     prompt_ids: Tensor | None = None  # long (b t)

@@ -34,9 +34,9 @@ class Request:
     routed: Tensor | None = None  # bool (b t): the tokens that decisions speak of; None: every real one
     routes: bool | None = None  # whether there are any, where that is known without a look at the device
     answering: bool = False  # whether the whole chunk stands behind the prompt
-    fixed: Tensor | None = None  # bool (l b), scope token (l b t): decisions made beforehand
+    fixed: Tensor | None = None  # bool (s b), scope token (s b t): decisions made beforehand
     deciding: Tensor | None = None  # bool (b t), scope token: whose decisions they are
-    flags: tuple[Flags, ...] | None = None  # the same on the host: of each layer, of each row
+    flags: tuple[Flags, ...] | None = None  # the same on the host: of each site, of each row
     keep: list[Tensor] = field(default_factory=list)  # bool (b) each, scope token (b t)
     logits: list[Tensor] = field(default_factory=list)  # float32, likewise
     gates: list[Tensor] = field(default_factory=list)  # float32 (b) each
@@ -44,8 +44,8 @@ class Request:
     held: tuple[int, ...] = ()
     learns: bool = field(default_factory=torch.is_grad_enabled)  # whether gradients are to come
     rerun: Request | None = None  # what a layer follows that runs again for its gradient
-    drawn: dict[int, Tensor] = field(default_factory=dict)  # where the noise stood as each layer was decided
-    decisions: dict[int, Any] = field(default_factory=dict)  # of each layer, for its sublayers
+    drawn: dict[int, Tensor] = field(default_factory=dict)  # where the noise stood as each site was decided
+    decisions: dict[int, Any] = field(default_factory=dict)  # of each site
     part: Segment | None = None  # what runs the layer that the policy looks into; None: the whole chunk
     entered: dict[int, Tensor] = field(default_factory=dict)  # (b t d) by layer, where the policy changes results
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
@@ -65,7 +65,7 @@ class Request:
         return self.routes
 
     def noise(self, index: int) -> torch.Generator | None:
-        """Return what a layer's gates are drawn from: where it runs again, a source that gives the same draws."""
+        """Return what a site's gates are drawn from: where its layer runs again, a source that gives the same draws."""
         source = self.options.noise
         if source is None:
             return None

@@ -12,6 +12,7 @@ from adaskip.plan import Routing
 from adaskip.runtime.cost import Flops, Ledger
 from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
+from adaskip.sites import Sites
 
 if TYPE_CHECKING:
     from adaskip.generate.drafting import Drafting
@@ -21,6 +22,11 @@ class Results(Handle):
     """Tell what requests decided and cost; each thread sees its own last one."""
 
     runtime: Runtime
+
+    @property
+    def sites(self) -> Sites:
+        """Return where decisions fall: a site a layer, or one for each half of it; it counts and names them."""
+        return self.runtime.sites
 
     @property
     def routing(self) -> Routing:
@@ -49,7 +55,7 @@ class Results(Handle):
         return drafting
 
     def flops(self) -> tuple[Tensor, Tensor]:
-        """Return what running each layer, and what leaving it, costs each row of the last request: float64 (l b) each.
+        """Return what running each site, and what leaving it, costs each row of the last request: float64 (s b) each.
 
         Raises:
             ConfigError: nothing has run yet.

@@ -32,7 +32,7 @@ def try_tokens(routed: RoutedModel) -> None:
                     "be cut to single tokens; use scope='prompt' with kv='absent'"
                 )
     draw = torch.Generator().manual_seed(0)
-    keep = torch.rand(len(routed.spec.layers), ROWS, TOKENS, generator=draw) > 0.5
+    keep = torch.rand(len(routed.sites), ROWS, TOKENS, generator=draw) > 0.5
     try:
         soft, skipped = _logits(routed, keep, "soft"), _logits(routed, keep, "skip")
         same = bool((soft - skipped).norm() <= (1e-3 if routed.backbone.dtype == torch.float32 else 0.1) * soft.norm())

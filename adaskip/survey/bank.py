@@ -26,6 +26,7 @@ from adaskip.plan import Target
 from adaskip.policies.features import describe_prompt
 from adaskip.policies.path_bank import PathBank
 from adaskip.runtime.attach import RoutedModel
+from adaskip.sites import label_site
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.greedy import Path, exact_prices, greedy_paths
 from adaskip.survey.ledger import Ledger
@@ -79,7 +80,9 @@ class Bank:
 
     def policy(self, target: Target | None = None) -> PathBank:
         """Return the policy; attach it, and `load` the predictor into it."""
-        return PathBank(self.paths, self.entry, target, price=self.price)
+        target = target or Target()
+        paths = [[label_site(target.unit, site) for site in path] for path in self.paths]
+        return PathBank(paths, self.entry, target, price=self.price)
 
     def load(self, policy: PathBank) -> None:
         """Give an attached policy of these paths the predictor."""
@@ -131,8 +134,8 @@ def find_bank(
     stored = None if file is None else PriceFile(file, find_origin(model, batches(range(inputs))))
     ledger = Ledger(exact_prices(model, batches), inputs, stored)
     rows = [*dict.fromkeys(i * inputs // sample for i in range(sample))]
-    held, layers = model.policy.held, len(model.spec.layers)
-    free = [layer for layer in range(entry, layers) if layer not in held]
+    held, sites = model.policy.held, len(model.sites)
+    free = [site for site in range(model.sites.of(entry)[0], sites) if site not in held]
     saved = layer_savings(model, batches(rows[:_ONCE])).mean(0)
     if (least := 1 - float(saved[free].sum())) > keep:
         raise ConfigError(
@@ -141,7 +144,7 @@ def find_bank(
         )
 
     text = f"pricing {len(free)} layers on {len(rows)} inputs"
-    single = torch.full((len(rows), layers), torch.inf, dtype=torch.float64)
+    single = torch.full((len(rows), sites), torch.inf, dtype=torch.float64)
     single[:, free] = _priced(ledger, [(layer,) for layer in free], rows, text, stages)
     common, depth = _common(ledger, rows, single, saved, keep, deepest, width, stages)
     static = next(path for path in common if _share(saved, path) <= keep + _ROUNDING)
@@ -150,7 +153,7 @@ def find_bank(
     for members in _groups(single[:, free], groups, seed):
         own = [rows[member] for member in members]
         with stages(f"planning for a group of {len(own)} inputs"):
-            nested = greedy_paths(ledger, own, single[members].mean(0), depth, width)
+            nested = greedy_paths(ledger, own, single[members].mean(0), depth, width, saves=saved)
         options += [nested[length - 1][0] for length in lengths if length <= len(nested)]
 
     options = [*dict.fromkeys([(), static, *options])]
@@ -230,7 +233,7 @@ def _common(
 
     def plan(skips: int) -> list[Path]:
         # what was planned for fewer layers is in the ledger, so that it costs nothing to plan it again
-        return [path for path, _ in greedy_paths(ledger, rows, single.mean(0), skips, width)]
+        return [path for path, _ in greedy_paths(ledger, rows, single.mean(0), skips, width, saves=saved)]
 
     skips = 1
     with stages(f"planning for {len(rows)} inputs"):

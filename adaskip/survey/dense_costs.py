@@ -97,7 +97,8 @@ def price_dense(
         group = model.group_mask()
         if kind != "functional":
             # a row without a token of the group (no picture) has nothing that a skip could cost
-            rho.append(relative_change(before, after, group).nan_to_num(0.0, posinf=torch.inf))
+            change = relative_change(before, after, group).nan_to_num(0.0, posinf=torch.inf)
+            rho.extend(change for _ in model.sites.of(layer))
         elif layer == at:
             entered.append(before)
             groups.append(group)

@@ -1,4 +1,4 @@
-"""Plan which layers go: one at a time, always the one that costs least beside those that are gone already."""
+"""Plan which layers go: one at a time, always the one that costs least for what it saves beside those that are gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaskip.runtime.attach import RoutedModel
 from adaskip.survey.plans import plan_costs
 
 Path = tuple[int, ...]
-"""The layers that a path leaves out, ascending."""
+"""The sites that a path leaves out, ascending: layers, or halves of them."""
 Price = Callable[[Sequence[Path], Sequence[int]], Tensor]
 """What paths cost inputs, given by number: float64 (n p), nats per predicted token."""
 
@@ -24,6 +24,7 @@ def greedy_paths(
     skips: int,
     width: int,
     enough: Callable[[Path], bool] = lambda path: False,
+    saves: Tensor | None = None,
 ) -> list[tuple[Path, float]]:
     """Return paths of 1 to ``skips`` layers, each the one before with one more, and their mean costs to these inputs.
 
@@ -36,20 +37,24 @@ def greedy_paths(
         skips: so many layers go, or as many as may.
         width: so many layers are tried each time, those that cost least when they were last tried.
         enough: whether a path leaves out enough, so that it is the last one.
+        saves: (l) what leaving out each saves: an attention saves less than an MLP, and may cost less. None: all alike.
     """
     marginal = single.double().clone()
+    weight = torch.ones_like(marginal) if saves is None else saves.double().clamp(min=1e-12)
+    weight = weight / weight.max()  # exactly 1 where all save the same
     path: Path = ()
     before, found = 0.0, []
     while len(path) < min(skips, int(single.isfinite().sum())):
-        options = marginal.argsort()[:width]
+        options = (marginal / weight).argsort()[:width]
         options = options[marginal[options].isfinite()]
         if path:
             costs = price([tuple(sorted((*path, layer))) for layer in options.tolist()], rows).double().mean(0)
         else:
             costs = marginal[options]  # what they cost alone is known
         marginal[options] = costs - before
-        chosen = int(options[costs.argmin()])
-        path, before = tuple(sorted((*path, chosen))), float(costs.min())
+        best = int((marginal[options] / weight[options]).argmin())
+        chosen = int(options[best])
+        path, before = tuple(sorted((*path, chosen))), float(costs[best])
         marginal[chosen] = torch.inf
         found.append((path, before))
         if enough(path):
@@ -64,10 +69,10 @@ def exact_prices(model: RoutedModel, batches: Callable[[Sequence[int]], Sequence
         model: attached, of scope ``prompt``; whatever decides in it, only its execution is used.
         batches: makes batches, on the model's device, of inputs given by number, in that order.
     """
-    layers = len(model.spec.layers)
+    sites = len(model.sites)
 
     def price(paths: Sequence[Path], rows: Sequence[int]) -> Tensor:
-        keep = torch.ones(len(paths), layers, dtype=torch.bool)
+        keep = torch.ones(len(paths), sites, dtype=torch.bool)
         for row, path in zip(keep, paths, strict=True):
             row[list(path)] = False
         return plan_costs(model, batches(rows), [*keep]).kl

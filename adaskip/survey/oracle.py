@@ -15,7 +15,6 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import SkipPlan
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.greedy import Path, Price, exact_prices, greedy_paths
@@ -73,7 +72,7 @@ def find_oracle(
         ConfigError: more layers are to go than there are.
         DataError: no inputs.
     """
-    layers = len(model.spec.layers)
+    layers = len(model.sites)
     if not 0 < skips <= layers:
         raise ConfigError(f"oracle: skips: expected 1 to {layers}, got {skips}")
     if inputs < 1:
@@ -83,7 +82,7 @@ def find_oracle(
         single = measure_skips(model, batches(everyone), progress=advance).kl.double()
     with stages(f"oracle: planning {skips} of {layers} layers for all inputs together"):
         static = greedy_paths(exact_prices(model, batches), everyone, single.mean(0), skips, width)[-1][0]
-        costs = plan_costs(model, batches(everyone), [SkipPlan.static(static).keep(layers)])
+        costs = plan_costs(model, batches(everyone), [_runs(static, layers)])
     best, own = costs.kl[:, 0], []
     paths: list[Path] = []
     with stages(f"oracle: planning {skips} of {layers} layers for each of {inputs} inputs", inputs) as advance:
@@ -103,10 +102,17 @@ def _remembered(model: RoutedModel, batches: Callable[[Sequence[int]], Sequence[
     def price(paths: Sequence[Path], rows: Sequence[int]) -> Tensor:
         if not recorded:
             recorded.append(record(model, batches([row])[0]))
-        plans = (SkipPlan.static(path).keep(len(model.spec.layers)) for path in paths)
+        plans = (_runs(path, len(model.sites)) for path in paths)
         return torch.stack([run_plan(recorded[0], plan)["kl"] for plan in plans], 1)
 
     return price
+
+
+def _runs(path: Path, sites: int) -> Tensor:
+    """Return bool (s): what a path runs."""
+    runs = torch.ones(sites, dtype=torch.bool)
+    runs[list(path)] = False
+    return runs
 
 
 def _conclude(

@@ -39,7 +39,7 @@ class Recorded:
     batch: Batch
     tokens: Tokens  # which positions are real, and which are vision
     logits: Tensor  # (k v) at the predicted tokens, row by row
-    keep: Tensor  # bool (l b) the decisions of the pass; all True where it was dense
+    keep: Tensor  # bool (s b) the decisions of the pass; all True where it was dense
     states: list[Tensor]  # l+1 of (b t d): what layer 0 got, then what every layer returned; none if not asked for
     entered: list[Tensor]  # l of (b t d): what every layer got; some models add to the states between two layers
     attention: AttentionReading | None  # of the text to vision, if asked for
@@ -50,10 +50,10 @@ class Recorded:
         """Return bool (b t): the tokens that leave a layer which is skipped."""
         return find_group(self.model, self.tokens, self.batch)
 
-    def skipping(self, layers: Iterable[int]) -> Tensor:
-        """Return the decisions bool (l b) of leaving out these layers, for every row, and no other."""
+    def skipping(self, sites: Iterable[int]) -> Tensor:
+        """Return the decisions bool (s b) of leaving out these sites, for every row, and no other."""
         keep = torch.ones_like(self.keep)
-        keep[list(layers)] = False
+        keep[list(sites)] = False
         return keep
 
     def rerun(self, keep: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ class Recorded:
         Reruns of a routed pass have the adapters that the model may have, as it had; those of a dense one have none.
 
         Args:
-            keep: bool (l b); of a model of scope ``token`` also (l b t).
+            keep: bool (s b); of a model of scope ``token`` also (s b t).
         """
         recorded = self.keep[..., None] if keep.dim() > self.keep.dim() else self.keep
         different = (keep.to(self.keep.device) != recorded).flatten(1).any(1)
-        first = int(different.long().argmax()) if different.any() else len(different)
+        first = self.model.sites.layer(int(different.long().argmax())) if different.any() else len(self.entered)
         # a dense pass has no adapters, and what is left out of one is priced without them
         with self.model.replay(self.states[: first + 1]), self.model.runtime.state.using(adapted=self.routed):
             return self._run(routing=keep)
@@ -133,7 +133,7 @@ def record(
     if routed:
         keep = model.routing.keep
     else:
-        keep = torch.ones(len(model.spec.layers), len(batch), dtype=torch.bool, device=logits.device)
+        keep = torch.ones(len(model.sites), len(batch), dtype=torch.bool, device=logits.device)
     return Recorded(model, batch, tokens, logits, keep, [*entered[:1], *after], entered, text, routed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,8 +35,8 @@ class Search:
     """
 
     def __init__(self, model: RoutedModel, batches: list[Batch]) -> None:
-        self.layers = len(model.spec.layers)
-        self.group = model.target.group
+        self.sites, self.layers = model.sites, len(model.spec.layers)
+        self.target: dict[str, Any] = {"group": model.target.group, "unit": model.target.unit}
         # without the states, which would fill the memory: every batch stays at hand for the whole search
         self.recorded = [record(model, batch, states=False) for batch in batches]
 
@@ -47,23 +48,24 @@ class Search:
         return Scored(plan, accuracy, kl, keep)
 
     def greedy(self, skips: int) -> list[Scored]:
-        """Return plans of 0 to ``skips`` layers: remove one at a time, always the one whose loss hurts least.
+        """Return plans of 0 to ``skips`` layers, or halves: one goes at a time, always the one whose loss hurts least.
 
         Costs at most ``skips * layers`` passes over the data.
         """
-        if not 0 <= skips <= self.layers:
-            raise ConfigError(f"greedy: expected 0 to {self.layers} layers to skip, got {skips}")
-        path = [self.score(SkipPlan(group=self.group))]
+        labels = self.sites.labels(range(len(self.sites)))
+        if not 0 <= skips <= len(labels):
+            raise ConfigError(f"greedy: expected 0 to {len(labels)} layers to skip, got {skips}")
+        path = [self.score(SkipPlan(**self.target))]
         for _ in range(skips):
             gone = path[-1].plan.skip
-            tries = (SkipPlan.static([*gone, i], self.group) for i in range(self.layers) if i not in gone)
+            tries = (SkipPlan.static([*gone, label], **self.target) for label in labels if label not in gone)
             path.append(best(self.score(plan) for plan in tries))
         return path
 
     def bands(self, absent: int) -> list[Scored]:
         """Score late entry and early exit with the same number of layers left out: plans of equal compute."""
-        entry, leave = SkipPlan.late_entry(absent, self.group), SkipPlan.early_exit(self.layers - absent, self.group)
-        return [self.score(entry), self.score(leave)]
+        leave = SkipPlan.early_exit(self.layers - absent, **self.target)
+        return [self.score(SkipPlan.late_entry(absent, **self.target)), self.score(leave)]
 
 
 def best(scored: Iterable[Scored]) -> Scored:

@@ -24,29 +24,29 @@ Watch = Callable[[Recorded, int, Tensor], None]
 def measure_skips(
     model: RoutedModel,
     batches: Iterable[Batch],
-    layers: Iterable[int] | None = None,
+    sites: Iterable[int] | None = None,
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
     watch: Watch | None = None,
 ) -> LayerMeasures:
-    """Measure all per-layer quantities of the routed group on batches of prompts with answers.
+    """Measure all quantities of each site, a layer or a half of one, of the routed group on prompts with answers.
 
-    Costs one dense pass a batch and, per layer, the decoder's suffix from that layer on.
+    Costs one dense pass a batch and, per site, the decoder's suffix from its layer on. The costs are of leaving out the
+    site alone; how far the states move is told of its whole layer, as for every unit that is less than one.
 
     Args:
         model: attached; its group says which tokens leave a layer.
         batches: as `Collator` makes them, on the model's device.
-        layers: which layers to measure; default all.
+        sites: which to measure; default all.
         attention: also measure the text's attention mass on vision, in the same pass.
         progress: called with the number of inputs done after each batch.
         watch: called as ``watch(recorded, column, logits)`` after each rerun, for those who measure more.
     """
-    chosen = tuple(range(len(model.spec.layers)) if layers is None else layers)
-    table = measure_bands(model, batches, [Band(layer, layer) for layer in chosen], attention, progress, watch)
-    return replace(table, layers=chosen)
+    chosen = tuple(range(len(model.sites)) if sites is None else sites)
+    columns = [((site,), Band(model.sites.layer(site), model.sites.layer(site))) for site in chosen]
+    return replace(_measure(model, batches, columns, attention, progress, watch), layers=chosen)
 
 
-@torch.no_grad()
 def measure_bands(
     model: RoutedModel,
     batches: Iterable[Batch],
@@ -67,12 +67,26 @@ def measure_bands(
     n_layers = len(model.spec.layers)
     if not bands or any(not 0 <= band.first <= band.last < n_layers for band in bands):
         raise ConfigError(f"bands: expected bands within layers 0 to {n_layers - 1}, got {list(bands)}")
+    columns = [([*range(model.sites.of(b.first)[0], model.sites.of(b.last)[-1] + 1)], b) for b in bands]
+    return _measure(model, batches, columns, attention, progress, watch)
+
+
+@torch.no_grad()
+def _measure(
+    model: RoutedModel,
+    batches: Iterable[Batch],
+    wanted: Sequence[tuple[Sequence[int], Band]],
+    attention: bool,
+    progress: Callable[[int], None] | None,
+    watch: Watch | None,
+) -> LayerMeasures:
+    """Measure columns: sites to leave out, and the layers whose states around tell how far they move."""
     tables: list[dict[str, Tensor]] = []
     for batch in batches:
         recorded = record(model, batch, attention=attention)
         columns = []
-        for column, band in enumerate(bands):
-            rerun = recorded.rerun(recorded.skipping(range(band.first, band.last + 1)))
+        for column, (sites, band) in enumerate(wanted):
+            rerun = recorded.rerun(recorded.skipping(sites))
             columns.append(_measure_band(recorded, band, rerun))
             if watch is not None:
                 watch(recorded, column, rerun)
@@ -80,7 +94,7 @@ def measure_bands(
         if progress is not None:
             progress(sum(len(table["kl"]) for table in tables))
     whole = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
-    return LayerMeasures(tuple(range(len(bands))), **whole)
+    return LayerMeasures(tuple(range(len(wanted))), **whole)
 
 
 def _measure_band(recorded: Recorded, band: Band, rerun: Tensor) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from adaskip.batch import Batch
 from adaskip.plan import SkipPlan, Target
 from adaskip.runtime.attach import RoutedModel
+from adaskip.sites import Label, Unit, label_site, name_sites
 from adaskip.survey.greedy import Path, exact_prices, greedy_paths
 from adaskip.survey.plans import PlanCosts, run_plan
 from adaskip.survey.record import match_predicted, record
@@ -31,13 +32,13 @@ SKIP = -1.0
 
 @torch.no_grad()
 def layer_savings(model: RoutedModel, batches: Sequence[Batch]) -> Tensor:
-    """Return float64 (n l): the share of each input's dense decoder FLOPs that leaving out one layer alone saves.
+    """Return float64 (n s): the share of each input's dense decoder FLOPs that leaving out one site alone saves.
 
-    What layers save adds up, so a plan keeps ``1 - saved[:, skip].sum(1)``. Costs a pass that skips every layer.
+    What sites save adds up, so a plan keeps ``1 - saved[:, skip].sum(1)``. Costs a pass that skips every layer.
     """
-    layers, shares = len(model.spec.layers), []
+    shares = []
     for batch in batches:
-        model(**batch.arguments(), routing=torch.zeros(layers, len(batch), dtype=torch.bool))
+        model(**batch.arguments(), routing=torch.zeros(len(model.sites), len(batch), dtype=torch.bool))
         run, skip = model.flops()
         dense = run.sum(0)
         shares.append(torch.where(dense > 0, (run - skip) / dense.clamp(min=1.0), 0.0).T.cpu())
@@ -84,12 +85,12 @@ def find_static(
     if kept(tuple(means.isfinite().nonzero().flatten().tolist())) > keep + ROUNDING:
         return None
     price = exact_prices(model, lambda rows: batches)
-    return greedy_paths(price, range(len(single)), means, len(means), width, enough)[-1][0]
+    return greedy_paths(price, range(len(single)), means, len(means), width, enough, saves)[-1][0]
 
 
 def as_plan(skip: Path, target: Target) -> SkipPlan:
-    """Return the plan that leaves these layers out, for the same tokens and units as the routers of a target."""
-    return SkipPlan(skip=skip, **whole_rows(target))
+    """Return the plan that leaves these sites out, for the same tokens and units as the routers of a target."""
+    return SkipPlan(skip=tuple(label_site(target.unit, site) for site in skip), **whole_rows(target))
 
 
 def whole_rows(target: Target) -> dict[str, Any]:
@@ -125,7 +126,13 @@ class Contest:
     skip: Path  # of the plan
     costs: PlanCosts  # (n 2): of the routers, of the plan
     budget: float
+    unit: Unit = "block"
     adapted: bool = False  # whether the routers have adapters; the plan is of the frozen model
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """Return what the plan leaves out, by name."""
+        return tuple(label_site(self.unit, site) for site in self.skip)
 
     @property
     def difference(self) -> Interval:
@@ -160,7 +167,7 @@ class Contest:
         sides = [f"{self.figures(side)['kl']:.3g}" for side in (0, 1)]
         names = ("routers with adapters", "plan of the frozen model") if self.adapted else ("routers", "plan")
         text = (
-            f"{names[0]}: {sides[0]} nats a token, the best static {names[1]} ({name_layers(self.skip)}) {sides[1]}: "
+            f"{names[0]}: {sides[0]} nats a token, the best static {names[1]} ({name_sites(self.labels)}) {sides[1]}: "
         )
         if self.winner == "static":
             if self.figures(0)["keep"] > self.budget + ROUNDING:
@@ -178,7 +185,7 @@ class Contest:
         gap = self.difference
         ends = {name: value if math.isfinite(value) else None for name, value in (("low", gap.low), ("high", gap.high))}
         return {
-            "skip": list(self.skip),
+            "skip": list(self.labels),
             **self.figures(1),
             "routers": self.figures(0),
             "comparison": {"difference": gap.estimate, **ends, "n": gap.n, "winner": self.winner},
@@ -195,7 +202,7 @@ def compare(model: RoutedModel, batches: Sequence[Batch], skip: Path, budget: fl
         skip: layers that the plan leaves out.
         budget: the keep rate that both were asked for.
     """
-    plan = torch.ones(len(model.spec.layers), dtype=torch.bool)
+    plan = torch.ones(len(model.sites), dtype=torch.bool)
     plan[list(skip)] = False
     columns: dict[str, list[Tensor]] = {"kl": [], "hit": [], "keep": []}
     for batch in batches:
@@ -210,16 +217,7 @@ def compare(model: RoutedModel, batches: Sequence[Batch], skip: Path, budget: fl
         for name, values in columns.items():
             values.append(torch.stack([decided[name].double().cpu(), static[name]], 1))
     costs = PlanCosts(**{name: torch.cat(values) for name, values in columns.items()})
-    return Contest(skip, costs, budget, model.adapters is not None)
-
-
-def name_layers(layers: Sequence[int]) -> str:
-    """Name layers as a sentence does.
-
-    >>> name_layers([4, 5]), name_layers([3]), name_layers([])
-    ('layers 4, 5', 'layer 3', 'no layer')
-    """
-    return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}" if layers else "no layer"
+    return Contest(skip, costs, budget, model.target.unit, model.adapters is not None)
 
 
 def _range(estimate: float, low: float, high: float) -> str:

@@ -25,6 +25,7 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.plan import Target
 from adaskip.policies.token_plan import TokenPlan, classify
 from adaskip.runtime.attach import RoutedModel
+from adaskip.sites import label_site
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.price_file import PriceFile, find_origin
 from adaskip.survey.record import Recorded, record
@@ -35,7 +36,7 @@ _TOGETHER = 1.25
 
 
 Part = tuple[int, tuple[int, ...]]
-"""One class, and the layers it leaves out."""
+"""One class, and the sites it leaves out."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class TokenPlans:
     steps: tuple[Step, ...]
 
     def skips(self, count: int) -> list[list[int]]:
-        """Return the layers that each class leaves out after so many steps."""
+        """Return the sites that each class leaves out after so many steps."""
         gone: list[list[int]] = [[] for _ in self.centres]
         for step in self.steps[:count]:
             for label, layers in step.parts:
@@ -66,7 +67,7 @@ class TokenPlans:
 
     def policy(self, count: int, target: Target) -> TokenPlan:
         """Return the plan after so many steps; attach it, and `load` the classes into it."""
-        skips = self.skips(count)
+        skips = [[label_site(target.unit, site) for site in sites] for sites in self.skips(count)]
         return TokenPlan(skips[: self.prompts], skips[self.prompts :], self.entry, target)
 
     def load(self, policy: TokenPlan) -> None:
@@ -100,7 +101,7 @@ def find_token_plans(
         classes: of prompt tokens, beside the first and the last of a prompt, which have classes of their own; and of
             generated tokens.
         entry: no earlier layer is left out; classes are told apart before this one.
-        band: neighbouring layers that are left out together.
+        band: neighbouring layers, or halves of them, that are left out together.
         width: parts that go, or are tried, at each step, those that were cheapest for what they save when last tried.
         seed: of the classes.
         file: where costs are kept, so that a search that was stopped goes on; None: in memory.
@@ -123,7 +124,7 @@ def find_token_plans(
     if file is not None:
         stored = PriceFile(file, find_origin(model, batches, entry=entry, classes=classes, seed=seed))
     prices = _Prices(recorded, centres, prompts, entry, stored)
-    free = [layer for layer in range(entry, len(model.spec.layers)) if layer not in model.policy.held]
+    free = [site for site in range(model.sites.of(entry)[0], len(model.sites)) if site not in model.policy.held]
     bands = [tuple(free[start : start + band]) for start in range(0, len(free), band)]
     parts = [(label, layers) for label in range(len(centres)) for layers in bands]
     ratio: dict[Part, float] = {}  # nats for all of the FLOPs, as last measured

@@ -146,6 +146,7 @@ class SkipFinding:
     layer: int
     n: int  # inputs for which the router leaves the layer out
     rows: tuple[Finding, ...]  # the notions on these inputs
+    label: str = ""  # what a sentence calls the layer; empty: by its number
 
     @property
     def verdict(self) -> Verdict:
@@ -161,8 +162,8 @@ class SkipFinding:
         failing = [row for row in self.rows if row.verdict == "inadmissible"]
         cost = next(row for row in self.rows if row.notion == "functional")
         text = (
-            f"skips of layer {self.layer} are {self.verdict} on the {self.n} inputs that make them: they cost "
-            f"{cost.estimate:.3g} nats [{cost.low:.3g}, {cost.high:.3g}] a token"
+            f"skips of layer {self.label or self.layer} are {self.verdict} on the {self.n} inputs that make them: "
+            f"they cost {cost.estimate:.3g} nats [{cost.low:.3g}, {cost.high:.3g}] a token"
         )
         others = [row for row in failing if row is not cost]
         if self.verdict != "inadmissible" or cost.verdict == "inadmissible" or not others:

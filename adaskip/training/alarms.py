@@ -10,11 +10,13 @@ may well be left out for every input, and one that is held decides nothing: neit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from adaskip.sites import Label
 
 SATURATED = 8.0
 """From here on a sigmoid's slope is below a thousandth of its steepest."""
@@ -29,7 +31,7 @@ class Alarm:
     """Hold one alarm: its name, the layers that it speaks of, and a sentence."""
 
     name: str
-    layers: tuple[int, ...]
+    layers: tuple[Label, ...]
     sentence: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def find_alarms(
     held: Sequence[int] = (),
     threshold: float = 0.0,
     settled: bool = True,
+    label: Callable[[int], Label] = int,
 ) -> tuple[Alarm, ...]:
     """Return the alarms that routers raise at one look.
 
@@ -76,16 +79,19 @@ def find_alarms(
         held: layers that run whatever their routers say.
         threshold: a layer runs where its logit is above this.
         settled: the budget is asked for in full; before that one path for all is no wonder.
+        label: what a layer, or a half of one, is called.
     """
     found = [
-        saturated(logits - threshold, costs, tolerance, held),
-        dear(keep, costs, tolerance, held),
-        deaf(logits, keep, costs, tolerance, held) if settled else None,
+        saturated(logits - threshold, costs, tolerance, held, label),
+        dear(keep, costs, tolerance, held, label),
+        deaf(logits, keep, costs, tolerance, held, label) if settled else None,
     ]
     return tuple(alarm for alarm in found if alarm is not None)
 
 
-def saturated(margins: Tensor, costs: Tensor, tolerance: float, held: Sequence[int] = ()) -> Alarm | None:
+def saturated(
+    margins: Tensor, costs: Tensor, tolerance: float, held: Sequence[int] = (), label: Callable[[int], Label] = int
+) -> Alarm | None:
     """Alarm where a router is certain for every input, margins (l n) beyond 8, of a layer about which it should not be.
 
     Rightly certain are those that skip what costs no more than it may, and those that run what costs ten times that.
@@ -97,31 +103,40 @@ def saturated(margins: Tensor, costs: Tensor, tolerance: float, held: Sequence[i
     if not layers:
         return None
     sides = {layer: "runs" if runs[layer] else "skips" for layer in layers}
-    named = ", ".join(f"{layer} ({side}, {float(costs[layer]):.3g} nats)" for layer, side in sides.items())
+    named = ", ".join(f"{label(layer)} ({side}, {float(costs[layer]):.3g} nats)" for layer, side in sides.items())
     return Alarm(
         "saturated",
-        tuple(layers),
+        tuple(map(label, layers)),
         f"saturated gates: every logit of {_layers(layers)} {named} lies more than {SATURATED:g} from the threshold, "
         "where a gate has no slope",
     )
 
 
-def dear(keep: Tensor, costs: Tensor, tolerance: float, held: Sequence[int] = ()) -> Alarm | None:
+def dear(
+    keep: Tensor, costs: Tensor, tolerance: float, held: Sequence[int] = (), label: Callable[[int], Label] = int
+) -> Alarm | None:
     """Alarm where a layer never runs, keep bool (l n), though skipping it alone costs more than ten tolerances."""
     never = ~keep.any(1) & (costs > DEAR * tolerance)
     layers = [layer for layer in _free(len(costs), held) if never[layer]]
     if not layers:
         return None
-    named = ", ".join(f"{layer} ({float(costs[layer]):.3g} nats)" for layer in layers)
+    named = ", ".join(f"{label(layer)} ({float(costs[layer]):.3g} nats)" for layer in layers)
     return Alarm(
         "dear",
-        tuple(layers),
+        tuple(map(label, layers)),
         f"never run on {keep.shape[1]} inputs: {_layers(layers)} {named}, though skipping one costs more than "
         f"{DEAR:g} tolerances ({DEAR * tolerance:.3g} nats)",
     )
 
 
-def deaf(logits: Tensor, keep: Tensor, costs: Tensor, tolerance: float, held: Sequence[int] = ()) -> Alarm | None:
+def deaf(
+    logits: Tensor,
+    keep: Tensor,
+    costs: Tensor,
+    tolerance: float,
+    held: Sequence[int] = (),
+    label: Callable[[int], Label] = int,
+) -> Alarm | None:
     """Alarm where every one of many inputs takes one path, though several layers might differ and some are left out."""
     undecided = [layer for layer in _free(len(costs), held) if costs[layer] <= DEAR * tolerance]
     decided = keep[undecided]
@@ -134,9 +149,9 @@ def deaf(logits: Tensor, keep: Tensor, costs: Tensor, tolerance: float, held: Se
     spread = f"{measured.logit_std:.2g} (standard deviation)"
     return Alarm(
         "deaf",
-        tuple(undecided),
+        tuple(map(label, undecided)),
         f"routers ignore their input: all {keep.shape[1]} inputs take one path, without {_layers(skipped)} "
-        f"{', '.join(map(str, skipped))}; logits differ by {spread} between inputs",
+        f"{', '.join(str(label(layer)) for layer in skipped)}; logits differ by {spread} between inputs",
     )
 
 

@@ -18,6 +18,7 @@ from adaskip.batch import Batch, count, take
 from adaskip.errors import ConfigError, DataError, did_you_mean
 from adaskip.runfiles import CONDITIONS, append_line
 from adaskip.runtime.attach import RoutedModel
+from adaskip.sites import Label
 from adaskip.survey.dense_costs import SkipCosts, price_inputs
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.conditions import Findings, judge, judge_joint, judge_skips
@@ -115,7 +116,7 @@ class ConditionCheck(lightning.Callback):
         self._costs: tuple[Prices, SkipCosts] | None = None  # of every input, and the prices that they follow from
         self._step = 0  # the global step when this micro-batch began
         self._warned: set[int] = set()
-        self._alarmed: set[tuple[str, tuple[int, ...]]] = set()
+        self._alarmed: set[tuple[str, tuple[Label, ...]]] = set()
         self._held: frozenset[int] = frozenset()  # by this callback, beside those of the routers' configuration
         self._fixed: frozenset[int] = frozenset()
         self._dense = DenseLogits()
@@ -127,12 +128,12 @@ class ConditionCheck(lightning.Callback):
         tuner = _tuner(pl_module)
         self._fixed = frozenset(tuner.model.policy.held) - self._held
         if self._held:
-            tuner.model.hold(self._fixed | self._held)
+            tuner.model.hold(tuner.model.sites.labels(self._fixed | self._held))
         self.look, self.stopped, self._warned, self._alarmed = None, None, set(), set()
         self.looks = self._count_looks(trainer)
         unpriced = tuner.prices is None and tuner.calibration is None
         if unpriced:
-            check_prices(None, tuner.objective, len(tuner.model.spec.layers))
+            check_prices(None, tuner.objective, len(tuner.model.sites))
         self.batches = self._inputs(trainer)
         self._split = split_inputs(tuner, self.batches, unpriced)
 
@@ -266,8 +267,9 @@ class ConditionCheck(lightning.Callback):
         skips = judge_skips(
             measured, costs["requested"], prices, model.target.group, self.tolerance, self.level, self.looks
         )
-        held, logits = model.policy.held, costs.get("logits")
-        look = Look(step, model.target.group, self.tolerance, self.findings, joint, skips, held)
+        held, logits, sites = model.policy.held, costs.get("logits"), model.sites
+        skips = {site: replace(skip, label=str(sites.label(site))) for site, skip in skips.items()}
+        look = Look(step, model.target.group, self.tolerance, self.findings, joint, skips, held, unit=sites.unit)
         if model.gauge is not None:
             # two estimators whose errors have little in common: the mean of their logarithms
             both = (costs["told"] * costs["bound"]).sqrt()
@@ -277,7 +279,7 @@ class ConditionCheck(lightning.Callback):
         if logits is None:  # a plan, or another policy that decides without any
             return look
         exact, threshold = measured.kl.double().mean(0), model.policy.threshold
-        alarms = find_alarms(logits, costs["keep"], exact, self.tolerance, held, threshold, settled)
+        alarms = find_alarms(logits, costs["keep"], exact, self.tolerance, held, threshold, settled, sites.label)
         return replace(look, routers=describe(logits, costs["keep"], held), alarms=alarms)
 
     def _prepare(self, model: RoutedModel) -> LayerMeasures:
@@ -318,9 +320,10 @@ class ConditionCheck(lightning.Callback):
             held = (self._held | set(violations)) - passed
             for layer in sorted(held ^ self._held):
                 word = "held from now on" if layer in held else "free again"
-                messages.append(f"step {look.step}: layer {layer} is {word}; {describe_skip(look, layer)}")
+                name = model.sites.label(layer)
+                messages.append(f"step {look.step}: layer {name} is {word}; {describe_skip(look, layer)}")
             if held != self._held:
-                model.hold(self._fixed | held)
+                model.hold(model.sites.labels(self._fixed | held))
             self._held = held
         elif violations and self.on_violation == "stop":
             self.stopped = (

@@ -6,11 +6,12 @@ out this one layer costs every kind of input far more than the tolerance, need n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from adaskip.sites import Label
 from adaskip.theory.intervals import bonferroni, bootstrap_mean
 
 ROOM = 1.25
@@ -24,6 +25,7 @@ class Dear:
     costs: dict[int, float]  # layer -> mean exact cost of skipping it alone, nats per predicted token
     released: dict[int, float]
     limit: float  # nats: what a layer costs more than, with confidence
+    label: Callable[[int], Label] = int  # what a layer, or a half of one, is called
 
     @property
     def sentence(self) -> str:
@@ -31,15 +33,19 @@ class Dear:
         parts = []
         if self.costs:
             each = "which costs" if len(self.costs) == 1 else "each of which costs"
-            parts.append(
-                f"holding {_name(self.costs)} from the start, {each} more than {self.limit:.3g} nats when skipped alone"
-            )
+            named = self._name(self.costs)
+            parts.append(f"holding {named} from the start, {each} more than {self.limit:.3g} nats when skipped alone")
         if self.released:
             verb = "costs as much and is" if len(self.released) == 1 else "cost as much and are"
             parts.append(
-                f"{_name(self.released)} {verb} not held, for objective.keep leaves the routers no room otherwise"
+                f"{self._name(self.released)} {verb} not held, for objective.keep leaves the routers no room otherwise"
             )
         return "; ".join(parts)
+
+    def _name(self, costs: dict[int, float]) -> str:
+        """Name layers with their costs."""
+        listed = ", ".join(f"{self.label(layer)} ({cost:.3g} nats)" for layer, cost in costs.items())
+        return f"layer{'s' * (len(costs) != 1)} {listed}"
 
 
 def find_dear(
@@ -50,6 +56,7 @@ def find_dear(
     keep: float,
     held: Sequence[int] = (),
     level: float = 0.95,
+    label: Callable[[int], Label] = int,
 ) -> Dear:
     """Find the layers whose exact cost is clearly above ``times`` tolerances, as many as the budget leaves room for.
 
@@ -65,6 +72,7 @@ def find_dear(
         keep: the mean keep rate that must stay within reach.
         held: layers that are held already, and stay so.
         level: that all intervals hold at once.
+        label: what a layer, or a half of one, is called.
     """
     limit, each = times * tolerance, bonferroni(level, kl.shape[1])
     means = kl.double().mean(0)
@@ -75,10 +83,4 @@ def find_dear(
     while dear and float(saves[[layer for layer in free if layer not in dear]].sum()) < needed:
         released.append(dear.pop(0))
     costs = {layer: float(means[layer]) for layer in sorted(dear)}
-    return Dear(costs, {layer: float(means[layer]) for layer in sorted(released)}, limit)
-
-
-def _name(costs: dict[int, float]) -> str:
-    """Name layers with their costs."""
-    listed = ", ".join(f"{layer} ({cost:.3g} nats)" for layer, cost in costs.items())
-    return f"layer{'s' * (len(costs) != 1)} {listed}"
+    return Dear(costs, {layer: float(means[layer]) for layer in sorted(released)}, limit, label)

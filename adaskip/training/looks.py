@@ -12,8 +12,9 @@ from torch import Tensor
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.gates import hard
+from adaskip.sites import Label, Unit, label_site
 from adaskip.survey.dense_costs import SkipCosts
-from adaskip.theory.conditions import Findings, Joint, SkipFinding
+from adaskip.theory.conditions import Finding, Findings, Joint, SkipFinding
 from adaskip.theory.costs import compare_predicted, predicted
 from adaskip.theory.gauge import Reading, describe_outcome
 from adaskip.training.alarms import Alarm, Routers
@@ -34,6 +35,7 @@ class Look:
     alarms: tuple[Alarm, ...] = ()  # what shows that routers have collapsed
     gauge: Reading | None = None  # what the model's gauge, if it has one, told of these inputs
     together: Reading | None = None  # the geometric mean of B and what the gauge predicts, calibrated as B is
+    unit: Unit = "block"  # what every layer above is: a layer, or a half of one
 
     @property
     def violations(self) -> dict[int, SkipFinding]:
@@ -41,23 +43,30 @@ class Look:
         costly = {layer: skip for layer, skip in self.skips.items() if skip.verdict == "inadmissible"}
         return {layer: skip for layer, skip in costly.items() if layer not in self.held}
 
+    def label(self, site: int) -> Label:
+        """Return what a layer, or a half of one, is called."""
+        return label_site(self.unit, site)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return a line of ``conditions.jsonl``, JSON-ready."""
+        """Return a line of ``conditions.jsonl``, JSON-ready; layers, or halves of them, by name."""
         return {
             "step": self.step,
             "group": self.group,
             "tolerance": self.tolerance,
-            "findings": [row.to_dict() for row in self.findings.rows],
-            "layers": {str(layer): verdict for layer, verdict in self.findings.layers.items()},
+            "findings": [self._named(row) for row in self.findings.rows],
+            "layers": {str(self.label(layer)): verdict for layer, verdict in self.findings.layers.items()},
             "rank_correlation": self.findings.rank_correlation,
             "joint": self.joint.to_dict(),
-            "skips": [skip.to_dict() for skip in self.skips.values()],
-            "held": list(self.held),
+            "skips": [self._named(skip) | {"rows": [*map(self._named, skip.rows)]} for skip in self.skips.values()],
+            "held": [self.label(layer) for layer in self.held],
             "routers": None if self.routers is None else asdict(self.routers),
             "alarms": [alarm.to_dict() for alarm in self.alarms],
             "gauge": None if self.gauge is None else self.gauge.to_dict(),
             "together": None if self.together is None else self.together.to_dict(),
         }
+
+    def _named(self, found: Finding | SkipFinding) -> dict[str, Any]:
+        return found.to_dict() | {"layer": self.label(found.layer)}
 
 
 class DenseLogits:
@@ -131,11 +140,11 @@ def joint_cost(
 
 def describe_skip(look: Look, layer: int) -> str:
     """Describe in one sentence what the routers' skips of a layer cost."""
-    skip = look.skips.get(layer)
+    skip, name = look.skips.get(layer), look.label(layer)
     if skip is None:
-        return f"the routers no longer ask to skip layer {layer}"
+        return f"the routers no longer ask to skip layer {name}"
     cost = next(row for row in skip.rows if row.notion == "functional")
     return (
-        f"layer {layer} is skipped for {skip.n} of {look.joint.n} inputs at {cost.estimate:.3g} nats "
+        f"layer {name} is skipped for {skip.n} of {look.joint.n} inputs at {cost.estimate:.3g} nats "
         f"[{cost.low:.3g}, {cost.high:.3g}] a token, {look.tolerance:.3g} tolerated"
     )

@@ -102,7 +102,8 @@ class RouterTuner(lightning.LightningModule):
         self.register_buffer("multiplier", torch.tensor(objective.budget_start, dtype=torch.float64))
         self.val_kl, self.val_keep, self.val_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self.test_kl, self.test_keep, self.test_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
-        self.keep_by_kind = KeepByKind(len(model.spec.layers), [*kinds])
+        self.keep_by_kind = KeepByKind(len(model.sites), [*kinds])
+        self._names = [f"router/keep/layer_{model.sites.key(site)}" for site in range(len(model.sites))]
         self._length = steps or 1
         self._micro = 0  # micro-batches of this optimiser step before the present one
         self._gaps: list[Tensor] = []  # of the micro-batches since the last optimiser step
@@ -151,7 +152,7 @@ class RouterTuner(lightning.LightningModule):
             self.prices = price_objective(self.model, map(convert, inputs), self.objective, self.seed)
         if self.trainer.world_size > 1:
             self.prices = self.trainer.strategy.broadcast(self.prices)
-        check_prices(self.prices, self.objective, len(self.model.spec.layers))
+        check_prices(self.prices, self.objective, len(self.model.sites))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the prices and which inputs they were fitted on."""
@@ -187,7 +188,7 @@ class RouterTuner(lightning.LightningModule):
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()})
         self.log_dict({"router/keep_soft": share.detach(), "router/target": self.target()})
         self.log("router/temperature", self.temperature())
-        self.log_dict({f"router/keep/layer_{i:02d}": row.float().mean() for i, row in enumerate(routing.share)})
+        self.log_dict({name: row.float().mean() for name, row in zip(self._names, routing.share, strict=True)})
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -274,7 +275,7 @@ class RouterTuner(lightning.LightningModule):
             self.log_dict({"test/kl": self.test_kl, "test/accuracy": self.test_accuracy, "test/keep": self.test_keep})
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Route a batch, with or without answers: ``keep`` bool (l b ...), ``keep_rate`` (b), ``logits`` (b t v)."""
+        """Route a batch, with or without answers: ``keep`` bool (s b ...), ``keep_rate`` (b), ``logits`` (b t v)."""
         check_batch(batch, "predict", answers=False)
         logits = self.model(**batch.arguments()).logits
         routing = self.model.routing

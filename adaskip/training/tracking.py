@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
 from adaskip.runfiles import METRICS, write_text
+from adaskip.sites import Label
 
 PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetrics", "numpy")
 
@@ -174,13 +175,15 @@ class Board:
         for run in self.runs:
             run.alert(title=f"routers: {name}", text=text)
 
-    def keep_rates(self, rates: dict[str, list[float]], figure: Figure) -> None:
-        """Send the heat map layer x kind, as a picture and as a table."""
+    def keep_rates(self, rates: dict[str, list[float]], figure: Figure, labels: Sequence[Label]) -> None:
+        """Send the heat map layer x kind, as a picture and as a table; ``labels`` are what its columns are called."""
         if not self.runs:
             return
         import wandb
 
-        rows: list[Any] = [[kind, layer, rate] for kind, row in rates.items() for layer, rate in enumerate(row)]
+        rows: list[Any] = [
+            [kind, layer, rate] for kind, row in rates.items() for layer, rate in zip(labels, row, strict=True)
+        ]
         for run in self.runs:
             run.log(
                 {

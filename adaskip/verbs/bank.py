@@ -73,7 +73,7 @@ def bank_model(
     routed = build(model.detach(), bank.policy(Target(**whole_rows(model.target))), recipe.seed)
     assert isinstance(routed.policy, PathBank)
     bank.load(routed.policy)
-    routed.hold(held)
+    routed.hold(routed.sites.labels(held))
     return routed
 
 

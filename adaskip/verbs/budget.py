@@ -168,7 +168,7 @@ class _Ran:
 def _run(model: RoutedModel, batches: Sequence[Batch], threshold: float) -> _Ran:
     model.set_threshold(threshold)
     rates, logits = [], []
-    free = [layer for layer in range(len(model.spec.layers)) if layer not in model.policy.held]
+    free = [site for site in range(len(model.sites)) if site not in model.policy.held]
     for batch in batches:
         model(**batch.arguments())
         routing = model.routing
@@ -188,18 +188,19 @@ def _run(model: RoutedModel, batches: Sequence[Batch], threshold: float) -> _Ran
 
 def _reasons(model: RoutedModel, rates: Tensor) -> tuple[str, ...]:
     """Say why skipping everything still keeps as much as ``rates`` (n) say."""
-    target, held, layers, reasons = model.target, model.policy.held, len(model.spec.layers), []
+    target, held, sites, reasons = model.target, model.policy.held, model.sites, []
     if held:
-        names = ", ".join(map(str, held))
-        reasons.append(f"{len(held)} of {layers} layers are held and run whatever their routers say ({names})")
+        names = ", ".join(map(str, sites.labels(held)))
+        whole = "layers" if len(sites) == sites.layers else "halves of layers"
+        reasons.append(f"{len(held)} of {len(sites)} {whole} are held and run whatever their routers say ({names})")
     if bound := int((rates >= 1 - ROUNDING).sum()):
         reasons.append(
             f"on {bound} of {len(rates)} inputs nothing can be left out"
-            + (", they hold no vision tokens" if target.group == "vision" and len(held) < layers else "")
+            + (", they hold no vision tokens" if target.group == "vision" and len(held) < len(sites) else "")
         )
     if target.group == "vision" and bound < len(rates):
         reasons.append("text tokens run every layer under router.group=vision")
-    if target.unit != "block":
+    if target.unit in ("attention", "mlp"):
         reasons.append(f"only the {target.unit} of a layer can be left out under router.unit={target.unit}")
     if target.kv == "kept":
         reasons.append("keys and values of what skips are computed under router.kv=kept")

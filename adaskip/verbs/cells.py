@@ -17,6 +17,7 @@ from adaskip.errors import CheckpointError
 from adaskip.runfiles import write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
+from adaskip.sites import Label
 from adaskip.survey.record import match_predicted, record
 from adaskip.theory.costs import Reference, per_input
 from adaskip.verbs.sample import Figures, Sample
@@ -36,7 +37,9 @@ class Cell:
     policy: str
     budget: float
     seed: int
-    plan: list[int] | None  # the layers that it leaves out for every input; None: it decides by the input
+    plan: (
+        list[Label] | None
+    )  # the layers, or halves of them, that it leaves out for every input; None: it decides by the input
     keep: list[float]  # executed over dense decoder FLOPs
     kl: list[float]  # exact KL(dense || policy), nats per predicted token, teacher-forced
     hit: list[float]  # 1 where the whole answer is right
@@ -132,7 +135,7 @@ def measure_cell(
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in ("keep", "kl", "hit", "dense_hit", "same")}
     kinds: list[str] = []
-    runs = torch.zeros(len(model.spec.layers), dtype=torch.float64)
+    runs = torch.zeros(len(model.sites), dtype=torch.float64)
     for place, batch in enumerate(dense.batches):
         expected = dense(place, model)
         logits = record(model, batch, routed=True, states=False).logits
@@ -150,8 +153,8 @@ def measure_cell(
         kinds += [str(kind or "all") for kind in batch.kind]
         advance(len(kinds))
     numbers = {name: torch.cat(values).tolist() for name, values in columns.items()}
-    known = model.policy.known(len(runs))
-    plan = None if known is None else (~known).nonzero().flatten().tolist()
+    known = model.policy.known(len(model.spec.layers))
+    plan = None if known is None else [*model.sites.labels((~known).nonzero().flatten().tolist())]
     shares = (runs / max(1, len(kinds))).tolist()
     seconds = _seconds(model, prompts, new_tokens)
     return Cell(

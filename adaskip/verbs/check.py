@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.batch import Batch
+from adaskip.sites import PARTS
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.skips import measure_bands, measure_skips
 from adaskip.theory.bands import BandFinding, early_exits, judge_bands, late_entries
@@ -43,7 +44,8 @@ class CheckResult:
         values = {"ok": self.ok, **verdict, "rows": look["findings"], "skips": look["skips"]}
         values["summary"] = summary | {"gauge": look["gauge"], "together": look["together"], "split": self.split}
         if self.bands is not None:
-            values["bands"] = [band.to_dict(len(look["layers"])) for band in self.bands]
+            layers = len(look["layers"]) // len(PARTS[self.look.unit])
+            values["bands"] = [band.to_dict(layers) for band in self.bands]
         return values
 
 
@@ -69,7 +71,7 @@ def check(run: str | Path, bands: bool = False, stages: Stages = SILENT) -> Chec
     chosen, split = unfitted(recipe)
     enough_to_check(recipe, len(chosen), split, len(records(recipe, "calibration")) if bands else None)
     loaded = Run.open(folder, stages)
-    check_layers(prices, len(loaded.model.spec.layers), folder)
+    check_layers(prices, len(loaded.model.sites), folder)
     batches = _batches(loaded, chosen)
     look = _look(loaded, batches, prices, split, stages)
     free = {layer: finding for layer, finding in look.skips.items() if layer not in look.held}

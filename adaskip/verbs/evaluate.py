@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from adaskip.batch import Batch
-from adaskip.plan import SkipPlan
 from adaskip.runfiles import EVALUATION, write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
@@ -129,7 +128,8 @@ def evaluate(
         per_kind: at most so many inputs of each kind.
         batch_size: inputs at once.
         max_new_tokens: longest answer; default: the longest of the inputs' own, with its end token.
-        static: layers that the static plan leaves out, as ``4,5,6`` or a list; default: the plan that training found
+        static: layers that the static plan leaves out, as ``4,5,6`` or a list, of unit ``sublayers`` also halves, as
+            ``4.attention``; default: the plan that training found
             (``static.skip`` of ``summary.json``); without one nothing static is measured.
         stages: hears what is under way, of answers that were cut, and of a static plan that is missing.
 
@@ -147,7 +147,7 @@ def evaluate(
     check_split(split)
     check_writable(folder, EVALUATION)
     previous = report.read(folder)  # a damaged file is said before the work
-    rival = find_rival(previous.summary, static, folder)
+    rival = find_rival(previous.summary, static, folder, recipe.router.unit)
     groups = _by_kind(split_of(recipe, split, per_kind), per_kind)
     loaded = Run.open(folder, stages)
     if rival is None:
@@ -208,7 +208,7 @@ def _measure(
     total, done, device = sum(map(len, groups.values())), 0, run.model.spec.device
     collate = Collator(run.processor, answers=False)
     content = Content([record for members in groups.values() for record in members])
-    skip = None if rival is None else rival.skip
+    skip = None if rival is None else rival.sites
     rows, read = [], []
     with stages(f"answering {total} inputs, side by side", total) as advance:
         for kind, members in groups.items():
@@ -306,6 +306,7 @@ def _calls(model: RoutedModel, batch: Batch, limit: int, skip: Sequence[int] | N
 
     calls = {"dense": dense(generate), "routed": generate}
     if skip is not None:
-        keep = SkipPlan.static(skip).keep(len(model.spec.layers))[:, None].expand(-1, len(batch))
+        keep = torch.ones(len(model.sites), len(batch), dtype=torch.bool)
+        keep[list(skip)] = False
         calls["static"] = partial(generate, routing=keep.to(model.spec.device))
     return calls | {"prefill_dense": dense(prefill), "prefill_routed": prefill}

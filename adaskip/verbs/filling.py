@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from adaskip.errors import ConfigError, DataError
+from adaskip.errors import BackboneError, ConfigError, DataError
 from adaskip.methods.evidence import Evidence
 from adaskip.methods.method import Method
 from adaskip.methods.skip_it import TOLERANCE
@@ -18,6 +18,7 @@ from adaskip.plan import KV, SkipPlan
 from adaskip.report.pareto import comparison_table, pareto_plot
 from adaskip.runfiles import COMPARISON, COMPARISON_PLOT, COMPARISON_TABLE, write_json, write_text
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.sites import Unit
 from adaskip.stages import Stages
 from adaskip.survey.oracle import find_oracle
 from adaskip.survey.skips import measure_skips
@@ -68,7 +69,7 @@ class Filling:
         fitted = subject.records("train", setting["fit"])
         self.fitted, self.count = NumberedBatches(fitted, collate, self.device, self.size), len(fitted)
         self.cells: list[Cell] = []
-        self._evidence: dict[KV, Evidence] = {}
+        self._evidence: dict[tuple[Unit, KV], Evidence] = {}
 
     def method(self, method: Method, budgets: Sequence[float], seeds: int) -> list[str]:
         """Fill a method's cells; return why not, for each budget that it cannot hold."""
@@ -82,7 +83,7 @@ class Filling:
             for place, (budget, seed) in enumerate(wanted, 1):
                 try:
                     self._cell(method, budget, seed)
-                except ConfigError as error:
+                except (ConfigError, BackboneError) as error:  # the model may refuse to be split into halves
                     reasons[str(error)] = None
                 advance(place)
         return [*reasons]
@@ -128,11 +129,12 @@ class Filling:
     def _attached(self, empty: SkipPlan) -> Iterator[Evidence]:
         """Attach what evidence is measured through for as long as the context lasts; what was measured stays known."""
         model = attach(self.subject.backbone, empty)
-        if empty.kv not in self._evidence:
-            folder = self.folder / f"prices-{empty.kv}"
+        key = empty.unit, empty.kv
+        if key not in self._evidence:
+            folder = self.folder / "-".join(["prices", *([empty.unit] if empty.unit != "block" else []), empty.kv])
             folder.mkdir(exist_ok=True)
-            self._evidence[empty.kv] = Evidence(model, self.fitted, self.count, folder)
-        evidence = self._evidence[empty.kv]
+            self._evidence[key] = Evidence(model, self.fitted, self.count, folder)
+        evidence = self._evidence[key]
         evidence.model = model
         try:
             yield evidence
@@ -178,7 +180,7 @@ class Filling:
         admitted = [layer for layer, verdict in verdicts.items() if verdict == "admissible"]
         rows = []
         for cell in cells:
-            if cell.policy != "none":
+            if cell.policy != "none" and len(cell.runs) == cost.shape[1]:  # verdicts are of whole layers
                 found = agree(1 - torch.tensor(cell.runs), admitted, cost)
                 rows.append({"policy": cell.policy, "budget": cell.budget, "seed": cell.seed, **found.to_dict()})
         return admitted, rows

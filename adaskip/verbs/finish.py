@@ -181,7 +181,7 @@ class Ending:
             model.save_pretrained(Path(self.recipe.output) / LEARNED)
         model = attach_plan(model, contest.skip)
         look = self.look(model)
-        share = [0.0 if layer in contest.skip else 1.0 for layer in range(len(model.spec.layers))]
+        share = [0.0 if site in contest.skip else 1.0 for site in range(len(model.sites))]
         return model, look, dict.fromkeys(rates, share)
 
 
@@ -214,7 +214,8 @@ def _report(result: TrainResult, model: RoutedModel, rates: dict[str, list[float
     assert result.look is not None
     board.conditions(result.look.to_dict())
     if rates:  # the data may name no kinds
-        board.keep_rates(rates, report.keep_heat_map(rates))
+        labels = model.sites.labels(range(len(model.sites)))
+        board.keep_rates(rates, report.keep_heat_map(rates, labels=labels), labels)
     board.router(result.folder / ROUTER, model.facts)
     board.finish()
     report.write(result.folder)

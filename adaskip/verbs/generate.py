@@ -32,7 +32,8 @@ class Answer:
     dense_answer: str
     expected: str | None  # the data's own, where there is one
     keep: float  # executed over dense decoder FLOPs
-    route: tuple[bool, ...]  # for each layer whether it ran
+    route: tuple[bool, ...]  # for each layer, or half of one, whether it ran
+    layers: int  # of the model
     max_new_tokens: int
     warnings: tuple[str, ...]  # of answers that were cut
     lossless: dict[str, Any] | None = None  # what drafts were worth, and the seconds of both models
@@ -46,7 +47,7 @@ class Answer:
             "expected": self.expected,
             "keep": self.keep,
             "route": list(self.route),
-            "layers": len(self.route),
+            "layers": self.layers,
             "max_new_tokens": self.max_new_tokens,
             "warnings": list(self.warnings),
             **({} if self.lossless is None else {"lossless": self.lossless}),
@@ -115,6 +116,7 @@ def answer(
         record.get("answer") or None,
         float(model.routing.keep_rate[0]),
         tuple((model.routing.share[:, 0] > 0.5).tolist()),
+        len(model.spec.layers),
         limit,
         _noted(warn_of_cuts(counts, 1, limit), stages),
         drafts,

@@ -26,7 +26,7 @@ class Judgement:
 def judge(model: RoutedModel, batches: Sequence[Batch]) -> Judgement:
     """Run batches, on the model's device, densely and as the policy decides."""
     kinds = sorted({str(kind) for batch in batches for kind in batch.kind if kind not in (None, "")})
-    rates = KeepByKind(len(model.spec.layers), kinds)
+    rates = KeepByKind(len(model.sites), kinds)
     columns: dict[str, list[Tensor]] = {"kl": [], "keep": [], "accuracy": []}
     for batch in batches:
         dense = record(model, batch, states=False)

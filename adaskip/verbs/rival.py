@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import SkipPlan, read_layers
+from adaskip.plan import SkipPlan
 from adaskip.runfiles import SUMMARY
+from adaskip.sites import Label, Unit, label_site, parse_labels, read_sites
 from adaskip.theory.intervals import paired_difference
 from adaskip.theory.notions import plain
 
@@ -22,8 +23,14 @@ LEVEL = 0.95
 class Rival:
     """Hold a static plan, and where it is from."""
 
-    skip: tuple[int, ...]  # the layers that it leaves out
+    skip: tuple[Label, ...]  # the layers that it leaves out, or halves of them
     source: str
+    unit: Unit = "block"
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Return the sites that it leaves out."""
+        return read_sites(self.unit, self.skip)
 
     def check(self, layers: int) -> None:
         """Refuse a plan of layers that the backbone does not have.
@@ -32,7 +39,7 @@ class Rival:
             ConfigError: names them, and how many there are.
         """
         try:
-            SkipPlan.static(self.skip).keep(layers)
+            SkipPlan(skip=self.skip, unit=self.unit).keep(layers)
         except ConfigError as error:
             raise ConfigError(f"{self.source}: {str(error).removeprefix('SkipPlan: ')}") from None
 
@@ -41,31 +48,34 @@ class Rival:
 class Duel:
     """Hold the routers beside the static plan, input by input, on everything that was evaluated."""
 
-    skip: tuple[int, ...]
+    skip: tuple[Label, ...]
     source: str
     kl_difference: dict[str, Any] | None  # routed minus static, nats: estimate, low, high, n; None: not finite
     sentence: str
 
 
-def find_rival(summary: dict[str, Any], named: str | Sequence[int] | None, folder: Path) -> Rival | None:
+def find_rival(
+    summary: dict[str, Any], named: str | Sequence[Label] | None, folder: Path, unit: Unit = "block"
+) -> Rival | None:
     """Return the plan that is named, else the one that training found; None where there is neither.
 
     Args:
         summary: what the run's ``summary.json`` holds.
         named: layers to leave out, as ``4,5,6`` or a list.
         folder: of the run.
+        unit: what the run's routers leave out, which says what the layers' names may be.
 
     Raises:
         ConfigError: what is named are no layers.
         DataError: the summary is damaged.
     """
     if named is not None:
-        return Rival(_read_named(named), "--static")
+        return Rival(_read_named(named, unit), "--static", unit)
     static = summary.get("static")
     if static is None:
         return None
     try:
-        return Rival(read_layers(static["skip"]), f"{folder / SUMMARY}, static.skip")
+        return Rival(_read(static["skip"], unit), f"{folder / SUMMARY}, static.skip", unit)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{folder / SUMMARY}: `static`: expected an object with the layers to leave out under `skip`, got "
@@ -109,9 +119,13 @@ def duel(rival: Rival, routed: Tensor, static: Tensor, keeps: tuple[float, float
     return Duel(rival.skip, rival.source, plain(interval), sentence)
 
 
-def _read_named(named: str | Sequence[int]) -> tuple[int, ...]:
+def _read(labels: Any, unit: Unit) -> tuple[Label, ...]:
+    return tuple(label_site(unit, site) for site in read_sites(unit, labels))
+
+
+def _read_named(named: str | Sequence[Label], unit: Unit) -> tuple[Label, ...]:
     try:
-        layers = read_layers([int(part) for part in named.split(",")] if isinstance(named, str) else named)
+        layers = _read(parse_labels(named) if isinstance(named, str) else named, unit)
     except ValueError:
         layers = ()
     if not layers:

@@ -12,10 +12,11 @@ from torch import Tensor
 from adaskip.batch import Batch
 from adaskip.recipe import Recipe
 from adaskip.runtime.attach import RoutedModel, build
+from adaskip.sites import name_sites
 from adaskip.stages import Stages
 from adaskip.survey.greedy import Path
 from adaskip.survey.plans import plan_costs
-from adaskip.survey.static import ROUNDING, Contest, as_plan, find_static, layer_savings, name_layers, start_logits
+from adaskip.survey.static import ROUNDING, Contest, as_plan, find_static, layer_savings, start_logits
 from adaskip.theory.tables import LayerMeasures
 from adaskip.training.dear import find_dear
 from adaskip.training.objective import Objective
@@ -60,7 +61,7 @@ def prepare(
     if plan is None:
         stages.note(f"no static plan keeps as little as objective.keep={keep:g}: the routers are compared with none")
         return Start(None, recipe.objective)
-    stages.note(f"the best static plan of objective.keep={keep:g} leaves out {name_layers(plan)}")
+    stages.note(f"the best static plan of objective.keep={keep:g} leaves out {name_sites(model.sites.labels(plan))}")
     if not section.start:
         return Start(plan, recipe.objective)
     begin_at(model, plan)
@@ -71,11 +72,14 @@ def _hold_dear(recipe: Recipe, model: RoutedModel, measured: LayerMeasures, save
     section, held = recipe.conditions, model.policy.held
     if section.hold_above is None or not section.nats:  # of no tolerance at all, no layer costs ten times as much
         return
-    found = find_dear(measured.kl, section.nats, section.hold_above, saved, recipe.objective.keep, held, section.level)
+    found = find_dear(
+        measured.kl, section.nats, section.hold_above, saved, recipe.objective.keep, held, section.level,
+        model.sites.label,
+    )  # fmt: skip
     if found.sentence:
         stages.note(found.sentence)
     if found.costs:
-        model.hold([*held, *found.costs])
+        model.hold(model.sites.labels([*held, *found.costs]))
 
 
 @torch.no_grad()
@@ -92,7 +96,7 @@ def price_budget(objective: Objective, model: RoutedModel, inputs: Sequence[Batc
     Where a layer costs nats, a multiplier that grows by hundredths a step holds nothing for as long as routers train:
     the layers that the plan leaves out come back.
     """
-    keep = torch.ones(len(model.spec.layers), dtype=torch.bool)
+    keep = torch.ones(len(model.sites), dtype=torch.bool)
     keep[list(plan)] = False
     costs = plan_costs(model, inputs, [keep])
     price = float(costs.kl.mean() / (1 - costs.keep.mean()).clamp(min=ROUNDING)) if plan else 0.0

@@ -50,7 +50,7 @@ def read_answers(model: RoutedModel, batches: Iterable[Batch], skip: Sequence[in
     Args:
         model: routed.
         batches: prompts with answers.
-        skip: the layers that the static plan leaves out; None: there is none.
+        skip: the sites that the static plan leaves out; None: there is none.
     """
     parts = [_read(model, batch.to(model.spec.device), skip) for batch in batches]
     return {side: join([part[side] for part in parts]) for side in parts[0]}

@@ -77,7 +77,7 @@ def finish_tokens(
     while True:
         model = build(backbone, plans.policy(count, target), ending.recipe.seed)
         plans.load(model.policy)  # type: ignore[arg-type]
-        model.hold(held)
+        model.hold(model.sites.labels(held))
         with stages(f"validating the plan of {count} steps"):
             judgement = judge(model, batches)
         budget = Budget(keep, judgement.figures["keep"], 0.0, plans.steps[-1].keep)

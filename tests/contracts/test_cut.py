@@ -83,6 +83,7 @@ def test_what_cannot_be_cut_is_told() -> None:
         ([True] * 3, r"expected a path of 4 booleans, got torch.bool of shape \(3,\)"),
         ([0, 1, 2, 3], r"got torch.int64"),
         (SkipPlan.static([0], unit="mlp"), "with unit 'mlp', group 'all' and phase 'both' a part of every layer"),
+        (SkipPlan.static([0], unit="sublayers"), "unit 'sublayers', .* a part of every layer still runs or may run"),
         (SkipPlan.static([9]), "layer 9 is outside the model"),
     ):
         with pytest.raises(ConfigError, match=told):

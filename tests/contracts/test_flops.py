@@ -30,7 +30,9 @@ from tests.routing import GREEDY, LENGTHS, caches, some_keep
 MIXED = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
 ALL = [(unit, "all", "absent") for unit in ("block", "attention", "mlp")]
 PICTURE = [*((unit, "vision", "absent") for unit in ("block", "mlp")), ("block", "vision", "kept")]
+HALVES = [("llama", "sublayers", "all", "absent"), ("llava", "sublayers", "vision", "kept")]
 CASES = [(name, *case) for name in toys.MAKERS for case in (*ALL, *(PICTURE if toys.make(name).images else ()))]
+CASES += [case for case in HALVES if case[0] in toys.MAKERS]
 REDONE = frozenset(["axk1", "deepseek_v2", "deepseek_v3", "doge", "glm4_moe_lite", "minicpm3", "youtu"])
 """Families that in every step make something anew of all that is cached: keys and values out of latents (doge: the
 weights of its mask out of values). The claim has it once a token, as it would be if it were kept; only their prefill is
@@ -75,8 +77,9 @@ def counted(layers: tuple[nn.Module, ...], call: Callable[[], Any]) -> tuple[Ten
 
 
 def claimed(flops: Flops) -> Tensor:
-    """float64 (3 l): all rows together."""
-    return torch.stack([flops.projections, flops.attention, flops.mlp]).sum(-1)
+    """float64 (3 l): all rows together, and the sites of each layer."""
+    parts = torch.stack([flops.projections, flops.attention, flops.mlp]).sum(-1)
+    return parts.unflatten(1, (LAYERS, -1)).sum(-1)
 
 
 def step(batch: dict[str, Tensor], cache: Any) -> dict[str, Any]:
@@ -99,7 +102,8 @@ def test_parts_are_what_ran_in_prefill_and_in_a_step(name: str, unit: Any, group
     assert (prefill > 0).all()
     for plan in (None, SkipPlan.static([0, 3], group, unit=unit, kv=kv)):
         policy = plan or RouterConfig(unit=unit, group=group, kv=kv)
-        model, routing = attach(toy.model, policy), None if plan else MIXED
+        model = attach(toy.model, policy)
+        routing = None if plan else torch.cat([MIXED, MIXED.roll(1, 0)])[: len(model.sites)]
         ran, out = counted(layers, lambda: model(**batch, routing=routing, use_cache=True))  # noqa: B023
         first, dense = (claimed(model.flops_by_part(dense)) for dense in (False, True))
         assert torch.equal(first, ran)
@@ -256,7 +260,7 @@ def routed(name: str, **config: Any) -> tuple[toys.Toy, RoutedModel]:
 def test_kv_bytes_are_what_the_cache_holds(name: str, unit: Any, group: Any, kv: Any) -> None:
     """Of ragged rows, after a prefill, a step, beams, and what was taken back; none without a cache."""
     toy, model = routed(name, unit=unit, group=group, kv=kv)
-    batch, keep = toy.batch(LENGTHS), some_keep(len(LENGTHS))
+    batch, keep = toy.batch(LENGTHS), some_keep(len(LENGTHS), unit)
     with torch.no_grad():
         cache = model(**batch, routing=keep, use_cache=True).past_key_values
         first = model.routing.kv_bytes

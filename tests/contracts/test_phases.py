@@ -30,6 +30,8 @@ CASES = [
             {"phase": "decode", "unit": "attention"},
             {"phase": "prefill", "unit": "mlp"},
             {"phase": "decode", "unit": "mlp"},
+            {"phase": "prefill", "unit": "sublayers", "kv": "kept"},
+            {"phase": "decode", "unit": "sublayers"},
             {"phase": "prefill", "scope": "token"},
             {"phase": "decode", "scope": "token"},
             {"phase": "decode", "scope": "token", "kv": "kept"},
@@ -67,7 +69,7 @@ class TestPhase:
     def test_training_equals_skipping(self, name: str, target: dict[str, Any]) -> None:
         toy, model = routed(name, target)
         batch, prompt = whole(toy)
-        for keep in (None, some_keep(len(LENGTHS))):
+        for keep in (None, some_keep(len(LENGTHS), target.get("unit", "block"))):
             skipped = model(**batch, prompt_mask=prompt, routing=keep).logits
             decided = model.routing.keep
             with model.soft():
@@ -90,7 +92,8 @@ class TestPhase:
         """Against a model whose layers all run and are overwritten where decisions say so, and torch's own count."""
         toy, model = routed(name, target)
         batch, prompt = whole(toy)
-        keep, unit = some_keep(len(LENGTHS)), target.get("unit", "block")
+        unit = target.get("unit", "block")
+        keep = some_keep(len(LENGTHS), unit)
         speaks = batch["attention_mask"].bool() & (prompt if target["phase"] == "prefill" else ~prompt)
         if target.get("group") == "vision":
             speaks &= batch["input_ids"] == families.IMAGE
@@ -98,7 +101,7 @@ class TestPhase:
             skipped = model(**batch, prompt_mask=prompt, routing=keep, use_cache=False).logits
         for index, gone in left.items():
             assert torch.equal(real(gone, batch), real(speaks & ~keep[index][:, None], batch))
-        assert len(left) == LAYERS
+        assert len(left) == len(model.sites)
         with model.dense(), masked(model, keep[..., None] | ~speaks, batch, unit, "all"):
             expected = model.backbone(**batch, use_cache=False).logits
         gap = (real(expected, batch) - real(skipped, batch)).abs().max()
@@ -121,7 +124,7 @@ class TestPhase:
         toy, model = routed(name, target)
         batch = toy.batch(LENGTHS)
         options: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
-        for keep in (None, some_keep(len(LENGTHS))):
+        for keep in (None, some_keep(len(LENGTHS), target.get("unit", "block"))):
             cached = model.generate(**batch, routing=keep, **options, **GREEDY)
             decided, rate = model.routing.keep, model.routing.keep_rate
             again = model.generate(**batch, routing=keep, **options, **GREEDY, use_cache=False)

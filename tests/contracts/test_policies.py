@@ -85,6 +85,11 @@ CASES = [
     if kind != "delask" or (target.get("unit") != "mlp" and "kv" not in target)  # no token leaves a layer
     if kind != "token_plan" or "phase" not in target  # a prompt alone has no tokens that would decide then
 ]
+CASES += [
+    (kind, name, {"unit": "sublayers"} | target)
+    for kind in ("coin", "learned", "path_bank", "static", "token_plan")
+    for name, target in (("llama", {}), ("llava", {"group": "vision", "kv": "kept"}))
+]
 
 
 def routed(kind: str, name: str, target: dict[str, Any]) -> tuple[families.Toy, adaskip.RoutedModel]:
@@ -155,7 +160,7 @@ class TestContract:
         model.save_pretrained(tmp_path)
         again = adaskip.RoutedModel.from_pretrained(tmp_path, families.make(name, "eager").model)
         assert type(again.policy) is type(model.policy)
-        assert again.policy.held == (2,)
+        assert again.policy.held == model.policy.held == (*model.sites.of(2),)
         assert kind != "coin" or again.policy.bias == 0.1
         assert torch.equal(again.generate(**batch, max_new_tokens=4, **GREEDY), expected)
         assert torch.equal(again.routing.keep, model.routing.keep)

@@ -14,6 +14,7 @@ from torch import Tensor
 from adaskip.errors import BackboneError, ConfigError
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.attach import RoutedModel, attach
+from adaskip.sites import Sites, Unit
 from tests import families
 from tests.families import (
     IMAGE,
@@ -36,6 +37,8 @@ CASES: list[Case] = [
     ("mlp", "all", "absent"),
     ("block", "vision", "absent"),
     ("block", "vision", "kept"),
+    ("sublayers", "all", "absent"),
+    ("sublayers", "all", "kept"),
 ]
 FEW = {"bloom": 0, "falcon": 1, "gemma2": 0, "gpt_oss": 0, "deepseek_v3": 2, "mistral": 1, "mixtral": 4, "qwen2_vl": 5}
 """Families that are in every run: ALiBi, soft caps, windows, sinks, latent keys, experts, M-RoPE; one case each."""
@@ -46,7 +49,7 @@ def cases() -> Iterator[Any]:
         for number, case in enumerate(CASES):
             if name in TOKEN_REFUSED or name in UNIT_REFUSED.get(case[0], ()) or (case[1] == "vision" and name in TEXT):
                 continue
-            if case[0] == "attention" and name in TOKEN_ATTENTION_REFUSED:
+            if case[0] in ("attention", "sublayers") and name in TOKEN_ATTENTION_REFUSED:
                 continue
             often = FEW.get(name) == number or (name == "llama") or (name == "llava" and case[1] == "vision")
             yield pytest.param(name, case, id="-".join((name, *case)), marks=() if often else (pytest.mark.slow,))
@@ -58,9 +61,9 @@ def routed(name: str, case: Case, attention: str = "eager") -> tuple[Toy, Routed
     return toy, decide(attach(toy.model, RouterConfig(scope="token", unit=unit, group=group, kv=kv)))  # type: ignore[arg-type]
 
 
-def drawn(batch: int, length: int, seed: int = 0) -> Tensor:
-    """bool (l b t): mixed, with a layer that every token runs and a row that runs nothing of another."""
-    keep = torch.rand(LAYERS, batch, length, generator=torch.Generator().manual_seed(seed)) > 0.5
+def drawn(batch: int, length: int, unit: Unit, seed: int = 0) -> Tensor:
+    """bool (s b t): mixed, with a site that every token runs and a row that runs nothing of another."""
+    keep = torch.rand(len(Sites(unit, LAYERS)), batch, length, generator=torch.Generator().manual_seed(seed)) > 0.5
     keep[2], keep[0, 1] = True, False
     return keep
 
@@ -82,7 +85,7 @@ def test_contract(name: str, case: Case) -> None:
         logits = model.routing.logits[:, model.routing.tokens].flatten().sort().values
         model.set_threshold(float(logits[len(logits) // 2 :][:2].mean()))
     options: dict[str, Any] = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
-    given = drawn(len(LENGTHS), batch["input_ids"].shape[1] + 2)
+    given = drawn(len(LENGTHS), batch["input_ids"].shape[1] + 2, unit)
     for keep in (None, given):
         with torch.no_grad():
             skipped = model(**batch, routing=keep).logits
@@ -105,7 +108,7 @@ def test_contract(name: str, case: Case) -> None:
     model(**batch).logits.float().logsumexp(-1).sum().backward()
     assert model.runtime.routing is not None
     assert model.runtime.routing.gates is not None
-    assert model.runtime.routing.gates.shape == (LAYERS, len(LENGTHS))
+    assert model.runtime.routing.gates.shape == (len(model.sites), len(LENGTHS))
     grads = [weight.grad for weight in model.routers.parameters()]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
     assert any(grad.abs().sum() > 0 for grad in grads)
@@ -120,7 +123,7 @@ def test_equals_computing_all_and_overwriting_what_was_to_be_left_out(case: Case
     toy, model = routed("llava" if case[1] == "vision" else "llama", case)
     for side in ("left", "right"):
         batch = toy.batch(LENGTHS, side)
-        keep = drawn(*batch["input_ids"].shape)
+        keep = drawn(*batch["input_ids"].shape, case[0])
         skipped = model(**batch, routing=keep).logits
         with model.dense(), masked(model, keep, batch, case[0], case[1]):
             reference = model.backbone(**batch).logits
@@ -133,16 +136,17 @@ def test_cost_and_cache_are_what_was_computed(case: Case) -> None:
     unit, group, kv = case
     toy, model = routed("llava" if group == "vision" else "llama", case)
     batch = toy.batch([8])  # of one row nothing is filled up
-    keep = drawn(2, batch["input_ids"].shape[1])[:, :1]
+    keep = drawn(2, batch["input_ids"].shape[1], unit)[:, :1]
     check_saving(model, batch, keep)
     batch = toy.batch(LENGTHS)
     valid = batch["attention_mask"].bool()
-    keep = drawn(*valid.shape)
+    keep = drawn(*valid.shape, unit)
     cache = model(**batch, routing=keep, use_cache=True).past_key_values
     ran = keep | (batch["input_ids"] != IMAGE) if group == "vision" else keep
     with model.dense():
         per_slot = slot_bytes(toy)
-    for layer, kept, one in zip(cache.layers, ran, per_slot, strict=True):
+    first = [model.sites.of(layer)[0] for layer in range(LAYERS)]  # of a layer's halves the attention
+    for layer, kept, one in zip(cache.layers, ran[first], per_slot, strict=True):
         whole = unit == "mlp" or kv == "kept" or bool(kept[valid].all())
         assert layer.nbytes() == one * (valid.numel() if whole else int((kept & valid).sum()))
 
@@ -212,4 +216,4 @@ def test_decisions_of_another_scope_are_refused() -> None:
     model.detach()
     prompt = attach(toy.model)
     with pytest.raises(ConfigError, match=r"expected keep of shape \(layers=4, batch\), got \(4, 1, 5\)"):
-        prompt(**toy.batch([5]), routing=drawn(2, 5)[:, :1])
+        prompt(**toy.batch([5]), routing=drawn(2, 5, "block")[:, :1])

@@ -20,12 +20,14 @@ from tests.families import EAGER_ONLY, IMAGE, LAYERS, TEXT, UNIT_REFUSED, VISION
 from tests.routing import GREEDY, LENGTHS, check_saving, decide, masked, real, slot_bytes, some_keep
 
 Case = tuple[str, str, str]  # unit, group, kv
-TEXT_CASES: list[Case] = [("attention", "all", "absent"), ("mlp", "all", "absent")]
+TEXT_CASES: list[Case] = [(unit, "all", "absent") for unit in ("attention", "mlp", "sublayers")]
 VISION_CASES: list[Case] = [
     ("block", "vision", "kept"),
     ("attention", "vision", "absent"),
     ("attention", "vision", "kept"),
     ("mlp", "vision", "absent"),
+    ("sublayers", "vision", "absent"),
+    ("sublayers", "vision", "kept"),
 ]
 BOTH_KERNELS = ("llama", "falcon", "llava")
 
@@ -60,7 +62,7 @@ def test_contract(name: str, case: Case, attention: str) -> None:
     assert (model.routing.keep_rate == 1).all()
     decide(model)
     options: dict[str, Any] = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
-    for keep in (None, some_keep(len(LENGTHS))):
+    for keep in (None, some_keep(len(LENGTHS), unit)):
         with torch.no_grad():
             skipped = model(**batch, routing=keep).logits
             decided, rate = model.routing.keep, model.routing.keep_rate
@@ -84,12 +86,12 @@ def test_contract(name: str, case: Case, attention: str) -> None:
 
 
 REFERENCES = [
-    *((name, (unit, "all", "absent")) for name in ("llama", "gpt2", "falcon") for unit in ("attention", "mlp")),
+    *((name, case) for name in ("llama", "gpt2", "falcon") for case in TEXT_CASES),
     *(
         (name, case)
         for name in ("llava", "qwen2_vl")
         for case in VISION_CASES
-        if case != ("attention", "vision", "absent")
+        if case not in (("attention", "vision", "absent"), ("sublayers", "vision", "absent"))
     ),
 ]
 
@@ -99,7 +101,7 @@ REFERENCES = [
 def test_equals_computing_all_and_overwriting_what_was_to_be_left_out(name: str, case: Case) -> None:
     """Without a hand of the runtime in it: hooks on the bare model."""
     toy, model = routed(name, case)
-    keep = some_keep(len(LENGTHS))
+    keep = some_keep(len(LENGTHS), case[0])
     for side in ("left", "right"):
         batch = toy.batch(LENGTHS, side)
         skipped = model(**batch, routing=keep).logits
@@ -114,6 +116,7 @@ def test_the_cost_is_what_was_computed(name: str, case: Case) -> None:
     toy, model = routed(name, case)
     batch = toy.batch([6, 6])
     keep = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    keep = torch.cat([keep, keep.roll(1, 0)])[: len(model.sites)]
     check_saving(model, batch, keep)
 
 
@@ -124,7 +127,7 @@ def test_the_cache_holds_what_the_unit_says(case: Case) -> None:
     unit, group, kv = case
     toy, model = routed("llava" if group == "vision" else "llama", case)
     batch = toy.batch(LENGTHS)
-    keep = some_keep(len(LENGTHS))
+    keep = some_keep(len(LENGTHS), unit)
     cache = model(**batch, routing=keep, use_cache=True).past_key_values
     width = batch["input_ids"].shape[1]
     text = ((batch["input_ids"] != IMAGE) & batch["attention_mask"].bool()).sum(1)
@@ -133,7 +136,8 @@ def test_the_cache_holds_what_the_unit_says(case: Case) -> None:
         rest = torch.full_like(text, width)
     with model.dense():
         per_slot = slot_bytes(toy)
-    for layer, row_keeps, one in zip(cache.layers, keep, per_slot, strict=True):
+    first = [model.sites.of(layer)[0] for layer in range(LAYERS)]  # of a layer's halves the attention
+    for layer, row_keeps, one in zip(cache.layers, keep[first], per_slot, strict=True):
         assert layer.nbytes() == one * int(torch.where(row_keeps, width, rest).sum())
 
 
@@ -141,7 +145,7 @@ def test_the_cache_holds_what_the_unit_says(case: Case) -> None:
 def test_beams_copies_and_files(case: Case, tmp_path: Path) -> None:
     name = "qwen2_vl" if case[1] == "vision" else "llama"
     toy, model = routed(name, case, "sdpa")
-    batch, keep = toy.batch([4, 6]), some_keep(2)
+    batch, keep = toy.batch([4, 6]), some_keep(2, case[0])
     options = {"max_new_tokens": 4, "num_beams": 3, **GREEDY}
     beams = model.generate(**batch, routing=keep, **options)
     assert torch.equal(beams, model.generate(**batch, routing=keep, **options, use_cache=False))
@@ -207,5 +211,5 @@ def test_keys_that_nobody_would_read_are_refused() -> None:
         RouterConfig(kv="kept")
     with pytest.raises(ConfigError, match="SkipPlan: kv='kept' says nothing for unit 'mlp'"):
         SkipPlan(unit="mlp", group="vision", kv="kept")
-    with pytest.raises(ConfigError, match=r"unit: expected block \| attention \| mlp, got 'atention'"):
+    with pytest.raises(ConfigError, match=r"unit: expected block \| attention \| mlp \| sublayers, got 'atention'"):
         RouterConfig(unit="atention")  # type: ignore[arg-type]

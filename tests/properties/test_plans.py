@@ -48,7 +48,7 @@ def requests(draw: st.DrawFn, names: list[str]) -> dict[str, Any]:
     config = draw(st.sampled_from(admitted(name)))
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
     share = st.sampled_from([0.0, 0.5, 1.0] if config.scope == "token" else [0.0, 1.0])
-    row = st.lists(share, min_size=LAYERS, max_size=LAYERS)
+    row = st.lists(share, min_size=len(config.sites(LAYERS)), max_size=len(config.sites(LAYERS)))
     return {
         "name": name,
         "config": config,
@@ -74,7 +74,7 @@ def check(
 ) -> None:
     """A prompt of these rows; with padding on the left, where generating is defined, also ``new`` tokens both ways.
 
-    ``shares`` (b l) says how many tokens of a row run a layer: none, all, or under scope ``token`` about half, drawn
+    ``shares`` (b s) says how many tokens of a row run a site: none, all, or under scope ``token`` about half, drawn
     one by one, the generated ones included.
     """
     toy, model = routed(name, config, attention)
@@ -82,7 +82,7 @@ def check(
     routing = torch.tensor(shares).T == 1
     if config.scope == "token":
         width = batch["input_ids"].shape[1] + new - 1
-        drawn = torch.rand(LAYERS, len(lengths), width, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.rand(len(model.sites), len(lengths), width, generator=torch.Generator().manual_seed(seed))
         routing = drawn < torch.tensor(shares).T[..., None]
     real = batch["attention_mask"].bool()
     skipped = model(**batch, routing=routing).logits

@@ -26,6 +26,7 @@ ORDER = [
     "batch",
     "demo",
     "sources",
+    "sites",
     "plan",
     "backbone",
     "theory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import adaskip
 from adaskip.errors import ConfigError
-from adaskip.methods import gm_skip, skip_it, uniform
+from adaskip.methods import gm_skip, knapspec, skip_it, uniform
 from adaskip.methods.budget import prefix
 from adaskip.methods.evidence import Evidence
 from adaskip.methods.method import METHODS, find
@@ -93,6 +94,46 @@ def test_rules_by_hand(name: str, expected: tuple[int, ...]) -> None:
     """Two of four equal layers go; catches a rule that reads another figure, or goes by the largest."""
     evidence = weighed(EVEN, geometry=tuple(GEOMETRY), single=torch.tensor([0.1, 0.4, 0.3, 0.2]))
     assert find(name).choose(evidence, 0.5, 0) == expected
+
+
+def test_knapspec_solves_its_knapsack() -> None:
+    """Against every subset; catches an item taken twice, and greed: two of weight 2 beat the cheapest of weight 3."""
+    costs, weights = [3.0, 1.0, 1.2, 0.9, 2.0], [3, 2, 2, 1, 4]
+    for needed, path in enumerate(knapspec.knapsacks(costs, weights)):
+        subsets = [items for count in range(6) for items in combinations(range(5), count)]
+        enough = [items for items in subsets if sum(weights[i] for i in items) >= needed]
+        assert sum(weights[i] for i in path) >= needed
+        assert sum(costs[i] for i in path) == pytest.approx(min(sum(costs[i] for i in items) for items in enough))
+    assert needed == sum(weights)
+    # .25 of the FLOPs are to go: site 3 saves them at .5, and takes 6 of 10 seconds; sites 1 and 2 take fewer at less
+    figures = {"strays": torch.tensor([0.9, 0.1, 0.2, 0.5]), "seconds": torch.tensor([2.0, 1.0, 1.0, 6.0])}
+    assert find("knapspec").choose(weighed([0.3, 0.2, 0.2, 0.3], **figures), 0.75, 0) == (1, 2)
+    slow = {"strays": figures["strays"], "seconds": torch.tensor([8.0, 1.0, 0.1, 8.0])}
+    assert find("knapspec").choose(weighed([0.3, 0.0, 0.0, 0.3], **slow), 0.75, 0) == (3,)
+
+
+def test_ada_skip_ranks_halves_by_how_little_they_turn() -> None:
+    """Catches a rank by the cost, and one of whole layers."""
+    evidence = weighed([0.1, 0.3] * 2, turns=torch.tensor([0.3, 0.1, 0.2, 0.4]))
+    assert find("ada_skip").choose(evidence, 0.7, 0) == (1,)
+    assert find("ada_skip").choose(evidence, 0.65, 0) == (1, 2)
+
+
+def test_methods_over_halves_make_plans_of_halves() -> None:
+    """On a toy; catches sites that get out as layers, and evidence of blocks taken for one of halves."""
+    inputs = tuning.batches(4, rows=1)
+    model = adaskip.attach(toys.make("llama").model, find("knapspec").empty("all"))
+    halves = Evidence(model, lambda rows: [inputs[row] for row in rows], 4)
+    for name in ("ada_skip", "knapspec", "greedy_halves"):
+        plan = find(name).policy(halves, 0.8)
+        assert plan.unit == "sublayers"
+        assert plan.skip
+        assert {label.split(".")[1] for label in plan.skip} <= {"attention", "mlp"}
+        assert halves.keeps(tuple((~plan.keep(4)).nonzero().flatten().tolist())) <= 0.8 + 1e-9
+    with pytest.raises(
+        ConfigError, match=r"expected evidence of unit='block', got 'sublayers'; attach find\('greedy'\)"
+    ):
+        find("greedy").policy(halves, 0.8)
 
 
 def test_fastv_keeps_the_share_that_the_budget_leaves() -> None:

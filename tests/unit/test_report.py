@@ -93,7 +93,7 @@ def written(tmp_path_factory) -> Path:
 def told(monkeypatch) -> Callable[[Path], str]:
     """Write a report without its pictures, which take long, and return its text."""
     for builder in ("keep_heat_map", "training_plot", "conditions_plot"):
-        monkeypatch.setattr(report, builder, lambda data, path: Figure())
+        monkeypatch.setattr(report, builder, lambda data, path, **named: Figure())
     return lambda run: report.write(run).read_text(encoding="utf-8")
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaskip.errors import did_you_mean
-from adaskip.plan import Target, read_count, read_count_or_none, read_layers, read_number
+from adaskip.plan import Target, read_count, read_count_or_none, read_number
+from adaskip.sites import Label
 
 FEATURES = ("mean", "directions", "standardised")
 
@@ -32,7 +33,7 @@ class RouterConfig(Target):
         hidden: width of each router's hidden layer; 0: none, the logit is linear in the normalised features.
         keep_bias: every router's logit before training; positive, so that training starts from the dense model.
         threshold: a layer runs where its router's logit exceeds this value.
-        held: layers that run whatever their router says.
+        held: layers that run whatever their router says; of unit ``sublayers`` also halves, such as ``"4.attention"``.
 
     Raises:
         ConfigError: a value outside its set or range; all faults at once.
@@ -45,7 +46,7 @@ class RouterConfig(Target):
     hidden: int = 64
     keep_bias: float = 2.0
     threshold: float = 0.0
-    held: tuple[int, ...] = ()
+    held: tuple[Label, ...] = ()
 
     def _faults(self) -> list[str]:
         faults = super()._faults()
@@ -55,7 +56,7 @@ class RouterConfig(Target):
                 "hidden": read_count,
                 "keep_bias": read_number,
                 "threshold": read_number,
-                "held": read_layers,
+                "held": self.read_labels,
             }
         )
         if self.features not in FEATURES:

@@ -15,13 +15,17 @@ from adaskip.policies.features import directions, mean_weights, pool, without_fi
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.policies.learned.heads import build_heads
 from adaskip.policy import Policy
+from adaskip.sites import Sites, read_sites
 
 if TYPE_CHECKING:
     from adaskip.runtime.request import Request
 
 
 class Learned(Policy):
-    """Decide by one router a layer, trained by `adaskip.RouterTuner` or fitted from bounds.
+    """Decide by one router a site, trained by `adaskip.RouterTuner` or fitted from bounds.
+
+    Of unit ``sublayers`` a layer has two, one for its attention and one for its MLP: each is trained, held and started
+    by itself, as every other is, and what they look at is read once for both.
 
     Args:
         config: what they decide and how they are built; default `RouterConfig()`.
@@ -35,11 +39,12 @@ class Learned(Policy):
         config = RouterConfig.from_dict(fields) if config is None else replace(config, **fields)
         super().__init__(config)
         self.config = config
-        self.threshold, self.held = config.threshold, config.held
+        self.threshold, self.held = config.threshold, read_sites(config.unit, config.held)
         self.heads = nn.ModuleList()
+        self.sites: Sites = config.sites(0)
 
     def build(self, spec: BackboneSpec, seed: int) -> None:
-        """Make one head a layer: the same for the same seed, whatever else drew random numbers before.
+        """Make one head a site: the same for the same seed, whatever else drew random numbers before.
 
         Raises:
             ConfigError: the model does not have the layer ``entry``.
@@ -52,21 +57,27 @@ class Learned(Policy):
             kinds += bool(spec.vision_ids)  # text and vision are pooled apart
             kinds += config.features != "mean"  # the last token, beside them
         standard = config.features == "standardised"
-        self.heads = build_heads(layers, spec.width, kinds, config.hidden, config.keep_bias, seed, standard)
+        self.sites = self.target.sites(layers)
+        self.heads = build_heads(len(self.sites), spec.width, kinds, config.hidden, config.keep_bias, seed, standard)
         self.to(spec.device)
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Return float32 logits (b), or (b t) under scope ``token``, from states that carry no gradient."""
-        entry = self.config.entry
         with torch.autocast(states.device.type, enabled=False):
-            if entry is None or layer <= entry:
-                seen = self._see(states.detach(), request)
-                if layer == entry:
-                    request.memo["seen"] = seen
-            else:
-                seen = request.memo["seen"]
-            logits: Tensor = self.heads[layer](seen)
+            logits: Tensor = self.heads[layer](self._seen(self.sites.layer(layer), states, request))
         return logits if request.deciding is None else logits.view(len(states), -1)
+
+    def _seen(self, layer: int, states: Tensor, request: Request) -> Tensor:
+        """Return what the heads of a layer read, made once for all of them, and from the entry on once for all."""
+        entry, memo = self.config.entry, request.memo
+        if entry is not None and layer > entry:
+            seen: Tensor = memo["entry"]
+            return seen
+        if memo.get("layer") != layer:
+            memo["layer"], memo["seen"] = layer, self._see(states.detach(), request)
+        if layer == entry:
+            memo["entry"] = memo["seen"]
+        return memo["seen"]  # type: ignore[no-any-return]
 
     def _see(self, states: Tensor, request: Request) -> Tensor:
         """Return what a head reads of states (b t d): float32 (b k d), or (b*t 1 d) under scope ``token``."""
