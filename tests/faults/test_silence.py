@@ -57,6 +57,7 @@ def test_train_without_a_bar_names_every_stage(tmp_path: Path) -> None:
     heard = Heard()
     train(load("digits-vlm", [*SHORT, f"output={tmp_path / 'run'}"]), stages=heard)
     assert heard.begun() == [
+        "reading digits-vlm",
         "loading digits-vlm",
         "measuring 12 layers on 18 validation inputs",
         "pricing 12 layers on 36 calibration inputs",

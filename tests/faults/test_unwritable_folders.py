@@ -74,7 +74,7 @@ def test_an_answer_needs_no_room(run: Path, tmp_path: Path, monkeypatch: pytest.
     (copied / "evaluation.json").write_text("{}")
     monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
     monkeypatch.setattr("adaskip.verbs.generate.write_json", no_room)
-    result = Answer("w1", "w2", "w2", None, 0.5, (True, False), 4, ())
+    result = Answer("w1", "w2", "w2", None, 0.5, (True, False), 2, 4, ())
     _store(Run(copied, load("digits-vlm"), None, None), result)  # type: ignore[arg-type]
     assert (copied / "evaluation.json").read_text() == "{}"
 

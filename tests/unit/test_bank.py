@@ -10,7 +10,8 @@ import torch
 
 import adaskip
 from adaskip.errors import ConfigError, DataError
-from adaskip.plan import SkipPlan
+from adaskip.plan import SkipPlan, Target
+from adaskip.sites import Sites
 from adaskip.survey import bank
 from adaskip.survey.bank import choose, find_bank, lowest_price
 from adaskip.survey.greedy import greedy_paths
@@ -113,7 +114,7 @@ def found_on(monkeypatch: pytest.MonkeyPatch, single: torch.Tensor, guess=None, 
     monkeypatch.setattr(bank, "describe", lambda model, rows, entry: features[list(rows)])
     if guess is not None:
         monkeypatch.setattr(bank, "fit_predictor", lambda x, costs: (fit_predictor(x, costs)[0], guess(costs)))
-    model = SimpleNamespace(policy=SimpleNamespace(held=held), spec=SimpleNamespace(layers=range(LAYERS)))
+    model = SimpleNamespace(policy=SimpleNamespace(held=held), sites=Sites("block", LAYERS), target=Target())
     options = {"keep": 0.75, "entry": 1, "groups": 0, "paths": 4} | settings
     return features, find_bank(model, lambda rows: [rows], len(single), **options)
 
@@ -195,7 +196,7 @@ def test_paths_are_planned_on_inputs_from_all_over_the_data(monkeypatch: pytest.
     with monkeypatch.context() as patch:
         found_on(patch, single)
         patch.setattr(bank, "exact_prices", asking)
-        model = SimpleNamespace(policy=SimpleNamespace(held=()), spec=SimpleNamespace(layers=range(LAYERS)))
+        model = SimpleNamespace(policy=SimpleNamespace(held=()), sites=Sites("block", LAYERS), target=Target())
         find_bank(model, lambda rows: [rows], INPUTS, keep=0.75, entry=1, groups=0, sample=10)
     assert [*asked[0]] == [*range(0, INPUTS, 4)]
 

@@ -399,7 +399,10 @@ def test_export(adaskip, fake, folder, tmp_path):
     calls = fake("adaskip.verbs.export", export={"folder": "out", "files": ["a", "b"]})
     status, out, _ = adaskip("export", folder, tmp_path / "out", "--json")
     assert (status, parsed(out)["files"]) == (0, ["a", "b"])
-    assert calls == [("export", (folder, tmp_path / "out"), {})]
+    ((_, given, named),) = calls
+    assert (given, named["cut"]) == ((folder, tmp_path / "out"), False)
+    adaskip("export", folder, tmp_path / "out", "--cut")
+    assert calls[1][2]["cut"] is True
 
 
 @pytest.mark.parametrize("verb", [["eval"], ["check"], ["calibrate"], ["generate", "--prompt", "x"], ["export", "out"]])

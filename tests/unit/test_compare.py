@@ -181,10 +181,10 @@ def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypa
         verb, "measure_cell", lambda *args, **named: measured.append(named["policy"]) or real(*args, **named)
     )
     splits: list[tuple[str, int]] = []
-    records = subject.load_records
+    records = subject.read_split
     monkeypatch.setattr(
         subject,
-        "load_records",
+        "read_split",
         lambda *args: splits.append((args[1], args[2])) or records(*args),  # who fits never judges
     )
     found = adaskip.compare("digits-vlm", policies=["early_exit", "attention_mass"], output=tmp_path, **SMALL)
