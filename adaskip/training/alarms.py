@@ -1,7 +1,7 @@
 """Tell routers that have collapsed from routers that learn: three alarms, each a pure function of a look's tensors.
 
     saturated   |logit - threshold| beyond 8 for every input: the gate has no slope left, so nothing is learned there
-    dear        a layer that never runs, though skipping it alone costs more than ten times what it may
+    dear        a layer that most inputs leave out, though that alone costs them more than ten times what it may
     deaf        one path for every input, though several layers are free to differ: that is a static plan
 
 None of them shows in the keep rate, which a collapsed router meets like any other. A layer that is cheap to leave out
@@ -74,17 +74,18 @@ def find_alarms(
     Args:
         logits: float (l n), of every layer for every input; under scope ``token`` the mean over its tokens.
         keep: bool (l n), what was decided.
-        costs: (l) mean exact cost of skipping each layer alone, nats per predicted token.
+        costs: (l n) exact cost of skipping each layer alone for each input, nats per predicted token.
         tolerance: what one skip may cost.
         held: layers that run whatever their routers say.
         threshold: a layer runs where its logit is above this.
         settled: the budget is asked for in full; before that one path for all is no wonder.
         label: what a layer, or a half of one, is called.
     """
+    mean = costs.double().mean(1)
     found = [
-        saturated(logits - threshold, costs, tolerance, held, label),
+        saturated(logits - threshold, mean, tolerance, held, label),
         dear(keep, costs, tolerance, held, label),
-        deaf(logits, keep, costs, tolerance, held, label) if settled else None,
+        deaf(logits, keep, mean, tolerance, held, label) if settled else None,
     ]
     return tuple(alarm for alarm in found if alarm is not None)
 
@@ -115,16 +116,25 @@ def saturated(
 def dear(
     keep: Tensor, costs: Tensor, tolerance: float, held: Sequence[int] = (), label: Callable[[int], Label] = int
 ) -> Alarm | None:
-    """Alarm where a layer never runs, keep bool (l n), though skipping it alone costs more than ten tolerances."""
-    never = ~keep.any(1) & (costs > DEAR * tolerance)
-    layers = [layer for layer in _free(len(costs), held) if never[layer]]
+    """Alarm where most inputs leave out a layer, keep bool (l n), at costs (l n) beyond ten tolerances in their mean.
+
+    A few inputs that run it after all do not make the routers of the others learn: it is most of them that count.
+    """
+    skipped = (~keep).double()
+    count = skipped.sum(1)
+    charged = (skipped * costs).sum(1) / count.clamp(min=1)
+    dearly = (2 * count > keep.shape[1]) & (charged > DEAR * tolerance)
+    layers = [layer for layer in _free(len(costs), held) if dearly[layer]]
     if not layers:
         return None
-    named = ", ".join(f"{label(layer)} ({float(costs[layer]):.3g} nats)" for layer in layers)
+    named = ", ".join(
+        f"{label(layer)} (by {int(count[layer])} of {keep.shape[1]} inputs, {float(charged[layer]):.3g} nats)"
+        for layer in layers
+    )
     return Alarm(
         "dear",
         tuple(map(label, layers)),
-        f"never run on {keep.shape[1]} inputs: {_layers(layers)} {named}, though skipping one costs more than "
+        f"most inputs leave out {_layers(layers)} {named}, though skipping one alone costs them more than "
         f"{DEAR:g} tolerances ({DEAR * tolerance:.3g} nats)",
     )
 

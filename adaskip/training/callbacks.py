@@ -278,7 +278,7 @@ class ConditionCheck(lightning.Callback):
             look = replace(look, gauge=reading, together=Reading.of(together))
         if logits is None:  # a plan, or another policy that decides without any
             return look
-        exact, threshold = measured.kl.double().mean(0), model.policy.threshold
+        exact, threshold = measured.kl.T, model.policy.threshold
         alarms = find_alarms(logits, costs["keep"], exact, self.tolerance, held, threshold, settled, sites.label)
         return replace(look, routers=describe(logits, costs["keep"], held), alarms=alarms)
 
