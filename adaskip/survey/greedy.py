@@ -25,8 +25,9 @@ def greedy_paths(
     width: int,
     enough: Callable[[Path], bool] = lambda path: False,
     saves: Tensor | None = None,
+    start: Path = (),
 ) -> list[tuple[Path, float]]:
-    """Return paths of 1 to ``skips`` layers, each the one before with one more, and their mean costs to these inputs.
+    """Return paths of up to ``skips`` layers, each the one before with one more, and their mean costs to these inputs.
 
     Costs ``width`` paths on the inputs for every layer after the first.
 
@@ -38,13 +39,15 @@ def greedy_paths(
         width: so many layers are tried each time, those that cost least when they were last tried.
         enough: whether a path leaves out enough, so that it is the last one.
         saves: (l) what leaving out each saves: an attention saves less than an MLP, and may cost less. None: all alike.
+        start: what is gone already; the first path has one more.
     """
     marginal = single.double().clone()
     weight = torch.ones_like(marginal) if saves is None else saves.double().clamp(min=1e-12)
     weight = weight / weight.max()  # exactly 1 where all save the same
-    path: Path = ()
-    before, found = 0.0, []
-    while len(path) < min(skips, int(single.isfinite().sum())):
+    marginal[list(start)] = torch.inf
+    path, found = start, []
+    before = float(price([start], rows).double().mean()) if start else 0.0
+    while len(path) < skips and bool(marginal.isfinite().any()):
         options = (marginal / weight).argsort()[:width]
         options = options[marginal[options].isfinite()]
         if path:

@@ -22,6 +22,7 @@ from adaskip.sites import Label, Unit, label_site, name_sites
 from adaskip.survey.greedy import Path, exact_prices, greedy_paths
 from adaskip.survey.plans import PlanCosts, run_plan
 from adaskip.survey.record import match_predicted, record
+from adaskip.survey.refine import refine_path
 from adaskip.theory.intervals import Interval, paired_difference
 
 ROUNDING = 1e-9
@@ -58,7 +59,7 @@ def find_static(
 
     The fewest layers, chosen greedily, that bring the mean keep rate down to ``keep``; layers that the model holds
     stay. None where not even leaving out all of the others does. Costs about ``width`` plans for every layer left out
-    after the first.
+    after the first. Halves of layers, which save more or less, are exchanged with others once the budget holds.
 
     Args:
         model: attached; whatever decides in it, only its execution is used.
@@ -85,7 +86,11 @@ def find_static(
     if kept(tuple(means.isfinite().nonzero().flatten().tolist())) > keep + ROUNDING:
         return None
     price = exact_prices(model, lambda rows: batches)
-    return greedy_paths(price, range(len(single)), means, len(means), width, enough, saves)[-1][0]
+    rows = range(len(single))
+    found = greedy_paths(price, rows, means, len(means), width, enough, saves)[-1]
+    if model.target.unit == "sublayers":
+        found = refine_path(price, rows, found, means, width, enough, saves)
+    return found[0]
 
 
 def as_plan(skip: Path, target: Target) -> SkipPlan:

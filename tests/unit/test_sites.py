@@ -17,6 +17,7 @@ from adaskip.plan import SkipPlan, Target
 from adaskip.recipe import load
 from adaskip.runtime.cost import CostModel
 from adaskip.sites import Sites, read_sites
+from adaskip.survey import static
 from adaskip.survey.greedy import greedy_paths
 from adaskip.survey.halves import last_strays, site_seconds, site_turns
 from adaskip.survey.skips import measure_skips
@@ -163,6 +164,18 @@ def test_the_search_takes_halves_and_weighs_what_they_save() -> None:
     kept = adaskip.attach(model.detach(), as_plan(found, model.target))
     kept(**rows[0].arguments())
     assert float(kept.routing.keep_rate.mean()) <= 0.6 + 1e-9
+
+
+def test_the_search_exchanges_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The half that is cheapest alone is dear beside every other; catches a search that ends with greed."""
+    model = adaskip.attach(toys.make("llama").model, SkipPlan(**HALVES))
+    single = torch.tensor([[0.1, 0.2, 0.2, 0.9, 0.9, 0.9, 0.9, 0.9]]).double()
+
+    def price(paths: Any, rows: Any) -> torch.Tensor:
+        return torch.stack([single[0, list(path)].sum() + (0 in path) * (len(path) - 1) for path in paths])[None]
+
+    monkeypatch.setattr(static, "exact_prices", lambda *_: price)
+    assert find_static(model, [], single, torch.full((1, 8), 0.125).double(), 0.75, width=8) == (1, 2)
 
 
 @torch.no_grad()
