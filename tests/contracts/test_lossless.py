@@ -35,19 +35,22 @@ def dense(model: RoutedModel, batch: dict[str, Tensor], **options: Any) -> Any:
         return model.generate(**batch, **options)
 
 
+@pytest.mark.parametrize("batches", [16, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_greedy_tokens_are_the_dense_models(name: str) -> None:
-    """Rows of any length, drafts of any length, some accepted and some refused; with 80 prompts a model.
+def test_greedy_tokens_are_the_dense_models(name: str, batches: int) -> None:
+    """Rows of any length, drafts of any length, some accepted and some refused; with 80 or 500 prompts a model.
 
-    It fails where a refused token is kept, where the token after a draft is the drafter's, or where drafts' keys stay.
+    In every other batch rows end at an end token. It fails where a refused token is kept, where the token after a draft
+    is the drafter's, or where drafts' keys stay.
     """
     toy, model = drafting(name, NAMES[name])
     accepted = refused = 0
-    for seed in range(16):
+    for seed in range(batches):
         batch = toy.batch(LENGTHS, seed=seed)
-        expected = dense(model, batch, **NEW)
+        options = NEW | (OPTIONS["an end token"] if seed % 2 else {})
+        expected = dense(model, batch, **options)
         for lossless in (True, 1 + seed % 5):
-            assert torch.equal(model.generate(**batch, **NEW, lossless=lossless), expected), (seed, lossless)
+            assert torch.equal(model.generate(**batch, **options, lossless=lossless), expected), (seed, lossless)
         accepted += model.lossless.accepted  # of drafts of a given length; others depend on the machine's speed
         refused += model.lossless.tried - model.lossless.accepted
     assert accepted > 10
@@ -77,10 +80,10 @@ def test_sublayers_draft_too(unit: str) -> None:
     assert model.lossless.tried
 
 
-@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize(("rows", "each"), [(1, 20), (12, 20), pytest.param(12, 84, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["plan", "routers"])
-def test_questions_of_the_demo(rows: int, policy: str) -> None:
-    """240 real questions on a trained model, one by one and in batches, along a plan and along routers' own paths."""
+def test_questions_of_the_demo(rows: int, each: int, policy: str) -> None:
+    """120 or 504 real questions on a trained model, one by one and in batches, along a plan or routers' paths."""
     base, processor = load()
     model = attach(base, SkipPlan.static([2, 5, 7]) if policy == "plan" else RouterConfig())
     if policy == "routers":
@@ -88,8 +91,8 @@ def test_questions_of_the_demo(rows: int, policy: str) -> None:
         for head in model.routers:
             torch.nn.init.normal_(head.outer.weight, std=2.0)
             torch.nn.init.normal_(head.outer.bias, mean=0.0, std=0.3)
-    questions, collate = examples("test", 20, seed=5), Collator(processor, answers=False)
-    assert len(questions) >= 120
+    questions, collate = examples("test", each, seed=5), Collator(processor, answers=False)
+    assert len(questions) == 6 * each
     paths = set()
     for begin in range(0, len(questions), rows):
         inputs = collate(questions[begin : begin + rows]).inputs
