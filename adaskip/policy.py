@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from adaskip.errors import ConfigError, did_you_mean
@@ -113,13 +112,13 @@ class Policy(nn.Module):
         """Return the states (b t d) that enter the first layer in place of these; a row's may depend on it alone."""
         return states
 
-    def forget(self, request: Request) -> Tensor:
-        """Return bool (b t): tokens of the prompt whose keys and values go from every layer once the prompt is read.
+    def forget(self, request: Request) -> Tensor | None:
+        """Return bool (b t): tokens of the prompt whose keys and values go from every layer once it is read; or None.
 
         What stands behind the prompt never sees them, in a pass without a cache neither. Asked once a request, after
         its first layer has been decided.
         """
-        return torch.zeros_like(request.prompt)
+        return None
 
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Decide who runs a layer. A row's decision may depend on that row alone, and on no token behind its prompt.

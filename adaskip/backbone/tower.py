@@ -1,8 +1,8 @@
 """What the class token of a vision tower attends to, seen while the tower runs, whatever kernel computes it.
 
-    tower        cls patch patch patch patch       one picture, four patches: the class token's line of the attention
-    attention     .9   .1    .4    .2    .4         weights, summed over two heads
-    prompt       text  v     v     v     v  text   each patch becomes a vision token, in order: .1 .4 .2 .4 are theirs
+tower        cls patch patch patch patch       one picture, four patches: the class token's line of the attention
+attention     .9   .1    .4    .2    .4         weights, summed over two heads
+prompt       text  v     v     v     v  text   each patch becomes a vision token, in order: .1 .4 .2 .4 are theirs
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def spread_attention(seen: Sequence[Tensor], vision: Tensor) -> Tensor:
             everywhere[rows] = found.to(vision.device)
             return everywhere.repeat_interleave(repeats, 0)
     raise DataError(
-        f"vision tokens: expected one for each patch of the vision tower, got {tokens} for {len(patches)} patches; pass "
-        "the processor's pixel_values along with the prompt, and where a model merges patches or cuts pictures up, "
-        "choose a policy that reads no tower, such as adaskip.policies.FastV()"
+        f"vision tokens: expected one for each patch of the vision tower, got {tokens} for {len(patches)} patches; "
+        "pass the processor's pixel_values along with the prompt, and where a model merges patches or cuts pictures "
+        "up, choose a policy that reads no tower, such as adaskip.policies.FastV()"
     )

@@ -24,8 +24,8 @@ def choose(evidence: Evidence, keep: float, seed: int) -> SkipVision:
 
     for count in range(steps, 0, -1):
         if kept(count / steps) <= keep + ROUNDING:
-            # the two published shares, in their proportion
-            return SkipVision(*(share / (KEPT + LEFT) * count / steps for share in (KEPT, LEFT)))
+            share = count / steps / (KEPT + LEFT)  # the two published shares, in their proportion
+            return SkipVision(KEPT * share, LEFT * share)
     least = kept(1 / steps) if steps else 1.0
     raise ConfigError(f"keep={keep:g}: expected at least {least:.3f}, with one vision token in the MLPs")
 
@@ -38,7 +38,7 @@ METHOD = Method(
     groups=("vision",),
     unit="sublayers",
     looks="states",
-    ours="the shares follow from the budget, in their published proportion; what frees keys saves nothing in the prompt "
-    "and is not counted on; a summary takes the place of the token that others are merged into, weighted by similarity, "
-    "nothing of it trained; one merge, not pair by pair; published with a fine-tuned model, here the backbone is frozen",
+    ours="the shares follow from the budget, in their published proportion; a summary takes the place of the token "
+    "that others are merged into, weighted by similarity and not by training; one merge, not pair by pair; published "
+    "with a fine-tuned model, here the backbone is frozen",
 )

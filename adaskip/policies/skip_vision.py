@@ -1,11 +1,11 @@
 """Skip-Vision: most vision tokens take part in attention alone, what they hold is summed up, and their keys go.
 
-    patch            1 2 3 4 5 6 7 8
-    class attention  9 1 8 2 1 3 2 1       ranks the patches: 1 and 3 are kept
-    the others         |   | | | | |       those most like all the others are merged: 4 into 2, 5 7 8 into 6
-    run the MLP      # # # . . # . .       2 and 6 now hold a summary of their groups
-    attention        # # # # # # # #
-    keys, later      # # #     #           an answer attends to those that ran the MLPs
+patch            1 2 3 4 5 6 7 8
+class attention  9 1 8 2 1 3 2 1       ranks the patches: 1 and 3 are kept
+the others         |   | | | | |       those most like all the others are merged: 4 into 2, 5 7 8 into 6
+run the MLP      # # # . . # . .       2 and 6 now hold a summary of their groups
+attention        # # # # # # # #
+keys, later      # # #     #           an answer attends to those that ran the MLPs
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ class SkipVision(Policy):
             return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return ~groups.merged.to(states.device)
 
-    def forget(self, request: Request) -> Tensor:
-        """Return bool (b t): the tokens that are merged, or those that made decisions take out of an MLP."""
+    def forget(self, request: Request) -> Tensor | None:
+        """Return bool (b t): the tokens that are merged; where decisions are given, those that leave an MLP."""
         groups: Groups | None = request.memo.get("groups")
-        return torch.zeros_like(request.prompt) if groups is None else groups.merged.to(request.prompt.device)
+        return None if groups is None else groups.merged.to(request.prompt.device)
 
     @torch.no_grad()
     def _groups(self, states: Tensor, request: Request) -> Groups | None:
@@ -155,7 +155,7 @@ class SkipVision(Policy):
 
     def _find(self, states: Tensor, request: Request) -> Groups | None:
         vision = request.tokens.vision
-        if vision is None or request.threshold <= KEEP_ALL:
+        if vision is None or request.answering or request.threshold <= KEEP_ALL:
             return None
         there = (vision & request.prompt).to(states.device)
         if not bool(there.any()):
@@ -164,7 +164,7 @@ class SkipVision(Policy):
         groups = group_tokens(attention, states, there, self.kept, self.left)
         if request.fixed is None:
             return groups
-        # decisions that were made before say who leaves; none of them has another group than it had
+        # decisions made beforehand say who leaves; what is left sums up those of its group among them
         return Groups(groups.kept, groups.left, there & ~request.fixed.all(0).to(there.device), groups.into)
 
     def to_dict(self) -> dict[str, Any]:

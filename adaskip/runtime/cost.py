@@ -235,11 +235,12 @@ class Ledger:
         run = torch.zeros(*cost.token.shape, len(past), dtype=torch.float64)
         skip = torch.zeros_like(run)
         for chunk, (always, routed) in enumerate([*self.chunks, *self._singles()]):
-            both, ran, gone = (always | routed).sum(1).cpu(), always.sum(1).cpu(), 0
+            both, ran = (always | routed).sum(1).cpu(), always.sum(1).cpu()
+            gone = torch.zeros_like(both)
             if keep is not None:
                 here = keep[..., place : place + routed.shape[1]] & routed
                 ran = ran + here.sum(-1).cpu()
-                gone = (here & self.lost[chunk]).sum(-1).cpu() if chunk in self.lost else 0
+                gone = (here & self.lost[chunk]).sum(-1).cpu() if chunk in self.lost else gone
             run += cost.chunk(both, past)
             skip += cost.skipped(ran, both, past_ran, past)
             place, past, past_ran = place + always.shape[1], past + both, past_ran + ran - gone

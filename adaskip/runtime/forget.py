@@ -1,11 +1,11 @@
 """Keys that go once the prompt is read: hidden from the answer within one pass, freed in a cache for those that follow.
 
-    patch 2 is forgotten         prompt + answer in one pass         the cache, after a pass of the prompt
-    queries  p1 p2 t  a  a       p1  #                                positions   0 1 2
-    keys     p1 p2 t  a  a       p2  # #                              kept        0 . 2   -> keys (h 2 d), index 0 2
-                                 t   # # #                            the answer attends to what is there
-                                 a   # . # #
-                                 a   # . # # #
+patch 2 is forgotten         prompt + answer in one pass         the cache, after a pass of the prompt
+queries  p1 p2 t  a  a       p1  #                                positions   0 1 2
+keys     p1 p2 t  a  a       p2  # #                              kept        0 . 2   -> keys (h 2 d), index 0 2
+                             t   # # #                            the answer attends to what is there
+                             a   # . # #
+                             a   # . # # #
 """
 
 from __future__ import annotations
@@ -27,21 +27,20 @@ from adaskip.runtime.segment import WHOLE, Memo, take
 class Forgotten:
     """Hold which keys of a chunk go, and who no longer sees them."""
 
-    keys: Tensor  # bool (b t)
-    answers: Tensor  # bool (b t): real tokens behind the prompt
-    any: bool  # whether a key goes
-    both: bool  # whether some token behind the prompt is here to miss it
+    keys: Tensor  # bool (b t), some of them
+    answers: Tensor | None  # bool (b t): real tokens behind the prompt; None where there are none
 
 
-def forgotten(policy: Policy, request: Request) -> Forgotten:
+def forgotten(policy: Policy, request: Request) -> Forgotten | None:
     """Return what a request forgets, asked of the policy once, after its first layer has been decided."""
     if "forgotten" not in request.notes:
-        keys = policy.forget(request)
-        answers = request.tokens.valid & ~request.prompt
-        lost = bool(keys.any())
-        request.notes["forgotten"] = Forgotten(keys, answers, lost, lost and bool(answers.any()))
-    found: Forgotten = request.notes["forgotten"]
-    return found
+        keys, found = policy.forget(request), None
+        if keys is not None and bool(keys.any()):
+            answers = request.tokens.valid & ~request.prompt
+            found = Forgotten(keys, answers if bool(answers.any()) else None)
+        request.notes["forgotten"] = found
+    lost: Forgotten | None = request.notes["forgotten"]
+    return lost
 
 
 def hiding(policy: Policy, request: Request, layer: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,13 +48,14 @@ def hiding(policy: Policy, request: Request, layer: nn.Module, call: Callable[..
 
     def hidden(*args: Any, **kwargs: Any) -> Any:
         lost = forgotten(policy, request)
-        if not lost.both:
+        if lost is None or lost.answers is None:
             return call(*args, **kwargs)
+        gone, answers = lost.keys, lost.answers
 
         def visit(attention: AttentionCall) -> Any:
-            keys = _own(lost.keys, request)  # the last ones that the attention is given, behind those of a cache
+            keys = _own(gone, request)  # the last ones that the attention is given, behind those of a cache
             past = keys.new_zeros(len(keys), attention.key.shape[2] - keys.shape[1])
-            return attention.without(_own(lost.answers, request), torch.cat([past, keys], 1)).run()
+            return attention.without(_own(answers, request), torch.cat([past, keys], 1)).run()
 
         with intercept_attention([layer], visit):
             return call(*args, **kwargs)
@@ -69,7 +69,7 @@ def free(policy: Policy, request: Request) -> None:
     if not policy.forgets or cache is None or cache.ledger is None:
         return
     lost = forgotten(policy, request)
-    if not lost.any:
+    if lost is None:
         return
     cache.ledger.forget(lost.keys)
     past = lost.keys.new_zeros(len(lost.keys), request.offset)

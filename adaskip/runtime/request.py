@@ -50,7 +50,7 @@ class Request:
     part: Segment | None = None  # what runs the layer that the policy looks into; None: the whole chunk
     entered: dict[int, Tensor] = field(default_factory=dict)  # (b t d) by layer, where the policy changes results
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
-    seen: list[Tensor] = field(default_factory=list)  # (p n) a call of the vision tower: what its class token attends to
+    seen: list[Tensor] = field(default_factory=list)  # (p n) a call of the tower: what its class token attends to
     notes: dict[str, Any] = field(default_factory=dict)  # what the runtime asks a policy once
     cut: dict[Any, Any] = field(default_factory=dict)  # the runtime's: what earlier layers cut for their parts
     memo: dict[Any, Any] = field(default_factory=dict)  # the policy's notes
