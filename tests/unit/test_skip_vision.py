@@ -393,6 +393,28 @@ def test_a_prompt_that_goes_on_frees_its_new_pictures_too() -> None:
     assert len(held) == one - 4 + 1
 
 
+def test_an_answer_behind_a_second_turn_in_one_pass() -> None:
+    """Prompt and answer from a cache, in one pass as in two; catches past keys that are hidden in place of new ones."""
+    toy, model = routed()
+    first, second = toy.batch([5]), toy.batch([6], seed=1)
+    answer, length = torch.tensor([[31, 44, 57]]), first["input_ids"].shape[1] + second["input_ids"].shape[1]
+    mask = torch.ones(1, length + 3).long()
+    found = []
+    for parts in ([torch.cat([second["input_ids"], answer], 1)], [second["input_ids"], answer]):
+        with torch.no_grad(), model.runtime.state.using(prompt_length=length):
+            cache = model.backbone(**first, use_cache=True).past_key_values
+            for number, ids in enumerate(parts):
+                logits = model.backbone(
+                    input_ids=ids,
+                    attention_mask=mask[:, : cache.length + ids.shape[1]],
+                    pixel_values=second["pixel_values"] if number == 0 else None,
+                    past_key_values=cache,
+                ).logits
+        found.append((logits[:, -3:], cache.nbytes()))
+    assert (found[0][0] - found[1][0]).abs().max() <= 1e-5
+    assert found[0][1] == found[1][1]
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
