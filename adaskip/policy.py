@@ -27,6 +27,9 @@ class Policy(nn.Module):
         kind: the name it is registered and saved under.
         needs: what it is found from: ``nothing``, ``prompts``, ``answers`` (texts whose cost is measured, the dense
             model's own will do) or ``labels`` (the right answers).
+        sees: whether it wants to see, in ``request.tower``, what the vision tower's class token attends to.
+        enters: whether it changes the states that enter the first layer, in `enter`.
+        forgets: whether keys of its tokens go once the prompt is read, those that `forget` names.
         target: what its decisions speak of.
         threshold: where it returns logits, a layer runs if its logit is above this.
         held: sites that run whatever it says.
@@ -34,6 +37,9 @@ class Policy(nn.Module):
 
     kind: ClassVar[str] = ""
     needs: ClassVar[str] = "nothing"
+    sees: ClassVar[bool] = False
+    enters: ClassVar[bool] = False
+    forgets: ClassVar[bool] = False
 
     def __init__(self, target: Target | None = None) -> None:
         super().__init__()
@@ -102,6 +108,18 @@ class Policy(nn.Module):
         """
         return after
 
+    def enter(self, states: Tensor, request: Request) -> Tensor:
+        """Return the states (b t d) that enter the first layer in place of these; a row's may depend on it alone."""
+        return states
+
+    def forget(self, request: Request) -> Tensor | None:
+        """Return bool (b t): tokens of the prompt whose keys and values go from every layer once it is read; or None.
+
+        What stands behind the prompt never sees them, in a pass without a cache neither. Asked once a request, after
+        its first layer has been decided.
+        """
+        return None
+
     def decide(self, layer: int, states: Tensor, request: Request) -> Tensor:
         """Decide who runs a layer. A row's decision may depend on that row alone, and on no token behind its prompt.
 
@@ -152,6 +170,7 @@ HOMES = {
     "path_bank": "adaskip.policies.path_bank:PathBank",
     "pyramid_drop": "adaskip.policies.pyramid_drop:PyramidDrop",
     "skip_it": "adaskip.policies.skip_it:SkipIt",
+    "skip_vision": "adaskip.policies.skip_vision:SkipVision",
     "static": "adaskip.policies.static:Static",
     "token_plan": "adaskip.policies.token_plan:TokenPlan",
 }

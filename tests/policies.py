@@ -31,6 +31,9 @@ POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "path_bank": lambda target: adaskip.policies.PathBank(_halved(target, [[1], [3], [1, 2]]), 1, Target(**target)),
     "pyramid_drop": lambda target: adaskip.policies.PyramidDrop(ratio=0.5, target=_by_token(target)),
     "skip_it": lambda target: adaskip.policies.SkipIt(1.0, 1, target=Target(**target)),
+    "skip_vision": lambda target: adaskip.policies.SkipVision(
+        0.25, 0.25, target=_by_token({"unit": "sublayers"} | target)
+    ),
     "static": lambda target: adaskip.SkipPlan(skip=_halved(target, [[1, 3]])[0], **target),
     "token_plan": lambda target: adaskip.policies.TokenPlan(
         _halved(target, [[1], [2, 3], []]), _halved(target, [[3], [1, 2]]), 1, _by_token(target)

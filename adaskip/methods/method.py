@@ -112,6 +112,7 @@ METHODS = (
     "skip_it_input",
     "fastv",
     "pyramid_drop",
+    "skip_vision",
     "skip_it",
     "shortv",
     "greedy",

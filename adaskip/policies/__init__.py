@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adaskip.policies.path_bank import PathBank as PathBank
     from adaskip.policies.pyramid_drop import PyramidDrop as PyramidDrop
     from adaskip.policies.skip_it import SkipIt as SkipIt
+    from adaskip.policies.skip_vision import SkipVision as SkipVision
     from adaskip.policies.static import Static as Static
     from adaskip.policy import Policy as Policy
     from adaskip.policy import find as find

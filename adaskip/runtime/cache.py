@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from adaskip.errors import DataError
 from adaskip.plan import Flags, Routing
 from adaskip.runtime.cost import Ledger, Slots
-from adaskip.runtime.segment import Memo, Segment, once
+from adaskip.runtime.segment import Memo, Segment, fill_left, once, put
 
 
 class SkipLayer(DynamicLayer):
@@ -145,6 +145,22 @@ class SkipLayer(DynamicLayer):
         if not self.filled:
             self.rows = self.index = None
 
+    def forget(self, lost: Tensor, memo: Memo) -> None:
+        """Free the keys and values of the positions marked in ``lost``, bool (b n)."""
+        if not self.filled:
+            return
+        places, lost = self._places(), lost if self.rows is None else lost[self.rows]
+
+        def compact() -> tuple[Tensor, Tensor]:
+            slots = fill_left((places >= 0) & ~lost.to(places.device).gather(1, places.clamp(min=0)))
+            return slots, torch.where(slots >= 0, places.gather(1, slots.clamp(min=0)), -1)
+
+        slots, self.index = once(memo, "forget", self._layout(), compact)
+        at = rearrange(slots.clamp(min=0), "r k -> r 1 k 1")  # gathered and not viewed, or what goes would stay
+        self.keys, self.values = (
+            states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3])) for states in (self.keys, self.values)
+        )
+
     def undo(self, length: int) -> None:
         """Forget what a pass that failed has left behind: parts that were not stored, and positions from ``length``."""
         self._fresh, self._union, self._segment = [], None, None
@@ -247,7 +263,7 @@ class KeptLayer(SkipLayer):
         if not self._chunk:
             self._chunk = [x.new_zeros(batch, x.shape[1], length, x.shape[-1]) for x in (key_states, value_states)]
         for into, states in zip(self._chunk, (key_states, value_states), strict=True):
-            _place(into, states, self._segment)
+            put(into, states, self._segment)
         if self._project:
             raise Projected
         rows = self._segment.rows
@@ -274,17 +290,6 @@ class KeptLayer(SkipLayer):
         else:
             self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
-
-
-def _place(into: Tensor, states: Tensor, segment: Segment) -> None:
-    """Write (r h n d) states to a segment's places in a chunk (b h t d)."""
-    if segment.tokens is None:
-        into[slice(None) if segment.rows is None else segment.rows] = states
-        return
-    rows = torch.arange(len(into), device=into.device) if segment.rows is None else segment.rows
-    real = segment.tokens >= 0
-    where = rearrange(rows, "r -> r 1").expand_as(real)[real], segment.tokens[real]
-    into.transpose(1, 2)[where] = states.transpose(1, 2)[real]
 
 
 class SkipCache(Cache):

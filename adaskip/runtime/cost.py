@@ -130,6 +130,7 @@ class Ledger:
 
     routes_answers: bool  # whether decisions speak of generated tokens
     chunks: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # bool (b t) each: who always runs, who is routed
+    lost: dict[int, Tensor] = field(default_factory=dict)  # bool (b t) by chunk: whose keys went when it had been read
     decoded: int = 0  # single generated tokens after the last chunk
     heads: int = 0  # positions of each row whose logits were computed
     slots: tuple[Slots, ...] | None = None  # what each layer of the cache holds; None without a cache
@@ -147,9 +148,18 @@ class Ledger:
         routed = valid if routed is None else valid & routed
         self.chunks.append((valid & ~routed, routed))
 
+    def forget(self, lost: Tensor) -> None:
+        """Record that these tokens (b t) of the chunk that was read last have no keys from here on."""
+        self.lost[len(self.chunks) - 1] = lost
+
     def crop(self, count: int) -> None:
         """Forget the last ``count`` positions."""
         self.heads = max(self.heads - count, 0)
+        self._crop_chunks(count)
+        widths = [always.shape[1] for always, _ in self.chunks]
+        self.lost = {chunk: lost[:, : widths[chunk]] for chunk, lost in self.lost.items() if chunk < len(widths)}
+
+    def _crop_chunks(self, count: int) -> None:
         singles = min(count, self.decoded)
         self.decoded, count = self.decoded - singles, count - singles
         while count:
@@ -171,6 +181,7 @@ class Ledger:
     def select(self, rows: Tensor) -> None:
         """Follow a reordering of the batch."""
         self.chunks = [(always[rows], routed[rows]) for always, routed in self.chunks]
+        self.lost = {chunk: lost[rows] for chunk, lost in self.lost.items()}
 
     def kv_bytes(self) -> Tensor | None:
         """Return the bytes of keys and values that each row has in the cache, long (b); None without a cache."""
@@ -223,11 +234,14 @@ class Ledger:
         place, past, past_ran = 0, *[torch.zeros(len(self.chunks[0][0]), dtype=torch.long)] * 2
         run = torch.zeros(*cost.token.shape, len(past), dtype=torch.float64)
         skip = torch.zeros_like(run)
-        for always, routed in [*self.chunks, *self._singles()]:
+        for chunk, (always, routed) in enumerate([*self.chunks, *self._singles()]):
             both, ran = (always | routed).sum(1).cpu(), always.sum(1).cpu()
+            gone = torch.zeros_like(both)
             if keep is not None:
-                ran = ran + (keep[..., place : place + routed.shape[1]] & routed).sum(-1).cpu()
+                here = keep[..., place : place + routed.shape[1]] & routed
+                ran = ran + here.sum(-1).cpu()
+                gone = (here & self.lost[chunk]).sum(-1).cpu() if chunk in self.lost else gone
             run += cost.chunk(both, past)
             skip += cost.skipped(ran, both, past_ran, past)
-            place, past, past_ran = place + always.shape[1], past + both, past_ran + ran
+            place, past, past_ran = place + always.shape[1], past + both, past_ran + ran - gone
         return run, skip

@@ -14,6 +14,7 @@ from adaskip.plan import KEEP_ALL, mean_over
 from adaskip.policy import Policy
 from adaskip.runtime import gates
 from adaskip.runtime.execute import Keep, states_of
+from adaskip.runtime.forget import hiding
 from adaskip.runtime.request import Request
 from adaskip.runtime.segment import take
 
@@ -90,6 +91,8 @@ def watched(
     request.part = None
     if index in policy.reads and request.fixed is None:
         call = _showing(policy, request, index, layer, call)
+    if policy.forgets:
+        call = hiding(policy, request, layer, call)
     if policy.amends and request.has_routed:
         # kept by layer, for one that runs again for its gradient; else only what the next layer asks for
         request.entered[index] = states.detach()

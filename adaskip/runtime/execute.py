@@ -23,7 +23,7 @@ from torch import Tensor
 from adaskip.plan import Flags, Target
 from adaskip.runtime.cache import KeptLayer, Projected, SkipCache, SkipLayer
 from adaskip.runtime.request import Request
-from adaskip.runtime.segment import MASKS, WHOLE, Segment, hide_keys, narrow, take
+from adaskip.runtime.segment import MASKS, WHOLE, Segment, fill_left, hide_keys, narrow, take
 from adaskip.sites import Part
 
 Call = Callable[..., Any]
@@ -259,13 +259,7 @@ def _marked(request: Request, kind: str, marked: Tensor, rows: Tensor | None) ->
 
 
 def _places(marked: Tensor, rows: Tensor | None) -> Segment:
-    """Return the marked places of some rows, filled on the left where a row has fewer than another.
-
-    . x . x     1 3
-    . . . x ->  -1 3     -1 sorts before every place, so the columns that all rows fill are cut off the left
-    """
+    """Return the marked places of some rows as a segment."""
     marked = marked if rows is None else marked[rows]
-    places = torch.where(marked, torch.arange(marked.shape[1], device=marked.device), -1).sort(1).values
     counts = marked.sum(1)
-    places = places[:, marked.shape[1] - int(counts.max()) :]
-    return Segment(rows, places, ragged=bool((counts != counts[0]).any()))
+    return Segment(rows, fill_left(marked), ragged=bool((counts != counts[0]).any()))

@@ -21,6 +21,7 @@ from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.cost import CostModel, Ledger
 from adaskip.runtime.execute import Executor, states_of
 from adaskip.runtime.facts import Facts
+from adaskip.runtime.forget import free
 from adaskip.runtime.options import Mode, Options, State
 from adaskip.runtime.request import (
     Request,
@@ -250,6 +251,7 @@ class Runtime:
             routing = cache.routing
         if cache is not None:
             cache.ledger, cache.routing = ledger, routing
+            free(self.policy, request)
             cache.length += request.tokens.valid.shape[1]
             cache.note()
         slot.routing, slot.ledger = routing, ledger
@@ -354,6 +356,7 @@ class Runtime:
         replay, observer = request.options.replay, request.options.observer
         executor, call = self.layers[index], self._listen(request, index, layer, call)
         if request.mode != "dense":
+            states = self.policy.enter(states, request) if index == 0 and self.policy.enters else states
             call = decide.watched(self.policy, request, index, layer, states, call)
         if index + 1 < len(replay):
             return executor.wrap(replay[index + 1], request)

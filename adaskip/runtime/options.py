@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,6 +48,7 @@ class Options:
     prompt_mask: Tensor | None = None  # bool (b t)
     prompt_length: int | None = None
     prompt_ids: Tensor | None = None  # long (b t)
+    tower: list[Tensor] | None = None  # (p n) a call: what the vision tower shows before the first pass of a `generate`
     observer: Observer | None = None
     adapted: bool = True  # whether a routed pass has the adapters that the model may have
     replay: Sequence[Tensor] = ()  # (b t d) before layer 0, then after layers 0, 1, ...
@@ -67,6 +68,7 @@ class _Slot:
         self.routing: Routing | None = None
         self.ledger: Ledger | None = None
         self.drafting: Drafting | None = None
+        self.watching = ExitStack()  # the vision tower, while the layer runs that a policy reads
 
 
 class _Slots(threading.local):

@@ -17,6 +17,7 @@ from adaskip.runtime.cache import SkipCache
 from adaskip.runtime.execute import Executor
 from adaskip.runtime.forward import Runtime
 from adaskip.runtime.handle import Handle
+from adaskip.runtime.sight import Sight
 
 MARK = "_adaskip"
 """The attribute by which a routed model knows its runtime."""
@@ -100,6 +101,7 @@ class RoutedGenerate:
                 prompt_mask=None,
                 prompt_length=None if prompt is None else prompt.shape[1],
                 prompt_ids=ids,
+                tower=[],
             ),
         ):
             return call(**options)
@@ -157,6 +159,7 @@ class Patches:
         self.handles = [
             self.model.register_forward_pre_hook(self._open, with_kwargs=True),
             self.model.register_forward_hook(_close, with_kwargs=True, always_call=True),
+            *(Sight(runtime).install() if runtime.policy.sees else ()),
         ]
 
     def _open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,8 @@ class Request:
     part: Segment | None = None  # what runs the layer that the policy looks into; None: the whole chunk
     entered: dict[int, Tensor] = field(default_factory=dict)  # (b t d) by layer, where the policy changes results
     weights: WeightRecord | None = None  # of the attentions, where the caller asks for them
+    seen: list[Tensor] = field(default_factory=list)  # (p n) a call of the tower: what its class token attends to
+    notes: dict[str, Any] = field(default_factory=dict)  # what the runtime asks a policy once
     cut: dict[Any, Any] = field(default_factory=dict)  # the runtime's: what earlier layers cut for their parts
     memo: dict[Any, Any] = field(default_factory=dict)  # the policy's notes
 
@@ -63,6 +66,11 @@ class Request:
         if self.routes is None:
             self.routes = self.routed is None or bool(self.routed.any())
         return self.routes
+
+    @property
+    def tower(self) -> Sequence[Tensor]:
+        """Return what the vision tower's class token attends to, (p n) a call; some generate before the first pass."""
+        return self.seen or self.options.tower or ()
 
     def noise(self, index: int) -> torch.Generator | None:
         """Return what a site's gates are drawn from: where its layer runs again, a source that gives the same draws."""

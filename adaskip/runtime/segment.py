@@ -78,6 +78,27 @@ def take(value: Tensor, segment: Segment, batch_axis: int) -> Tensor:
     return value.gather(axis, index.expand(shape))
 
 
+def put(into: Tensor, states: Tensor, segment: Segment) -> None:
+    """Write (r h n d) states to a segment's places in a chunk (b h t d)."""
+    if segment.tokens is None:
+        into[slice(None) if segment.rows is None else segment.rows] = states
+        return
+    rows = torch.arange(len(into), device=into.device) if segment.rows is None else segment.rows
+    real = segment.tokens >= 0
+    where = rearrange(rows, "r -> r 1").expand_as(real)[real], segment.tokens[real]
+    into.transpose(1, 2)[where] = states.transpose(1, 2)[real]
+
+
+def fill_left(marked: Tensor) -> Tensor:
+    """Return the marked places (r t) of each row, long (r n), filled on the left where it has fewer than another.
+
+    . x . x     1 3
+    . . . x ->  -1 3     -1 sorts before every place, so the columns that all rows fill are cut off the left
+    """
+    places = torch.where(marked, torch.arange(marked.shape[1], device=marked.device), -1).sort(1).values
+    return places[:, marked.shape[1] - int(marked.sum(1).max()) :]
+
+
 def narrow(
     named: dict[str, Any], segment: Segment, batch: int, queries: Tensor, keys: Tensor | None, memo: Memo
 ) -> dict[str, Any]:

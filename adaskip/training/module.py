@@ -228,7 +228,8 @@ class RouterTuner(lightning.LightningModule):
         routing = self.model.runtime.routing
         assert routing is not None
         gates = routing.gates
-        if gates is None or not gates.requires_grad:
+        # a policy that changes what enters the first layer may learn that, and decide without a gradient
+        if gates is None or not (gates.requires_grad or self.model.policy.enters):
             raise ConfigError(
                 f"RouterTuner: {type(self.model.policy).__name__}.decide returned booleans, through which nothing can "
                 "be learned; return float32 logits"

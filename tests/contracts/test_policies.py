@@ -63,6 +63,7 @@ GIVES_LOGITS = {
     "path_bank": False,
     "pyramid_drop": False,
     "skip_it": True,
+    "skip_vision": False,
     "static": False,
     "token_plan": False,
 }
@@ -82,6 +83,7 @@ CASES = [
     if "group" not in target or name in families.VISION
     if target.get("unit") != "mlp" or name != "gemma2"
     if kind not in RANKS_TOKENS or target == {"group": "vision"}  # single vision tokens leave whole layers
+    if kind != "skip_vision" or (name == "llava" and target == {"group": "vision"})  # they leave MLPs
     if kind != "delask" or (target.get("unit") != "mlp" and "kv" not in target)  # no token leaves a layer
     if kind != "token_plan" or "phase" not in target  # a prompt alone has no tokens that would decide then
 ]

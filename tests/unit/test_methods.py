@@ -18,6 +18,7 @@ from adaskip.methods.budget import prefix
 from adaskip.methods.evidence import Evidence
 from adaskip.methods.method import METHODS, find
 from adaskip.methods.unified import kept_layers
+from adaskip.sites import Sites
 from adaskip.survey.plans import plan_costs
 from adaskip.theory.conditions import Finding, Findings
 from tests import methods, toys, tuning
@@ -159,6 +160,28 @@ def test_pyramid_drop_keeps_the_ratio_that_the_budget_leaves() -> None:
     assert rule(evidence, 1.0, 0).ratio == 1.0  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"keep=0\.3: expected at least 0\.344, with one vision token behind layer 2"):
         rule(evidence, 0.3, 0)
+
+
+def test_skip_vision_keeps_the_shares_that_the_budget_leaves() -> None:
+    """Four MLPs save .15 each and .6 together: of 10 tokens 5 leave them at .7; catches attentions that are counted.
+
+    The five that run are shared out as 100 and 156 are, so that two are kept by rank.
+    """
+    sites = Sites("sublayers", 4)
+    evidence = weighed(
+        [0.1, 0.15] * 4,
+        group="vision",
+        patches=torch.tensor([10.0, 10.0]).double(),
+        model=SimpleNamespace(sites=sites),
+    )
+    rule = find("skip_vision").choose
+    policy: Any = rule(evidence, 0.7, 0)
+    assert policy.kept + policy.left == pytest.approx(0.5)
+    assert policy.kept / policy.left == pytest.approx(100 / 156)
+    whole: Any = rule(evidence, 1.0, 0)
+    assert whole.left + whole.kept == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match=r"keep=0\.4: expected at least 0\.460, with one vision token in the MLPs"):
+        rule(evidence, 0.4, 0)
 
 
 def test_drawn_layers_follow_their_seed_and_are_nested() -> None:
