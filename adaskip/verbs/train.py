@@ -178,8 +178,8 @@ class _Training:
                 f"{self.folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
                 f"go on with: adaskip train {self.folder / RECIPE} --resume"
             )
-        calibration = self._batches("calibration", fitted(recipe))
-        return finish(recipe, trainer, tuner, conditions, validation, calibration, self.laps, self.stages, start.plan)
+        assert tuner.prices is not None
+        return finish(self._ending(trainer, tuner.prices, conditions), tuner, validation, start.plan)
 
     def _find_bank(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
         trainer = make_trainer(self.recipe, self.folder, 0, [])
@@ -198,7 +198,8 @@ class _Training:
 
     def _ending(self, trainer: lightning.Trainer, prices: Prices, conditions: ConditionCheck) -> Ending:
         calibration = self._batches("calibration", fitted(self.recipe))
-        return Ending(self.recipe, trainer, prices, conditions, calibration, self.laps, self.stages)
+        inputs, processor = self.splits["validation"], self.collate.processor
+        return Ending(self.recipe, trainer, prices, conditions, calibration, self.laps, self.stages, inputs, processor)
 
     def _batches(self, split: str, limit: int | None) -> list[Batch]:
         return [*loader(self.splits[split][:limit], self.collate, self.recipe.trainer.batch_size)]
