@@ -64,7 +64,11 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
             if name in hub.commits:
                 return self._say(409, {"error": "exists", "url": f"{hub.url}/{name}"})
-            hub.commits[name], hub.branches[name], hub.private[name] = {}, {}, asked.get("private") is True or asked.get("visibility") == "private"
+            hub.commits[name], hub.branches[name], hub.private[name] = (
+                {},
+                {},
+                asked.get("private") is True or asked.get("visibility") == "private",
+            )
             hub.commit(name, "main", {})
             return self._say(200, {"url": f"{hub.url}/{name}"})
         if self.path == "/api/validate-yaml":

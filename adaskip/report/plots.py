@@ -6,7 +6,7 @@ colour-blind readers can tell apart; what colour says is also said by shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def conditions_plot(look: dict[str, Any], path: Path | None = None) -> Figure:
     return _saved(figure, path)
 
 
-def ladder_plot(rungs: dict[str, Sequence[float]], labels: Sequence[Label], path: Path | None = None) -> Figure:
+def ladder_plot(rungs: Mapping[str, Sequence[float]], labels: Sequence[Label], path: Path | None = None) -> Figure:
     """Draw what one skip of each layer costs, and above it what bounds it, on a logarithmic axis.
 
     Args:

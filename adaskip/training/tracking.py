@@ -179,7 +179,7 @@ class Board:
     """Send tables, pictures and files to whichever W&B logger a trainer has; without one nothing happens."""
 
     def __init__(self, loggers: Iterable[Logger]) -> None:
-        self.loggers = [logger for logger in loggers if isinstance(logger, RunLogger)]
+        self.loggers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
         self.runs = [logger.experiment for logger in self.loggers]
 
     def conditions(self, look: dict[str, Any]) -> None:
@@ -244,7 +244,8 @@ class Board:
             return
         import wandb
 
-        columns, values = list(rows[0]), [list(row.values()) for row in rows]
+        columns: list[Any] = list(rows[0])
+        values: list[Any] = [list(row.values()) for row in rows]
         for run in self.runs:
             run.log({"answers": wandb.Table(columns=columns, data=values)})
 
@@ -280,6 +281,6 @@ class Board:
         """Close the runs, so that the next training in this process opens its own, and end their uploads."""
         for logger in self.loggers:
             logger.experiment.finish()
-            if logger.upload is not None:
+            if isinstance(logger, RunLogger) and logger.upload is not None:
                 with stages(f"sending the rest to W&B at {logger.upload.server}"):
                     logger.upload.finish()

@@ -17,7 +17,7 @@ from adaskip.errors import AdaSkipError
 from adaskip.recipe import Recipe
 from adaskip.runfiles import CONDITIONS, DATA, KEEP_RATES, LEARNED, ROUTER, SUMMARY, append_line, write_json
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.persist import CONFIG
+from adaskip.runtime.description import CONFIG
 from adaskip.stages import Stages
 from adaskip.survey.certificate import Certificate
 from adaskip.survey.gauging import gauge_routing
@@ -179,7 +179,7 @@ class Ending:
         board.conditions(result.look.to_dict())
         if rates:  # the data may name no kinds
             board.keep_rates(rates, report.keep_heat_map(rates, labels=labels), labels)
-        if (measured := self.conditions.measured) is not None:
+        if board.runs and (measured := self.conditions.measured) is not None:
             rungs = ladder(measured)
             board.ladder(rungs, report.ladder_plot(rungs, labels), labels)
         if board.runs and self.inputs:

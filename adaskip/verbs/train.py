@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils.data import DataLoader
 
 from adaskip.batch import Batch, count
@@ -164,7 +163,9 @@ class _Training:
         batches = training_loader(
             self.splits["train"], self.collate, size, every * size, recipe.seed, recipe.trainer.workers
         )
-        trainer = make_trainer(recipe, self.folder, step, [conditions, RoundsBySteps(batches, every, step)])
+        trainer = make_trainer(
+            recipe, self.folder, step, [conditions, RoundsBySteps(batches, every, step)], self.stages is SILENT
+        )
         validation = loader(self.splits["validation"], self.collate, size)
         self.laps.lap("price")
         if recipe.method == "from-bounds" and checkpoint is None:
@@ -246,8 +247,7 @@ class _Training:
         """
         steps, callbacks = self.recipe.trainer.steps, trainer.callbacks  # type: ignore[attr-defined]
         with self.stages(f"training for {steps} steps", steps) as advance:
-            if not any(isinstance(callback, RichProgressBar) for callback in callbacks):
-                callbacks.append(StepCount(advance))
+            callbacks.append(StepCount(advance))
             try:
                 trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
             except SystemExit as stop:
