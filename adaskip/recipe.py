@@ -17,6 +17,9 @@ from adaskip.sections import Overrides, Section, faults, override, read_yaml
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective, check_gradient
 
+SWEEPS = "sweeps"
+"""The folder beside recipes whose files are W&B's own, for `wandb sweep`."""
+
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -204,7 +207,8 @@ def recipes() -> dict[str, Path]:
     installed = package / "_recipes"
     folder = installed if installed.is_dir() else package.parent / "recipes"
     # those at the root first, by which a comparison trains where none is named
-    return {path.stem: path for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path.stem))}
+    found = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path.stem))
+    return {path.stem: path for path in found if path.parent.name != SWEEPS}
 
 
 def sentence(path: Path) -> str:

@@ -9,10 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Protocol, TextIO
 
-Advance = Callable[[int], None]
-"""Called with how much of a stage is done."""
+Tell = Callable[[], str]
+"""Says in a few words how a stage goes; called only when somebody is about to show them."""
+
+
+class Advance(Protocol):
+    """Hear how much of a stage is done."""
+
+    def __call__(self, done: int, tell: Tell | None = None) -> None:
+        """Take the new count, and what says how it goes."""
+        ...
 
 
 class Stages:
@@ -25,7 +33,7 @@ class Stages:
     @contextmanager
     def __call__(self, text: str, total: int | None = None) -> Iterator[Advance]:
         """Enter a stage, which lasts as long as the context; ``total`` is what ``advance`` counts up to, if known."""
-        yield lambda done: None
+        yield lambda done, tell=None: None
 
     def note(self, text: str) -> None:
         """Receive something the user should know that is no stage."""
@@ -49,11 +57,12 @@ class LineStages(Stages):
         self.note(f"{text} ...")
         started = last = time.monotonic()
 
-        def advance(done: int) -> None:
+        def advance(done: int, tell: Tell | None = None) -> None:
             nonlocal last
             if (now := time.monotonic()) - last >= self.every:
-                last = now
-                self.note(f"{text}: {done}{'' if total is None else f' of {total}'} after {now - started:.0f} s")
+                last, words = now, "" if tell is None else tell()
+                place = f"{done}{'' if total is None else f' of {total}'} after {now - started:.0f} s"
+                self.note(f"{text}: {place}{words and f': {words}'}")
 
         yield advance
         self.note(f"{text}: {time.monotonic() - started:.1f} s")

@@ -16,17 +16,28 @@ from typing import Any, Protocol
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 from adaskip.errors import AdaSkipError, CheckpointError, did_you_mean
 from adaskip.ranks import is_first_process
-from adaskip.stages import SILENT, Advance, LineStages, Stages
+from adaskip.stages import SILENT, Advance, LineStages, Stages, Tell
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 WIDTH = 100
 """Columns of a table that is written to a file or a pipe."""
+REDRAWN = 0.5
+"""Seconds between two readings of how a stage goes, which may have to wait for a GPU."""
 AGAIN = 0.05
 """Seconds after which a swallowed Ctrl-C is raised again, so that the callback that swallowed it is over."""
 
@@ -90,11 +101,27 @@ class BarStages(Stages):
 
     @contextmanager
     def __call__(self, text: str, total: int | None = None) -> Iterator[Advance]:
-        """Show the bar on standard error; where a stage contains another, the outer one's bar pauses."""
-        console, started = Console(stderr=True), time.monotonic()
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(text, total=total)
-            yield lambda done: bar.update(task, completed=done)
+        """Show the bar on standard error: count, time gone, time left; where a stage contains another, it pauses."""
+        console, started, last = Console(stderr=True), time.monotonic(), -REDRAWN
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+        ]
+        columns += [MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()] if total is not None else []
+        with Progress(
+            *columns, TextColumn("{task.fields[words]}", markup=False), console=console, transient=True
+        ) as bar:
+            task = bar.add_task(text, total=total, words="")
+
+            def advance(done: int, tell: Tell | None = None) -> None:
+                nonlocal last
+                if tell is not None and (now := time.monotonic()) - last >= REDRAWN:
+                    last = now
+                    bar.update(task, words=tell())
+                bar.update(task, completed=done)
+
+            yield advance
         self.note(f"{text}: {time.monotonic() - started:.1f} s")
 
     def note(self, text: str) -> None:
@@ -103,10 +130,11 @@ class BarStages(Stages):
 
 
 def terminal_stages(bars: bool = True) -> Stages:
-    """Choose how stages are shown: bars on a terminal, else plain lines; by one process of a run only."""
+    """Choose how stages are shown: bars on a terminal that can draw them, else plain lines; by one process of a run."""
     if not is_first_process():
         return SILENT
-    return BarStages() if bars and sys.stderr.isatty() else LineStages()
+    draws = sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    return BarStages() if bars and draws else LineStages()
 
 
 @contextmanager

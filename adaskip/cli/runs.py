@@ -197,6 +197,13 @@ def export(
     cut: Annotated[
         bool, typer.Option("--cut", help="The layers that a plan keeps, as an ordinary Hugging Face model.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="USER/NAME", help="Upload the folder to the Hugging Face Hub too.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that --push makes is private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch that --push uploads to; default: main.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Copy a run's routers to a folder of their own, ready to ship; or of a plan the model that it leaves."""
@@ -205,6 +212,9 @@ def export(
         folder = existing(run)
         from adaskip.verbs.export import export
 
-        return export(folder, destination, cut=cut, stages=terminal_stages())
+        return export(
+            folder, destination, cut=cut, push=push, private=private or None, revision=revision,
+            stages=terminal_stages(),
+        )  # fmt: skip
 
     do(work, pairs, as_json)

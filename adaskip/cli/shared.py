@@ -13,12 +13,25 @@ app = typer.Typer(
     help="Teach a frozen transformer which of its layers an input does not need, and really leave that work out.",
     epilog="Start with: adaskip train digits-vlm. Exit status: 0 success, 1 a check failed, 2 bad input.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name that `adaskip ls` shows, or a YAML file.")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Complete the name of a shipped recipe."""
+    from adaskip.recipe import recipes
+
+    return [name for name in recipes() if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A name that `adaskip ls` shows, or a YAML file.", autocompletion=complete_recipe
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="For example objective.keep=0.5.")
 ]

@@ -129,12 +129,12 @@ def train(
         from adaskip.verbs.train import train
 
         _quieten()
-        # while it trains, Lightning draws a bar of its own; two live bars would overwrite one another
-        return train(read, resume=resume, stages=terminal_stages(bars=False))
+        return train(read, resume=resume, stages=terminal_stages(bars=read.trainer.progress))
 
     def show(done: dict[str, Any]) -> None:
         beside = done.get("static", {}).get("sentence")
         pairs(done)
+        table(_sides(done))
         if not done.get("ok", True):
             if beside:
                 say(beside)
@@ -145,6 +145,14 @@ def train(
             say(beside)
 
     do(work, show, as_json)
+
+
+def _sides(done: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a run's last table: what validation says of the routers, and of the best static plan."""
+    if "static" not in done:
+        return [{"side": "routers", **done["val"]}] if done.get("val") else []
+    plan = {name: done["static"].get(name) for name in done["static"]["routers"]}
+    return [{"side": "routers", **done["static"]["routers"]}, {"side": "best static plan", **plan}]
 
 
 @app.command()

@@ -19,10 +19,10 @@ from adaskip import runfiles
 from adaskip.errors import DataError
 from adaskip.lines import own_lines
 from adaskip.report import markdown
-from adaskip.report.plots import Curves, conditions_plot, keep_heat_map, training_plot
+from adaskip.report.plots import Curves, conditions_plot, keep_heat_map, ladder_plot, training_plot
 from adaskip.sites import PARTS, Label, Sites
 
-__all__ = ["conditions_plot", "keep_heat_map", "training_plot", "write"]
+__all__ = ["conditions_plot", "keep_heat_map", "ladder_plot", "training_plot", "write"]
 
 HEADER = ["step", "name", "value"]
 FINDING = {"layer": int | str, "notion": str, "verdict": str} | dict.fromkeys(

@@ -6,7 +6,7 @@ colour-blind readers can tell apart; what colour says is also said by shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,35 @@ def conditions_plot(look: dict[str, Any], path: Path | None = None) -> Figure:
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.5, label="threshold"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
+    return _saved(figure, path)
+
+
+def ladder_plot(rungs: Mapping[str, Sequence[float]], labels: Sequence[Label], path: Path | None = None) -> Figure:
+    """Draw what one skip of each layer costs, and above it what bounds it, on a logarithmic axis.
+
+    Args:
+        rungs: what a rung is called -> nats per predicted token, a value a layer; the exact cost first.
+        labels: what the layers are called.
+        path: where to save the PNG.
+
+    Raises:
+        DataError: rungs of different lengths, or none.
+    """
+    if {len(values) for values in rungs.values()} != {len(labels)}:
+        raise DataError(f"ladder_plot: expected one value for each of {len(labels)} layers, got {rungs!r}"[:200])
+    figure, (axes,) = _canvas(3.2, 1)
+    _tidy(axes)
+    places = [_place(label) for label in labels]
+    colors, shapes = (INK, BLUE, VERMILION, GREY), "osD^"
+    for number, (name, values) in enumerate(rungs.items()):
+        shown = np.maximum(np.asarray(values, dtype=float), 1e-12)  # no cost at all has no place on the axis
+        axes.plot(
+            places, shown, f"{shapes[number % 4]}-", color=colors[number % 4], markersize=4, linewidth=1, label=name
+        )
+    axes.set_yscale("log")
+    axes.set_title("one skip: nats per predicted token, mean over inputs", loc="left", fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    _layer_axis(axes, labels, places)
     return _saved(figure, path)
 
 

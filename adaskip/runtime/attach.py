@@ -283,11 +283,13 @@ class RoutedModel(Results):
         """Load a policy, whichever it is, and attach it to the backbone it was saved with.
 
         Args:
-            folder: what `save_pretrained` wrote. Folder and backbone may be given in either order, so that PEFT's
+            folder: what `save_pretrained` wrote, or ``user/name`` on the Hugging Face Hub, of which ``revision`` may
+                name a branch, tag or commit. Folder and backbone may be given in either order, so that PEFT's
                 ``from_pretrained(backbone, folder)`` works as well.
             backbone: a loaded model; None: the one named in the folder is loaded.
             strict: refuse a backbone whose fingerprint differs; False: warn.
-            **load: passed to the backbone's ``from_pretrained`` (dtype, device_map, ...).
+            **load: passed to the backbone's ``from_pretrained`` (dtype, device_map, ...); ``revision`` is the routers'
+                where they lie on the Hub.
 
         Raises:
             CheckpointError: files are missing or damaged.

@@ -10,6 +10,9 @@ from adaskip.plan import Target
 from adaskip.sites import PARTS
 from adaskip.version import __version__
 
+PLACE = "path/to/this/folder"
+"""What a card calls the folder that it lies in, until it is known by a name on the Hub."""
+
 
 def write_card(meta: dict[str, Any], target: Target, parameters: int) -> str:
     """Return the card's text.
@@ -36,7 +39,7 @@ The backbone is not in this folder and is not changed.
 ```python
 import adaskip
 
-model = adaskip.RoutedModel.from_pretrained("path/to/this/folder")
+model = adaskip.RoutedModel.from_pretrained("{PLACE}")
 ```
 
 Backbone: `{backbone["class"]}`, {backbone["layers"]} layers, width {backbone["width"]}; digest `{backbone["weights"]}`.

@@ -42,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: expected a folder of saved routers, got a file; pass {folder.parent}")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        there = "" if folder.exists() else "no such folder here; of a Hugging Face repository first: hf download ID; "
+        there = "" if folder.exists() else "no such folder here; of a Hugging Face repository write user/name; "
         raise CheckpointError(
             f"{folder}: {there}expected saved routers, found no {' and no '.join(missing)} (missing); "
             "pass the folder that save_pretrained or `adaskip export` wrote, or RUN/router"

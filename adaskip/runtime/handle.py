@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 
 from adaskip.backbone.inspect import BackboneSpec
 from adaskip.errors import ConfigError, MissingAttributeError
+from adaskip.runtime.hub import push
 
 
 class _NoConfig:
@@ -59,9 +62,29 @@ class Handle(nn.Module):
     def generation_config(self, value: Any) -> None:
         self.backbone.generation_config = value
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, and say how routers are uploaded."""
-        raise ConfigError("push_to_hub: write model.save_pretrained(folder), then on a terminal: hf upload REPO FOLDER")
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload routers",
+    ) -> str:
+        """Upload the policy and its model card, not the backbone; return the repository's address.
+
+        Args:
+            repo_id: ``user/name``; made where there is none.
+            private: whether a new repository is; None: as the account's settings say.
+            revision: branch to upload to, made where there is none; None: the main branch.
+            commit_message: of the commit.
+
+        Raises:
+            ConfigError: no name of a repository, or a policy that cannot be saved.
+            CheckpointError: the Hub refuses, or cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(Path(folder), repo_id, private=private, revision=revision, message=commit_message)
 
     def __getattr__(self, name: str) -> Any:
         try:

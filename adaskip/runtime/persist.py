@@ -22,6 +22,7 @@ from adaskip.runtime.adapters import PREFIX, adapt
 from adaskip.runtime.card import write_card
 from adaskip.runtime.description import CARD, CONFIG, FORMAT, WEIGHTS, describe_policy, read_config, read_policy, sign
 from adaskip.runtime.fingerprint import Fingerprint, Sample, check_digest, check_fingerprint, fingerprint
+from adaskip.runtime.hub import fetch, is_hub_id
 from adaskip.runtime.lora import Lora
 from adaskip.sources import model_name
 from adaskip.theory.gauge import stored_gauge
@@ -134,6 +135,8 @@ def _load_named(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedM
 def read_saved(folder: Any, backbone: Any, options: dict[str, Any]) -> Saved:
     """Read a saved policy and find its backbone; see `RoutedModel.from_pretrained`."""
     folder, backbone = _sort(folder, backbone, options)
+    if is_hub_id(folder):
+        folder = fetch(str(folder), options.pop("revision", None))
     meta = read_config(folder)
     policy = read_policy(meta)
     weights, samples = read_weights(folder / WEIGHTS, meta)
@@ -168,9 +171,10 @@ def _sort(folder: Any, backbone: Any, options: dict[str, Any]) -> tuple[Path, An
             f"{type(backbone).__name__}; write RoutedModel.from_pretrained(folder), which loads the backbone named "
             "there, or RoutedModel.from_pretrained(folder, backbone)"
         )
-    if backbone is not None and options:
+    foreign = options.keys() - ({"revision"} if is_hub_id(folder) else set())
+    if backbone is not None and foreign:
         raise ConfigError(
-            f"from_pretrained: {', '.join(sorted(options))} would load a backbone, but one is given already; leave out "
+            f"from_pretrained: {', '.join(sorted(foreign))} would load a backbone, but one is given already; leave out "
             "either"
         )
     return Path(folder), backbone

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import platform
+import re
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +20,10 @@ from matplotlib.figure import Figure
 
 from adaskip.lines import own_lines
 from adaskip.ranks import is_first_process
-from adaskip.runfiles import METRICS, write_text
+from adaskip.runfiles import METRICS, WANDB, WANDB_ID, write_text
 from adaskip.sites import Label
+from adaskip.stages import SILENT, Stages
+from adaskip.training.upload import Upload
 
 PACKAGES = ("adaskip", "torch", "transformers", "lightning", "wandb", "torchmetrics", "numpy")
 
@@ -123,22 +126,52 @@ def wandb_mode(wanted: str) -> str:
     return min(wanted, said, key=modes.index) if said in modes else wanted
 
 
+def run_id(folder: Path) -> str:
+    """Return the W&B id of a run folder: made when it is first asked for, and kept there, so that a resume goes on.
+
+    W&B's own agent of a sweep has made the id already, and says it in ``WANDB_RUN_ID``.
+    """
+    file = folder / WANDB / WANDB_ID
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, (os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]) + "\n")
+    return file.read_text(encoding="utf-8").strip()
+
+
+class RunLogger(WandbLogger):
+    """Record into a file that ``wandb sync`` reads; a process of its own sends it where ``online`` is asked for."""
+
+    upload: Upload | None = None
+
+
 def wandb_logger(
     folder: Path, mode: str, project: str, name: str | None, tags: Iterable[str], config: dict[str, Any]
-) -> WandbLogger:
-    """Make Lightning's own W&B logger; it uploads no checkpoints (that fails offline); the id is the run folder's."""
-    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    logger = WandbLogger(
+) -> RunLogger:
+    """Make Lightning's own W&B logger; it uploads no checkpoints (that fails offline); the id is the run folder's.
+
+    Args:
+        folder: of the run.
+        mode: ``offline``, or ``online``: what is recorded is also sent.
+        project: to which the run belongs.
+        name: of the run; None: the folder's.
+        tags: of the run.
+        config: the resolved recipe.
+    """
+    logger = RunLogger(
         project=project,
         name=name or folder.name,
         save_dir=str(folder),
-        mode=mode,  # not Lightning's ``offline``, which sets WANDB_MODE for all that this process does later
+        mode="offline",  # not Lightning's ``offline``, which sets WANDB_MODE for all that this process does later
         log_model=False,
-        id=identity,
+        id=run_id(folder) if is_first_process() else None,
         tags=list(tags),
-        resume="allow" if mode == "online" else None,
+        resume="allow",  # `wandb sync` then appends what a resumed run has recorded, else it would write over it
     )
     logger.log_hyperparams(config)
+    if mode == "online" and is_first_process():
+        settings = logger.experiment.settings
+        # W&B reads the environment once a process
+        logger.upload = Upload(Path(settings.sync_file), os.environ.get("WANDB_BASE_URL") or settings.base_url)
     return logger
 
 
@@ -146,7 +179,8 @@ class Board:
     """Send tables, pictures and files to whichever W&B logger a trainer has; without one nothing happens."""
 
     def __init__(self, loggers: Iterable[Logger]) -> None:
-        self.runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
+        self.loggers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+        self.runs = [logger.experiment for logger in self.loggers]
 
     def conditions(self, look: dict[str, Any]) -> None:
         """Send the verdicts as a table."""
@@ -192,6 +226,29 @@ class Board:
                 }
             )
 
+    def ladder(self, rungs: dict[str, list[float]], figure: Figure, labels: Sequence[Label]) -> None:
+        """Send what one skip of each layer costs beside what bounds it, as a picture and as a table."""
+        if not self.runs:
+            return
+        import wandb
+
+        columns: list[Any] = ["layer", *rungs]
+        rows: list[Any] = [[str(label), *values] for label, *values in zip(labels, *rungs.values(), strict=True)]
+        for run in self.runs:
+            table = wandb.Table(columns=columns, data=rows)
+            run.log({"bound_ladder": wandb.Image(figure), "bound_ladder_table": table})
+
+    def answers(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Send answers with their routes as a table."""
+        if not (self.runs and rows):
+            return
+        import wandb
+
+        columns: list[Any] = list(rows[0])
+        values: list[Any] = [list(row.values()) for row in rows]
+        for run in self.runs:
+            run.log({"answers": wandb.Table(columns=columns, data=values)})
+
     def comparison(self, rows: Sequence[dict[str, Any]], picture: Path) -> None:
         """Send the rows of a comparison as a table of their plain figures, and its picture."""
         if not self.runs:
@@ -203,18 +260,27 @@ class Board:
         for run in self.runs:
             run.log({"comparison": wandb.Table(columns=columns, data=values), "pareto": wandb.Image(str(picture))})
 
-    def router(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Send the routers as an artifact."""
+    def router(self, folder: Path, name: str, facts: dict[str, Any]) -> None:
+        """Send the routers as the next version of an artifact, which says what they were made of.
+
+        Args:
+            folder: in which they lie.
+            name: of the artifact; characters that W&B does not take are replaced.
+            facts: its metadata.
+        """
         if not self.runs:
             return
         import wandb
 
         for run in self.runs:
-            artifact = wandb.Artifact(f"router-{run.id}", type="model", metadata=facts)
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type="model", metadata=facts)
             artifact.add_dir(str(folder))
             run.log_artifact(artifact)
 
-    def finish(self) -> None:
-        """Close the runs, so that the next training in this process opens its own."""
-        for run in self.runs:
-            run.finish()
+    def finish(self, stages: Stages = SILENT) -> None:
+        """Close the runs, so that the next training in this process opens its own, and end their uploads."""
+        for logger in self.loggers:
+            logger.experiment.finish()
+            if isinstance(logger, RunLogger) and logger.upload is not None:
+                with stages(f"sending the rest to W&B at {logger.upload.server}"):
+                    logger.upload.finish()

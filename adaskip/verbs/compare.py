@@ -91,7 +91,7 @@ def compare(
             f"compare: --set {overrides[0]}: changes recipes that are trained, and none is; name one, --train RECIPE, "
             f"or a policy, --policies {TRAINED[0]}"
         )
-    mode = check_tracking(wandb, "--wandb", "--wandb offline")
+    mode = check_tracking(wandb, "--wandb")
     subject = open_subject(target, data, group)
     folder = Path(output or f"runs/compare-{Path(subject.model).name}-{subject.group}")
     check_writable(folder, "the comparison", "choose another folder: --output DIR")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,27 @@ from torch.utils.data import DataLoader
 
 from adaskip import report
 from adaskip.batch import Batch
+from adaskip.errors import AdaSkipError
 from adaskip.recipe import Recipe
-from adaskip.runfiles import CONDITIONS, KEEP_RATES, LEARNED, ROUTER, SUMMARY, append_line, write_json
+from adaskip.runfiles import CONDITIONS, DATA, KEEP_RATES, LEARNED, ROUTER, SUMMARY, append_line, write_json
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.description import CONFIG
 from adaskip.stages import Stages
 from adaskip.survey.certificate import Certificate
 from adaskip.survey.gauging import gauge_routing
 from adaskip.survey.greedy import Path as Plan
 from adaskip.survey.static import Contest, compare
+from adaskip.theory.bounds import kl_bennett, kl_two_point
 from adaskip.theory.prices import Prices
+from adaskip.theory.tables import LayerMeasures
 from adaskip.training.callbacks import ConditionCheck
+from adaskip.training.data import Record
 from adaskip.training.looks import Look
 from adaskip.training.module import RouterTuner
 from adaskip.training.tracking import Board, Laps
 from adaskip.verbs.budget import Budget, hold_budget
 from adaskip.verbs.prices import write_prices
+from adaskip.verbs.shown import answer_some
 from adaskip.verbs.static import attach_plan, describe
 
 
@@ -79,28 +87,16 @@ class TrainResult:
         }
 
 
-def finish(
-    recipe: Recipe,
-    trainer: lightning.Trainer,
-    tuner: RouterTuner,
-    conditions: ConditionCheck,
-    validation: DataLoader[Any],
-    calibration: list[Batch],
-    laps: Laps,
-    stages: Stages,
-    plan: Plan | None = None,
-) -> TrainResult:
+def finish(ending: Ending, tuner: RouterTuner, validation: DataLoader[Any], plan: Plan | None) -> TrainResult:
     """Find the threshold, validate, check, compare with a static ``plan``, and leave a complete run folder."""
-    model = tuner.model.eval()
+    model, recipe, stages, laps = tuner.model.eval(), ending.recipe, ending.stages, ending.laps
     with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
         batches = [batch.to(model.spec.device) for batch in validation]
         budget = hold_budget(model, batches, recipe.objective.keep, advance)
     stages.note(budget.sentence)
     laps.lap("threshold")
     with stages("validating, and checking the conditions"):
-        logged = trainer.validate(tuner, validation, verbose=False)[0]
-        assert tuner.prices is not None
-        ending = Ending(recipe, trainer, tuner.prices, conditions, calibration, laps, stages)
+        logged = ending.trainer.validate(tuner, validation, verbose=False)[0]
         look = ending.look(model)
     laps.lap("check")
     figures = {name: logged[f"val/{name}"] for name in ("accuracy", "kl", "keep")}
@@ -119,6 +115,8 @@ class Ending:
     calibration: list[Batch]  # that neither routers nor threshold were fitted on
     laps: Laps
     stages: Stages
+    inputs: Sequence[Record] = ()  # of validation, of which a few are answered for people to look at
+    processor: Any = None  # of the model
 
     def look(self, model: RoutedModel) -> Look:
         """Calibrate the gauge of a model's decisions, and look at their conditions."""
@@ -170,8 +168,33 @@ class Ending:
         result = TrainResult(folder, step, None, parts, budget, figures, look, contest, exported, alarms, certificate)
         if self.trainer.is_global_zero:
             _write(result, model, self.prices, rates)
-            _report(result, model, rates, Board(self.trainer.loggers))
+            self._report(result, model, rates)
         return result
+
+    def _report(self, result: TrainResult, model: RoutedModel, rates: dict[str, list[float]]) -> None:
+        """Send what is no number to W&B, if it is used, and write the report from the files."""
+        assert result.look is not None
+        report.write(result.folder)
+        board, labels = Board(self.trainer.loggers), model.sites.labels(range(len(model.sites)))
+        board.conditions(result.look.to_dict())
+        if rates:  # the data may name no kinds
+            board.keep_rates(rates, report.keep_heat_map(rates, labels=labels), labels)
+        if board.runs and (measured := self.conditions.measured) is not None:
+            rungs = ladder(measured)
+            board.ladder(rungs, report.ladder_plot(rungs, labels), labels)
+        if board.runs and self.inputs:
+            with self.stages("answering a few inputs to look at"):
+                board.answers(self._answers(model))
+        board.router(result.folder / ROUTER, f"router-{self.recipe.name}", model.facts | _origin(self.recipe, result))
+        board.finish(self.stages)
+
+    def _answers(self, model: RoutedModel) -> list[dict[str, Any]]:
+        """Answer a few inputs; where the model cannot, the run is none the worse."""
+        try:
+            return answer_some(model, self.inputs, self.processor)
+        except AdaSkipError as error:
+            self.stages.note(f"no answers to look at: {error}")
+            return []
 
     def _give_way(
         self, model: RoutedModel, contest: Contest, rates: dict[str, list[float]]
@@ -209,13 +232,27 @@ def _write(result: TrainResult, model: RoutedModel, prices: Prices, rates: dict[
     write_json(result.folder / SUMMARY, result.to_dict(), indent=2)
 
 
-def _report(result: TrainResult, model: RoutedModel, rates: dict[str, list[float]], board: Board) -> None:
-    """Send what is no number to W&B, if it is used, and write the report from the files."""
-    assert result.look is not None
-    board.conditions(result.look.to_dict())
-    if rates:  # the data may name no kinds
-        labels = model.sites.labels(range(len(model.sites)))
-        board.keep_rates(rates, report.keep_heat_map(rates, labels=labels), labels)
-    board.router(result.folder / ROUTER, model.facts)
-    board.finish()
-    report.write(result.folder)
+def ladder(measured: LayerMeasures) -> dict[str, list[float]]:
+    """Return, of each layer, the exact cost of its skip and two proved bounds on it, means over inputs in nats.
+
+    s and u are the largest of an input's predicted tokens and KL is their mean, so each rung lies above the one before
+    for every input (link 3b of docs/theory.md).
+    """
+    s, u = measured.s.double(), measured.u.double()
+    rungs = {"exact KL": measured.kl.double(), "two-point bound": kl_two_point(s, u), "Bennett bound": kl_bennett(s, u)}
+    return {name: values.mean(0).tolist() for name, values in rungs.items()}
+
+
+def _origin(recipe: Recipe, result: TrainResult) -> dict[str, Any]:
+    """Say what routers were made of: run, recipe, backbone with a digest of its weights, data with theirs."""
+    saved = json.loads((result.folder / ROUTER / CONFIG).read_text(encoding="utf-8"))
+    data = json.loads((result.folder / DATA).read_text(encoding="utf-8"))
+    return {
+        "recipe": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "exported": result.exported,
+        "backbone": saved["backbone"] | {"revision": recipe.backbone.revision},
+        "data": {"source": recipe.data.source, "subset": recipe.data.subset, **data["splits"]},
+        "content": saved["content"],
+    }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +30,6 @@ from adaskip.training.checkpoints import checkpoints, keep_newest, newest_checkp
 from adaskip.training.tracking import environment, wandb_mode
 from adaskip.verbs.run import check_writable
 
-_NO_KEY = 3
-_QUESTION = f"import sys, wandb; sys.exit(0 if wandb.login(prompt=False) else {_NO_KEY})"
-"""Asks W&B whether a key is configured, and taken; whatever is raised ends with status 1."""
 _FREE_TO_CHANGE = {"name", "output", "tracking", "trainer.progress", "trainer.workers"}
 """Keys that a resumed run may have otherwise: they change nothing that it computes."""
 
@@ -45,14 +40,13 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
     A folder in which an earlier start failed before its first step counts as new: for a start and for a resume.
 
     Raises:
-        ConfigError: the folder holds a run, or another run than this recipe's; W&B has no key; or torchrun has started
-            another number of processes than the recipe asks for.
+        ConfigError: the folder holds a run, or another run than this recipe's; or torchrun has started another number
+            of processes than the recipe asks for.
         CheckpointError: there is no run to go on with, or the folder cannot be written to.
     """
     _check_launch(recipe)
     if not is_first_process():
         return
-    check_tracking(recipe.tracking.wandb)
     if resume:
         _check_same_run(recipe, folder)
     elif has_progress(folder):
@@ -192,33 +186,14 @@ def _check_launch(recipe: Recipe) -> None:
         )
 
 
-def check_tracking(wanted: str, name: str = "tracking.wandb", offline: str = "tracking.wandb=offline") -> str:
-    """Ask for the W&B key before minutes of work, not after them; return the mode that then holds.
+def check_tracking(wanted: str, name: str) -> str:
+    """Return the mode of W&B that holds: what is wanted, or what the environment says, where that is quieter.
 
-    Args:
-        wanted: ``disabled``, ``offline`` or ``online``; the environment may say a quieter one.
-        name: of the setting, for an error.
-        offline: how one types that the work stays on this machine.
+    A key that is missing or wrong is no reason not to start: what is recorded here is sent later.
 
     Raises:
-        ConfigError: it is none of them, or there is no key for ``online``, or W&B refuses it.
+        ConfigError: it is no mode; ``name`` is what the setting is called.
     """
     if wanted not in (modes := ("disabled", "offline", "online")):
         raise ConfigError(f"{name}: expected {' | '.join(modes)}, got {wanted!r}; {did_you_mean(wanted, modes)}")
-    mode = wandb_mode(wanted)
-    if mode != "online":
-        return mode
-    # in a process of its own: asking changes what W&B does later in the one that asks, offline runs included
-    answer = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
-    if answer.returncode == _NO_KEY:
-        raise ConfigError(
-            f"{name}: online needs a W&B API key, and none is configured; type `wandb login`, "
-            f"or keep the run on this machine: {offline}"
-        )
-    if answer.returncode:
-        reason = next(reversed(answer.stderr.strip().splitlines()), "no reason given")
-        raise ConfigError(
-            f"{name}: online was refused ({reason}); mend the key with `wandb login --relogin`, "
-            f"or keep the run on this machine: {offline}"
-        )
-    return mode
+    return wandb_mode(wanted)

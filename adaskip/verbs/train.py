@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils.data import DataLoader
 
 from adaskip.batch import Batch, count
@@ -164,7 +163,9 @@ class _Training:
         batches = training_loader(
             self.splits["train"], self.collate, size, every * size, recipe.seed, recipe.trainer.workers
         )
-        trainer = make_trainer(recipe, self.folder, step, [conditions, RoundsBySteps(batches, every, step)])
+        trainer = make_trainer(
+            recipe, self.folder, step, [conditions, RoundsBySteps(batches, every, step)], self.stages is SILENT
+        )
         validation = loader(self.splits["validation"], self.collate, size)
         self.laps.lap("price")
         if recipe.method == "from-bounds" and checkpoint is None:
@@ -178,8 +179,8 @@ class _Training:
                 f"{self.folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
                 f"go on with: adaskip train {self.folder / RECIPE} --resume"
             )
-        calibration = self._batches("calibration", fitted(recipe))
-        return finish(recipe, trainer, tuner, conditions, validation, calibration, self.laps, self.stages, start.plan)
+        assert tuner.prices is not None
+        return finish(self._ending(trainer, tuner.prices, conditions), tuner, validation, start.plan)
 
     def _find_bank(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
         trainer = make_trainer(self.recipe, self.folder, 0, [])
@@ -198,7 +199,8 @@ class _Training:
 
     def _ending(self, trainer: lightning.Trainer, prices: Prices, conditions: ConditionCheck) -> Ending:
         calibration = self._batches("calibration", fitted(self.recipe))
-        return Ending(self.recipe, trainer, prices, conditions, calibration, self.laps, self.stages)
+        inputs, processor = self.splits["validation"], self.collate.processor
+        return Ending(self.recipe, trainer, prices, conditions, calibration, self.laps, self.stages, inputs, processor)
 
     def _batches(self, split: str, limit: int | None) -> list[Batch]:
         return [*loader(self.splits[split][:limit], self.collate, self.recipe.trainer.batch_size)]
@@ -245,8 +247,7 @@ class _Training:
         """
         steps, callbacks = self.recipe.trainer.steps, trainer.callbacks  # type: ignore[attr-defined]
         with self.stages(f"training for {steps} steps", steps) as advance:
-            if not any(isinstance(callback, RichProgressBar) for callback in callbacks):
-                callbacks.append(StepCount(advance))
+            callbacks.append(StepCount(advance))
             try:
                 trainer.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
             except SystemExit as stop:

@@ -19,15 +19,17 @@ from adaskip.training.checkpoints import WholeFiles, checkpoint_callback
 from adaskip.training.tracking import MetricsFile, wandb_logger, wandb_mode
 
 
-def make_trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -> lightning.Trainer:
-    """Make the trainer of a run that has done so many steps, with these callbacks and those of every run."""
+def make_trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback], bar: bool = False) -> lightning.Trainer:
+    """Make the trainer of a run that has done so many steps, with these callbacks and those of every run.
+
+    ``bar``: Lightning draws one on a terminal, where the recipe asks for it; for those who hear no stages.
+    """
     section, tracking = recipe.trainer, recipe.tracking
     loggers: list[Logger] = [MetricsFile(folder, step)]
     if (mode := wandb_mode(tracking.wandb)) != "disabled":
         loggers.append(wandb_logger(folder, mode, tracking.project, tracking.name, tracking.tags, recipe.model_dump()))
     callbacks = [*own, checkpoint_callback(folder)]
-    # a bar that is not drawn would be silence: where there is no terminal, lines say how far training is
-    bar = section.progress and sys.stdout.isatty()
+    bar = bar and section.progress and sys.stdout.isatty()
     callbacks += [RichProgressBar(leave=True)] if bar else []
     local, machines = launched()
     return lightning.Trainer(

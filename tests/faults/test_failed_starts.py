@@ -54,39 +54,16 @@ def test_a_start_that_failed_blocks_nothing(tmp_path: Path, resume: bool) -> Non
     assert not (folder / ".lock").exists()
 
 
-def test_wandb_online_without_a_key_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch: minutes of pricing, then a traceback of W&B, then a folder that is refused."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"tracking.wandb: online needs a W&B API key.*wandb login"):
-        train(recipe(tmp_path / "run", "tracking.wandb=online"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_key_that_wandb_refuses_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch: "none is configured" where a key is set, but wrong, or W&B cannot be reached to ask."""
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", "too-short")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"online was refused \(.*API key must have.*tracking.wandb=off"):
-        train(recipe(tmp_path / "run", "tracking.wandb=online"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_offline_leaves_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch: ``WANDB_MODE`` left behind by a run offline, so that the next one, online, is told it has no key."""
+    """Would catch: ``WANDB_MODE`` left behind by a run offline, so that the next one, online, is sent nowhere."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     logger = wandb_logger(tmp_path, "offline", "adaskip", None, [], {})
     logger.log_metrics({"loss": 1.0}, 0)
     Board([logger]).finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert logger.upload is None
     assert "WANDB_MODE" not in os.environ
-    monkeypatch.setenv("WANDB_API_KEY", "too-short")
-    with pytest.raises(ConfigError, match=r"online was refused \(.*API key must have"):
-        train(recipe(tmp_path / "run", "tracking.wandb=online"))
 
 
 @pytest.mark.usefixtures("starts_only")

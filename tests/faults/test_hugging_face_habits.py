@@ -147,8 +147,6 @@ def test_tools_take_the_backbone_or_say_so(tmp_path) -> None:
     asked = pipeline("text-generation", model=model.backbone, tokenizer=tokenizer())
     assert asked("abc", max_new_tokens=2)[0]["generated_text"].startswith("abc")
     assert model.routing.keep.shape == (4, 1)
-    with pytest.raises(AdaSkipError, match="hf upload REPO FOLDER"):
-        model.push_to_hub("me/routers")
     assert not hasattr(model, "no_such_thing")
     assert getattr(model, "hf_device_map", None) is None
 

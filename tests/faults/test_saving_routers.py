@@ -48,10 +48,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch: pytest.MonkeyPat
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_repository_that_is_not_here() -> None:
-    """Somebody passes a Hugging Face id; catches an error that does not say how to get it."""
-    with pytest.raises(CheckpointError, match="no such folder here; of a Hugging Face repository first: hf download"):
-        load("someone/routers")
+def test_a_folder_that_is_not_here() -> None:
+    """Somebody mistypes a path; catches a search on the Hub for what can only be a folder."""
+    with pytest.raises(CheckpointError, match="no such folder here; of a Hugging Face repository write user/name"):
+        load("runs/none/router")
 
 
 def test_a_readme_of_something_else_is_left_alone(tmp_path) -> None:

@@ -104,10 +104,35 @@ def test_wandb_has_the_same(run: Path) -> None:
     assert {(k, layer): rate for k, layer, rate in stored["data"]} == {
         (k, layer): rate for k, row in rates.items() for layer, rate in enumerate(row)
     }
+    ladder = stored_table(run, history, "bound_ladder_table")
+    assert ladder["columns"] == ["layer", "exact KL", "two-point bound", "Bennett bound"]
+    assert [row[0] for row in ladder["data"]] == [str(layer) for layer in range(12)]
+    assert all(exact <= tight <= loose for _, exact, tight, loose in ladder["data"])
+    assert any("bound_ladder/path" in row for row in history)
+    shown = stored_table(run, history, "answers")
+    answers = [dict(zip(shown["columns"], row, strict=True)) for row in shown["data"]]
+    assert len({row["kind"] for row in answers}) == len(answers) == 4
+    for row in answers:
+        assert row["keep"] == pytest.approx(row["route"].count("#") / 12)
+        assert row["prompt"]
+        assert row["dense_answer"]
     artifact = next(a for a in found["artifacts"] if a.type == "model")
+    assert artifact.name == "router-digits-vlm"
+    made_of = json.loads(artifact.metadata)
+    stored = json.loads((run / "router" / "adaskip_config.json").read_text())
+    assert made_of["backbone"]["weights"] == stored["backbone"]["weights"]
+    assert made_of["content"] == stored["content"]
+    splits = json.loads((run / "data.json").read_text())["splits"]
+    assert {name: made_of["data"][name] for name in splits} == splits
     assert {entry.path for entry in artifact.manifest.contents} >= {"adaskip_config.json", "router.safetensors"}
     logged = {row["train/loss"] for row in history if "train/loss" in row}
     assert logged == {value for _, value in numbers(run)["train/loss"]}
+
+
+def stored_table(run: Path, history: list[dict], name: str) -> dict:
+    """What a table of W&B's holds, read from the disk."""
+    path = next(row[f"{name}/path"] for row in history if f"{name}/path" in row)
+    return json.loads(next(iter(run.glob(f"wandb/offline-run-*/files/{path}"))).read_text())
 
 
 def test_evaluate_answer_and_check(run: Path) -> None:

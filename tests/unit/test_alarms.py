@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 
 import adaskip
@@ -191,11 +191,18 @@ def test_a_router_that_skips_the_dearest_layer_is_alarmed(
     assert len(numbers.logged["router/logit_std"]) == 3
 
 
+class OwnLogger(WandbLogger):
+    """Lightning's, as in a training loop of the user's own; asks W&B for nothing."""
+
+    experiment = SimpleNamespace()  # type: ignore[assignment]
+
+
 def test_an_alarm_goes_to_every_wandb_run() -> None:
+    """Would catch: a board that knows the logger of `adaskip train` alone, and none of a loop of one's own."""
     sent: list[dict[str, str]] = []
-    board = Board([])
-    board.runs = [SimpleNamespace(alert=lambda **alert: sent.append(alert))]
-    board.alarm("dear", "step 2: ...")
+    logger = OwnLogger(mode="offline")
+    logger.experiment.alert = lambda **alert: sent.append(alert)
+    Board([logger]).alarm("dear", "step 2: ...")
     assert sent == [{"title": "routers: dear", "text": "step 2: ..."}]
 
 
