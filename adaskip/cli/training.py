@@ -118,6 +118,9 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Rehearse it in seconds: a small random backbone, a few steps, no network.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train the routers of a recipe; leaves a complete run folder."""
@@ -130,7 +133,7 @@ def train(
 
         _quieten()
         # while it trains, Lightning draws a bar of its own; two live bars would overwrite one another
-        return train(read, resume=resume, stages=terminal_stages(bars=False))
+        return train(read, resume=resume, smoke=smoke, stages=terminal_stages(bars=False))
 
     def show(done: dict[str, Any]) -> None:
         beside = done.get("static", {}).get("sentence")
