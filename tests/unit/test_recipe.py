@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from adaskip.backbone.published import published
 from adaskip.errors import ConfigError
 from adaskip.policies.learned.config import RouterConfig
-from adaskip.recipe import Recipe, dump, find, load, recipes, sentence
+from adaskip.recipe import Recipe, dump, find, load, origins, recipes, sentence
 from adaskip.runtime.lora import Lora
 from adaskip.sections import faults
 from adaskip.training.objective import Objective
@@ -313,6 +313,22 @@ def test_any_values_give_a_recipe_or_a_list_of_faults(values):
     else:
         recipe = Recipe.model_validate(raw)
         assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
+
+
+def test_every_value_has_a_source(write):
+    """By line of the file, in either way of writing sections; of a section that is overridden all of it.
+
+    Catches a line that counts from 0, and a key that is told as the file's although an override changed it.
+    """
+    path = write(MINIMAL + "objective:\n  keep: 0.5\n")
+    overrides = ["trainer.steps=7", "tracking={tags: [a]}"]
+    recipe = load(path, overrides)
+    told = origins(recipe, path, overrides)
+    assert told["backbone.path"] == told["backbone.dtype"].replace("default", "mine.yaml:1") == "mine.yaml:1"
+    assert (told["trainer.batch_size"], told["objective.keep"]) == ("mine.yaml:3", "mine.yaml:5")
+    assert (told["trainer.steps"], told["tracking.tags"], told["tracking.wandb"]) == ("override",) * 3
+    assert (told["objective.alpha"], told["name"], told["output"], told["lora"]) == ("default",) * 4
+    assert origins(recipe, path, {"trainer": {"steps": 7}})["trainer.steps"] == "override"
 
 
 @pytest.mark.parametrize(
