@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from adaskip import runfiles, sources
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.lora import Lora
-from adaskip.sections import Overrides, Section, faults, override, read_yaml
+from adaskip.sections import Overrides, Section, faults, key_lines, override, override_keys, read_yaml
 from adaskip.theory.bounds import kl_for_accuracy
 from adaskip.training.objective import Fit, Objective, check_gradient
 
@@ -263,6 +263,41 @@ def load(recipe: Recipe | str | Path, overrides: Overrides = ()) -> Recipe:
     if path.name == runfiles.RECIPE:
         raw["output"] = str(path.parent)
     return _resolved(raw, overrides, f"recipe {path}", path.parent, path.stem, problems)
+
+
+def origins(recipe: Recipe, source: str | Path, overrides: Overrides = ()) -> dict[str, str]:
+    """Say where each value of a recipe comes from: ``override``, ``FILE:LINE``, or ``default``.
+
+    Args:
+        recipe: what `load` made of the other two.
+        source: the name or the file that it was read from.
+        overrides: that changed it.
+
+    >>> told = origins(load("digits-vlm", ["seed=3"]), "digits-vlm", ["seed=3"])
+    >>> told["seed"], told["objective.keep"], told["objective.alpha"]
+    ('override', 'digits-vlm.yaml:20', 'default')
+    """
+    path = find(source)
+    lines, changed = key_lines(path), override_keys(overrides)
+
+    def origin(key: str) -> str:
+        parts = key.split(".")
+        near = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]  # the key, and the sections around it
+        if any(name in changed for name in near):
+            return "override"
+        if key in lines:
+            return f"{path.name}:{lines[key]}"
+        return "default"
+
+    return {key: origin(key) for key in _flat(recipe.model_dump())}
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
 
 
 def _resolved(

@@ -92,6 +92,32 @@ def read_yaml(path: Path) -> tuple[Any, list[str]]:
     return raw, problems
 
 
+def key_lines(path: Path) -> dict[str, int]:
+    """Return the line, counted from 1, in which each key of a YAML file stands, by its path with dots."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return dict(_marked(root, ()))
+
+
+def override_keys(overrides: Overrides) -> set[str]:
+    """Return the key paths that overrides set.
+
+    >>> sorted(override_keys(["objective.keep=0.5", "seed=1"])), override_keys({"trainer": {"steps": 10}})
+    (['objective.keep', 'seed'], {'trainer.steps'})
+    """
+    if isinstance(overrides, Mapping):
+        return {".".join(keys) for keys, _ in _leaves(overrides)}
+    texts = [overrides] if isinstance(overrides, str) else overrides
+    return {text.partition("=")[0].strip() for text in texts}
+
+
+def _marked(node: Any, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            keys = (*above, str(key.value))
+            yield ".".join(keys), key.start_mark.line + 1
+            yield from _marked(value, keys)
+
+
 def _leaves(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
     """Yield the key path and the value of every leaf; a key may be a path itself, a value a section."""
     for key, value in values.items():

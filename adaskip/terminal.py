@@ -204,6 +204,15 @@ def pairs(values: dict[str, Any], prefix: str = "") -> None:
             say(f"{prefix + name:28} {_cell(value)}")
 
 
+def sourced(values: dict[str, Any], sources: dict[str, str], prefix: str = "") -> None:
+    """Print one `name  value  source` a line, as `pairs` does."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            sourced(value, sources, f"{prefix}{name}.")
+        else:
+            say(f"{prefix + name:28} {_cell(value):28} {sources.get(prefix + name, '')}".rstrip())
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

@@ -130,6 +130,15 @@ def inspect_backbone(model: nn.Module, unit: Unit = "block", kv: str = "absent")
     return BackboneSpec(model, path, layers, config.hidden_size, reads_ahead, outputs, sublayers, work, head)
 
 
+def inspect_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Find the decoder layers alone; the model may be one without weights.
+
+    Raises:
+        BackboneError: there is no one list of them.
+    """
+    return _find_layers(model, model.config.get_text_config(decoder=True))[1]
+
+
 def count_head(spec: BackboneSpec) -> float:
     """Count anew the FLOPs of the language-model head per position; nothing may be attached to the model."""
     return measure_work(spec.model, spec.layers, _pair_flops(spec.config))[1]

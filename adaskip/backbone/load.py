@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils.import_utils import is_torchvision_available
 
 from adaskip import sources
 from adaskip.backbone.inspect import count_positions
+from adaskip.backbone.stills import stills
 from adaskip.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 
 def load_backbone(name: str, **options: Any) -> PreTrainedModel:
@@ -46,14 +51,18 @@ def load_backbone(name: str, **options: Any) -> PreTrainedModel:
 def load_processor(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """Load a backbone's processor, or its tokenizer where it has no pictures.
 
+    Without torchvision, which only videos need in most architectures, the processor takes pictures alone.
+
     Raises:
         CheckpointError: the folder or repository holds neither.
     """
     path = _located(name)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
-        return AutoProcessor.from_pretrained(path, **options)
-    except (OSError, ValueError):
+        return (_stills(path, options) or AutoProcessor).from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as missing:
+        if isinstance(missing, ImportError):
+            _log.warning("%s: text only, its processor of pictures cannot be loaded: %s", name, _reason(missing))
         try:
             return AutoTokenizer.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:
@@ -75,6 +84,17 @@ def read_positions(name: str, *, trust_remote_code: bool = False, revision: str 
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"backbone {name!r}: its configuration cannot be read ({_reason(error)})") from error
+
+
+def _stills(path: str | Path, options: dict[str, Any]) -> type[Any] | None:
+    """Return a class for pictures alone where the one that would be loaded needs torchvision, and there is none."""
+    if is_torchvision_available():
+        return None
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError):  # a folder that holds a processor and nothing else
+        return None
+    return stills(config.model_type)
 
 
 def _located(name: str) -> str | Path:

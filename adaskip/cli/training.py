@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from adaskip.cli.shared import Json, Overrides, RecipeName, Run, app
 from adaskip.errors import ConfigError
 from adaskip.runfiles import write
-from adaskip.terminal import do, existing, pairs, say, table, terminal_stages
+from adaskip.terminal import do, existing, pairs, say, sourced, table, terminal_stages
 
 
 @app.command()
@@ -60,16 +61,36 @@ def cp(
 
 
 @app.command()
-def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Check a recipe and show it resolved; every fault is listed at once."""
+def validate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As for train; may be missing with --schema.")] = "",
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe; show every value with where it comes from, and estimate memory and speed."""
 
     def work() -> dict[str, Any]:
-        from adaskip.recipe import load
+        from adaskip.recipe import Recipe, load, origins
 
-        return {"ok": True, "faults": [], "recipe": load(recipe, overrides or []).model_dump()}
+        if schema:
+            return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+        if not recipe:
+            raise ConfigError("validate: expected a recipe, or --schema; see the shipped ones with: adaskip ls")
+        read = load(recipe, overrides or [])  # before the heavier imports: a fault shows at once
+        sources = origins(read, recipe, overrides or [])
+        from adaskip.verbs.estimate import try_estimate
+
+        return {
+            "ok": True, "faults": [], "recipe": read.model_dump(), "sources": sources, "estimate": try_estimate(read),
+        }  # fmt: skip
 
     def show(done: dict[str, Any]) -> None:
-        pairs(done["recipe"])
+        if schema:
+            say(json.dumps(done, indent=2))
+            return
+        sourced(done["recipe"], done["sources"])
+        say("estimated, for each device:")
+        pairs(done["estimate"], "  ")
         say("no faults")
 
     do(work, show, as_json)
@@ -118,6 +139,9 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Rehearse it in seconds: a small random backbone, a few steps, no network.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train the routers of a recipe; leaves a complete run folder."""
@@ -129,7 +153,7 @@ def train(
         from adaskip.verbs.train import train
 
         _quieten()
-        return train(read, resume=resume, stages=terminal_stages(bars=read.trainer.progress))
+        return train(read, resume=resume, smoke=smoke, stages=terminal_stages(bars=read.trainer.progress))
 
     def show(done: dict[str, Any]) -> None:
         beside = done.get("static", {}).get("sentence")

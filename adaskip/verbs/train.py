@@ -18,6 +18,7 @@ from adaskip.runfiles import CONDITIONS, RECIPE
 from adaskip.runtime.adapters import adapt
 from adaskip.runtime.attach import RoutedModel, attach
 from adaskip.sections import Overrides
+from adaskip.smoke.rehearsal import rehearse
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.calibration import price_layers
 from adaskip.survey.greedy import Path as Plan
@@ -50,7 +51,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def train(
-    recipe: Recipe | str | Path, overrides: Overrides = (), *, resume: bool = False, stages: Stages = SILENT
+    recipe: Recipe | str | Path,
+    overrides: Overrides = (),
+    *,
+    resume: bool = False,
+    smoke: bool = False,
+    stages: Stages = SILENT,
 ) -> TrainResult:
     """Train the routers of a recipe and leave a complete run folder.
 
@@ -60,6 +66,7 @@ def train(
         recipe: a name that `adaskip ls` shows, a YAML file, or what `adaskip.recipe.load` returned.
         overrides: ``["objective.keep=0.5"]`` or ``{"objective.keep": 0.5}``.
         resume: go on from the run folder's last checkpoint; the result equals that of an uninterrupted run.
+        smoke: rehearse the recipe instead, in seconds and without a network: see `adaskip.smoke.rehearsal.rehearse`.
         stages: hears what is under way.
 
     Returns:
@@ -73,6 +80,8 @@ def train(
         ``adaskip.train("digits-vlm", {"objective.keep": 0.5, "output": "runs/half"}).budget.keep``
     """
     laps, recipe = Laps(), load(recipe, overrides)
+    if smoke:
+        recipe = rehearse(recipe, resume, stages)
     folder = Path(recipe.output)
     check_start(recipe, folder, resume)
     lightning.seed_everything(recipe.seed, verbose=False)

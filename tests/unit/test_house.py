@@ -39,6 +39,7 @@ ORDER = [
     "training",
     "sections",
     "recipe",
+    "smoke",
     "report",
     "verbs",
     "harness",

@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from adaskip.backbone.published import published
 from adaskip.errors import ConfigError
 from adaskip.policies.learned.config import RouterConfig
-from adaskip.recipe import Recipe, dump, find, load, recipes, sentence
+from adaskip.recipe import Recipe, dump, find, load, origins, recipes, sentence
+from adaskip.runtime.lora import Lora
 from adaskip.sections import faults
 from adaskip.training.objective import Objective
 
@@ -55,18 +57,38 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_launch_it(nam
     assert second.startswith(f"#   adaskip train {name}")
 
 
+MODELS = ["gemma3", "gemma3-vl", "internvl3", "llama3", "llava-1.5", "llava-onevision", "mistral", "mistral3", "olmoe",
+          "qwen3", "qwen3-vl", "smolvlm"]  # fmt: skip
+VARIANTS = ["llama3-lora", "llava-1.5-vision", "qwen2.5-vl-ddp", "qwen3-from-bounds", "qwen3-tokens"]
 POLICIES = ["d-llm", "flips", "path-bank", "router-tuning", "token-plan"]
 
 
 def test_the_shipped_recipes():
     digits = ["digits-vlm", "digits-vlm-from-bounds", "digits-vlm-vision"]
     others = ["causal-lm", *digits, "qwen2.5-vl", "smollm2", "smollm2-bank", "smollm2-routers"]
-    assert list(recipes()) == [*sorted(others), *sorted(POLICIES)]
+    assert list(recipes()) == [*sorted(others), *sorted([*MODELS, *VARIANTS, *POLICIES])]
     groups = {name: load(name).router.group for name in recipes()}
-    assert [name for name, group in groups.items() if group == "vision"] == ["digits-vlm-vision", "qwen2.5-vl"]
+    vision = ["digits-vlm-vision", "qwen2.5-vl", "llava-1.5-vision", "qwen2.5-vl-ddp"]
+    assert [name for name, group in groups.items() if group == "vision"] == vision
     assert load("qwen2.5-vl").backbone.dtype == "bfloat16"
-    assert [load(name).method for name in recipes()].count("from-bounds") == 1
+    assert [load(name).method for name in recipes()].count("from-bounds") == 2
     assert [load(name).method for name in ("smollm2", "smollm2-bank")] == ["token-plan", "path-bank"]
+
+
+def test_the_recipes_of_models_and_their_variants():
+    """Each in its folder, of a model whose sizes are published, each variant with what it is a variant for.
+
+    Catches a recipe that is put elsewhere, and one whose backbone could be neither rehearsed nor estimated offline.
+    """
+    assert all(find(name).parent.name == "models" for name in MODELS)
+    assert all(find(name).parent.name == "variants" for name in VARIANTS)
+    for name in [*MODELS, *VARIANTS]:
+        assert load(name).backbone.path in published()
+        assert (load(name).backbone.dtype, load(name).data.source) == ("bfloat16", "my.jsonl")
+    assert load("llama3-lora").lora == Lora(targets=("q_proj", "v_proj"))
+    assert load("qwen3-from-bounds").method == "from-bounds"
+    assert load("qwen3-tokens").router.scope == "token"
+    assert (load("qwen2.5-vl-ddp").trainer.devices, load("qwen2.5-vl-ddp").trainer.strategy) == (4, "ddp")
 
 
 def test_the_recipes_of_policies():
@@ -291,6 +313,22 @@ def test_any_values_give_a_recipe_or_a_list_of_faults(values):
     else:
         recipe = Recipe.model_validate(raw)
         assert Recipe.model_validate(yaml.safe_load(dump(recipe))) == recipe
+
+
+def test_every_value_has_a_source(write):
+    """By line of the file, in either way of writing sections; of a section that is overridden all of it.
+
+    Catches a line that counts from 0, and a key that is told as the file's although an override changed it.
+    """
+    path = write(MINIMAL + "objective:\n  keep: 0.5\n")
+    overrides = ["trainer.steps=7", "tracking={tags: [a]}"]
+    recipe = load(path, overrides)
+    told = origins(recipe, path, overrides)
+    assert told["backbone.path"] == told["backbone.dtype"].replace("default", "mine.yaml:1") == "mine.yaml:1"
+    assert (told["trainer.batch_size"], told["objective.keep"]) == ("mine.yaml:3", "mine.yaml:5")
+    assert (told["trainer.steps"], told["tracking.tags"], told["tracking.wandb"]) == ("override",) * 3
+    assert (told["objective.alpha"], told["name"], told["output"], told["lora"]) == ("default",) * 4
+    assert origins(recipe, path, {"trainer": {"steps": 7}})["trainer.steps"] == "override"
 
 
 @pytest.mark.parametrize(
