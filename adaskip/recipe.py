@@ -81,7 +81,7 @@ class TrainerSection(Section):
     gradient_clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: no clipping
     accelerator: Text = "auto"  # this and the next three go to lightning.Trainer as they are
     devices: int | str | list[int] = "auto"
-    strategy: Text = "auto"
+    strategy: Text = "auto"  # but for fsdp2: every process holds a part of the backbone
     precision: Text = "32-true"
     workers: Count = 0  # data loading processes
     validate_every: Positive  # steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,27 +80,27 @@ class TrainResult:
 
 
 def finish(
-    recipe: Recipe,
-    trainer: lightning.Trainer,
-    tuner: RouterTuner,
-    conditions: ConditionCheck,
-    validation: DataLoader[Any],
-    calibration: list[Batch],
-    laps: Laps,
-    stages: Stages,
-    plan: Plan | None = None,
+    ending: Ending, tuner: RouterTuner, validation: DataLoader[Any], batches: list[Batch], plan: Plan | None = None
 ) -> TrainResult:
-    """Find the threshold, validate, check, compare with a static ``plan``, and leave a complete run folder."""
-    model = tuner.model.eval()
-    with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
-        batches = [batch.to(model.spec.device) for batch in validation]
-        budget = hold_budget(model, batches, recipe.objective.keep, advance)
+    """Find the threshold, validate, check, compare with a static ``plan``, and leave a complete run folder.
+
+    Args:
+        ending: of the run, with the prices that the tuner began with; those of its checkpoint take their place.
+        tuner: with the trained routers.
+        validation: what this process reads of the validation data.
+        batches: all of them.
+        plan: the static one.
+    """
+    assert tuner.prices is not None
+    ending, model = replace(ending, prices=tuner.prices), tuner.model.eval()
+    keep, stages, laps = ending.recipe.objective.keep, ending.stages, ending.laps
+    with stages(f"finding the threshold for objective.keep={keep:g}") as advance:
+        batches = [batch.to(model.spec.device) for batch in batches]
+        budget = hold_budget(model, batches, keep, advance)
     stages.note(budget.sentence)
     laps.lap("threshold")
     with stages("validating, and checking the conditions"):
-        logged = trainer.validate(tuner, validation, verbose=False)[0]
-        assert tuner.prices is not None
-        ending = Ending(recipe, trainer, tuner.prices, conditions, calibration, laps, stages)
+        logged = ending.trainer.validate(tuner, validation, verbose=False)[0]
         look = ending.look(model)
     laps.lap("check")
     figures = {name: logged[f"val/{name}"] for name in ("accuracy", "kl", "keep")}

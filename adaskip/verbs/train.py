@@ -29,7 +29,7 @@ from adaskip.theory.tables import LayerMeasures
 from adaskip.training.bad_records import BadRecords
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps
-from adaskip.training.data import SPLITS, Collator, Record, loader, training_loader
+from adaskip.training.data import SPLITS, Collator, Record, SharedBatches, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.objective import Objective
@@ -165,7 +165,8 @@ class _Training:
             self.splits["train"], self.collate, size, every * size, recipe.seed, recipe.trainer.workers
         )
         trainer = make_trainer(recipe, self.folder, step, [conditions, RoundsBySteps(batches, every, step)])
-        validation = loader(self.splits["validation"], self.collate, size)
+        shared = SharedBatches(self.splits["validation"], self.collate, size)
+        validation: DataLoader[Any] = DataLoader(shared, batch_size=None)
         self.laps.lap("price")
         if recipe.method == "from-bounds" and checkpoint is None:
             self._fit_from_bounds(tuner, trainer)
@@ -178,8 +179,8 @@ class _Training:
                 f"{self.folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
                 f"go on with: adaskip train {self.folder / RECIPE} --resume"
             )
-        calibration = self._batches("calibration", fitted(recipe))
-        return finish(recipe, trainer, tuner, conditions, validation, calibration, self.laps, self.stages, start.plan)
+        ending = self._ending(trainer, prices, conditions)
+        return finish(ending, tuner, validation, self._batches("validation", None), start.plan)
 
     def _find_bank(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
         trainer = make_trainer(self.recipe, self.folder, 0, [])

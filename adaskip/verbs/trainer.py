@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from adaskip.ranks import launched
 from adaskip.recipe import Recipe
 from adaskip.training.checkpoints import WholeFiles, checkpoint_callback
+from adaskip.training.sharding import ShardedBackbone
 from adaskip.training.tracking import MetricsFile, wandb_logger, wandb_mode
 
 
@@ -34,7 +35,7 @@ def make_trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback]) -
         accelerator=section.accelerator,
         devices=local if local > 1 and section.devices == "auto" else section.devices,
         num_nodes=machines,
-        strategy=section.strategy,
+        strategy=ShardedBackbone() if section.strategy == "fsdp2" else section.strategy,
         precision=section.precision,  # type: ignore[arg-type]
         max_steps=section.steps,
         max_epochs=-1,
