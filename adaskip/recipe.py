@@ -83,6 +83,7 @@ class TrainerSection(Section):
     devices: int | str | list[int] = "auto"
     strategy: Text = "auto"  # but for fsdp2: every process holds a part of the backbone
     precision: Text = "32-true"
+    gradient_checkpointing: bool = False  # layers run once more in the backward pass, instead of keeping their results
     workers: Count = 0  # data loading processes
     validate_every: Positive  # steps
     checkpoint_every: Positive  # steps

@@ -24,6 +24,7 @@ from adaskip.runtime.noise import Noise
 from adaskip.runtime.options import Mode, Observer
 from adaskip.runtime.patch import MARK, Patches, unwrap
 from adaskip.runtime.persist import read_saved, restore, save
+from adaskip.runtime.recompute import recomputing
 from adaskip.runtime.results import Results
 from adaskip.runtime.trial import try_tokens
 from adaskip.sites import Label, Sites, read_sites
@@ -93,7 +94,8 @@ class RoutedModel(Results):
         inputs = name_arguments(type(self.backbone).forward, args, inputs, "model")
         around = self.runtime.state.options
         own = {"mode": self._mode(around.mode), "fixed": self._read_fixed(routing), "prompt_mask": prompt_mask}
-        with self.runtime.state.calling(around, prompt_length=None, prompt_ids=None, **own):
+        again = self.spec.layers if own["mode"] == "soft" and torch.is_grad_enabled() else ()
+        with self.runtime.state.calling(around, prompt_length=None, prompt_ids=None, **own), recomputing(again):
             return self.backbone(**inputs)
 
     def generate(

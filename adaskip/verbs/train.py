@@ -45,7 +45,7 @@ from adaskip.verbs.splits import has_test, records
 from adaskip.verbs.start import check_start, has_progress, opened
 from adaskip.verbs.static import prepare
 from adaskip.verbs.token_plan import finish_tokens, plan_tokens
-from adaskip.verbs.trainer import make_trainer, own_device
+from adaskip.verbs.trainer import checkpoint_layers, make_trainer, own_device
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -94,6 +94,8 @@ def train(
         model = attach(load_model(recipe), recipe.router, seed=recipe.seed)
         if recipe.lora is not None:
             adapt(model, recipe.lora, recipe.seed)
+        if recipe.trainer.gradient_checkpointing:
+            checkpoint_layers(model)
     with opened(recipe, folder, resume) as (checkpoint, step):
         data.store(folder)
         if resume:

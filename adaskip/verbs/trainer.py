@@ -13,8 +13,10 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
+from adaskip.errors import ConfigError
 from adaskip.ranks import launched
 from adaskip.recipe import Recipe
+from adaskip.runtime.attach import RoutedModel
 from adaskip.training.checkpoints import WholeFiles, checkpoint_callback
 from adaskip.training.sharding import ShardedBackbone
 from adaskip.training.tracking import MetricsFile, wandb_logger, wandb_mode
@@ -62,6 +64,20 @@ def _cluster() -> list[SLURMEnvironment]:
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
     return [SLURMEnvironment(auto_requeue=False)]
+
+
+def checkpoint_layers(model: RoutedModel) -> None:
+    """Have the layers of a model run again in the backward pass.
+
+    Raises:
+        ConfigError: its architecture does not offer that.
+    """
+    if not model.backbone.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"trainer.gradient_checkpointing: expected an architecture that offers it, got "
+            f"{type(model.backbone).__name__}; leave it out, or take objective.gradient=flips, which keeps no results"
+        )
+    model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def own_device(recipe: Recipe) -> torch.device | None:
