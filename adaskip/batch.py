@@ -36,6 +36,7 @@ class Batch:
     kind: list[Any] = field(default_factory=list)  # (b) the user's own labels of the rows, text or numbers
     answer: list[str] = field(default_factory=list)  # (b) the answers as text
     answer_values: dict[str, int] = field(default_factory=dict)  # input -> its value on answers, where that is not 0
+    counted: bool = True  # False: of rows that another process counts; read to keep in step with it
 
     def __post_init__(self) -> None:
         """Check what arrived; a row without a kind or an answer has an empty one."""

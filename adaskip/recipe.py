@@ -84,8 +84,9 @@ class TrainerSection(Section):
     gradient_clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: no clipping
     accelerator: Text = "auto"  # this and the next three go to lightning.Trainer as they are
     devices: int | str | list[int] = "auto"
-    strategy: Text = "auto"
+    strategy: Text = "auto"  # but for fsdp2: every process holds a part of the backbone
     precision: Text = "32-true"
+    gradient_checkpointing: bool = False  # layers run once more in the backward pass, instead of keeping their results
     workers: Count = 0  # data loading processes
     validate_every: Positive  # steps
     checkpoint_every: Positive  # steps

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adaskip.methods.evidence import Evidence
-from adaskip.methods.greedy import METHOD as GREEDY
+from adaskip.methods import greedy
 from adaskip.survey.greedy import Path
 from adaskip.survey.refine import refine_path
 
 
 def choose(evidence: Evidence, keep: float, seed: int) -> Path:
     """Return greed's plan, with what need not go given back, and halves exchanged with others where that helps."""
-    path = GREEDY.choose(evidence, keep, seed)
+    path = greedy.choose(evidence, keep, seed)
     if not path:
         return path
     cost = float(evidence.costs([path], evidence.everyone).mean())
@@ -28,7 +28,7 @@ def choose(evidence: Evidence, keep: float, seed: int) -> Path:
 
 
 METHOD = replace(
-    GREEDY,
+    greedy.METHOD,
     name="greedy_halves",
     title="greedy by exact KL over halves of layers",
     source="after arXiv 2402.09025",

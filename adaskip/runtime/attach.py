@@ -18,11 +18,13 @@ from adaskip.errors import BackboneError, ConfigError
 from adaskip.plan import KEEP_ALL, Routing, Target, read_number
 from adaskip.policy import Policy, Settings, as_policy
 from adaskip.runtime.arguments import name_arguments
-from adaskip.runtime.fingerprint import describe_unreadable
+from adaskip.runtime.fingerprint import Fingerprint, describe_unreadable
 from adaskip.runtime.forward import Runtime
+from adaskip.runtime.noise import Noise
 from adaskip.runtime.options import Mode, Observer
 from adaskip.runtime.patch import MARK, Patches, unwrap
 from adaskip.runtime.persist import read_saved, restore, save
+from adaskip.runtime.recompute import recomputing
 from adaskip.runtime.results import Results
 from adaskip.runtime.trial import try_tokens
 from adaskip.sites import Label, Sites, read_sites
@@ -55,6 +57,7 @@ class RoutedModel(Results):
         self.certificate: dict[str, Any] | None = None
         self.gauge: Gauge | None = None
         self.adapters: Adapters | None = None
+        self.whole: Fingerprint | None = None  # of the backbone, where this process has let go of a part since
         self.patches = Patches(spec.model)
         self.patches.install(self.runtime)
 
@@ -91,7 +94,8 @@ class RoutedModel(Results):
         inputs = name_arguments(type(self.backbone).forward, args, inputs, "model")
         around = self.runtime.state.options
         own = {"mode": self._mode(around.mode), "fixed": self._read_fixed(routing), "prompt_mask": prompt_mask}
-        with self.runtime.state.calling(around, prompt_length=None, prompt_ids=None, **own):
+        again = self.spec.layers if own["mode"] == "soft" and torch.is_grad_enabled() else ()
+        with self.runtime.state.calling(around, prompt_length=None, prompt_ids=None, **own), recomputing(again):
             return self.backbone(**inputs)
 
     def generate(
@@ -145,13 +149,13 @@ class RoutedModel(Results):
             yield
 
     @contextmanager
-    def explore(self, noise: torch.Generator, temperature: float = 1.0, soft: bool = True) -> Iterator[None]:
+    def explore(self, noise: torch.Generator | Noise, temperature: float = 1.0, soft: bool = True) -> Iterator[None]:
         """Run inside as `soft` does, with gates drawn at random from their logits, at this temperature.
 
         ``soft=False``: layers are really skipped. The pass has no gradient, but
         ``routing.gates``, the probabilities to run, have one into the policy.
         """
-        options = {"mode": "soft" if soft else "skip", "noise": noise, "temperature": temperature}
+        options = {"mode": "soft" if soft else "skip", "noise": Noise.of(noise), "temperature": temperature}
         with torch.set_grad_enabled(soft and torch.is_grad_enabled()), self.runtime.state.using(**options):
             yield
 

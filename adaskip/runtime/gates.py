@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adaskip.runtime.noise import Noise
+
 
 def hard(logits: Tensor, threshold: float = 0.0) -> Tensor:
     """Return where the logit exceeds the threshold, so that the layer runs: bool, of the same shape."""
     return logits > threshold
 
 
-def perturb(logits: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+def perturb(logits: Tensor, generator: torch.Generator | Noise, temperature: float = 1.0) -> Tensor:
     """Add logistic noise (a binary Gumbel-softmax), with which `hard` draws its decisions.
 
     P(hard) = sigmoid((logit - threshold) / temperature)
@@ -19,12 +21,12 @@ def perturb(logits: Tensor, generator: torch.Generator, temperature: float = 1.0
     """
     # drawn on the generator's device, so that a run is the same wherever the router lives; and in float32 whatever
     # torch's default is: in bfloat16 the upper end would round to 1, and the noise be infinite
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    uniform = Noise.of(generator).uniform(logits.shape)
     return logits + temperature * uniform.clamp(1e-6, 1 - 1e-6).logit().to(logits.device)
 
 
 def straight_through(
-    logits: Tensor, threshold: float = 0.0, temperature: float = 1.0, generator: torch.Generator | None = None
+    logits: Tensor, threshold: float = 0.0, temperature: float = 1.0, generator: torch.Generator | Noise | None = None
 ) -> Tensor:
     """Return gates that are exactly 0 or 1 forward and have the slope of a sigmoid backward.
 

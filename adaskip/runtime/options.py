@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from adaskip.generate.drafting import Drafting
     from adaskip.plan import Routing, Target
     from adaskip.runtime.cost import Ledger
+    from adaskip.runtime.noise import Noise
     from adaskip.runtime.request import Request
 
 Mode = Literal["dense", "soft", "skip"]
@@ -43,7 +44,7 @@ class Options:
     threshold: float | None = None  # instead of the configuration's
     target: Target | None = None  # instead of the policy's, where it says which tokens decisions speak of
     temperature: float = 1.0
-    noise: torch.Generator | None = None
+    noise: Noise | None = None
     fixed: Tensor | None = None  # bool (s b), scope token also (s b t): decisions made beforehand
     prompt_mask: Tensor | None = None  # bool (b t)
     prompt_length: int | None = None

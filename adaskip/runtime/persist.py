@@ -56,7 +56,7 @@ def save(model: RoutedModel, folder: str | Path) -> Path:
     """
     _check_readable(model.policy)
     policy = describe_policy(model.policy)
-    folder, backbone = Path(folder), fingerprint(model.spec)
+    folder, backbone = Path(folder), model.whole or fingerprint(model.spec)
     meta: dict[str, Any] = {
         "format": FORMAT if model.adapters is not None else 3,
         "adaskip": __version__,

@@ -16,6 +16,7 @@ from adaskip.errors import DataError
 from adaskip.plan import Flags, Target
 from adaskip.runtime.attentions import WeightRecord
 from adaskip.runtime.cache import SkipCache
+from adaskip.runtime.noise import Noise
 from adaskip.runtime.options import Mode, Options
 from adaskip.runtime.segment import Segment
 
@@ -72,7 +73,7 @@ class Request:
         """Return what the vision tower's class token attends to, (p n) a call; some generate before the first pass."""
         return self.seen or self.options.tower or ()
 
-    def noise(self, index: int) -> torch.Generator | None:
+    def noise(self, index: int) -> Noise | None:
         """Return what a site's gates are drawn from: where its layer runs again, a source that gives the same draws."""
         source = self.options.noise
         if source is None:
@@ -80,9 +81,7 @@ class Request:
         if index not in self.drawn:
             self.drawn[index] = source.get_state()
             return source
-        repeat = torch.Generator(source.device)
-        repeat.set_state(self.drawn[index])
-        return repeat
+        return source.at(self.drawn[index])
 
 
 def read_cache(cache: Any, mode: Mode, use: bool) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from adaskip.batch import Batch
 from adaskip.errors import ConfigError
@@ -126,6 +127,43 @@ def loader(records: Sequence[Record], collate: Collator, batch_size: int, worker
     if all(_sorts(records)):
         order = {"batch_sampler": in_order(records, batch_size)}
     return DataLoader(records, **order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+
+
+class SharedBatches(Dataset[Batch]):
+    """Make the batches of all records, in order; with several processes each reads its rows of the very same batches.
+
+    Every row is counted by one process, also where the processes do not divide them. All have as many batches, because
+    they wait for one another: one that has no row of a batch reads one that is not ``counted``.
+
+    Args:
+        records: all there are.
+        collate: makes a batch of records.
+        batch_size: rows of a batch and process, at most.
+
+        DataLoader(SharedBatches(records, Collator(processor), 8), batch_size=None)
+
+    In a Trainer of several processes pass ``use_distributed_sampler=False``: this one spreads the rows itself.
+    """
+
+    def __init__(self, records: Sequence[Record], collate: Collator, batch_size: int) -> None:
+        self.records, self.collate, self.batch_size = records, collate, batch_size
+        self._cuts: dict[int, list[list[int]]] = {}  # by the number of processes, which may start after this
+
+    def _cut(self) -> list[list[int]]:
+        ranks = _processes()[0]
+        if ranks not in self._cuts:
+            self._cuts[ranks] = in_order(self.records, self.batch_size * ranks)
+        return self._cuts[ranks]
+
+    def __len__(self) -> int:
+        return len(self._cut())
+
+    def __getitem__(self, number: int) -> Batch:
+        ranks, rank = _processes()
+        whole = self._cut()[number]  # which raises IndexError behind the last
+        own = whole[rank::ranks]
+        batch = self.collate([self.records[row] for row in own or whole[:1]])
+        return replace(batch, counted=bool(own))
 
 
 class NumberedBatches:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from adaskip.training.batches import NumberedBatches, RoundBatches, RoundSampler, in_order, loader, training_loader
+from adaskip.training.batches import (
+    NumberedBatches,
+    RoundBatches,
+    RoundSampler,
+    SharedBatches,
+    in_order,
+    loader,
+    training_loader,
+)
 from adaskip.training.collate import Collator, append_answers
 from adaskip.training.pictures import open_image, pictures_of
 from adaskip.training.reading import load_records, read_prompts
@@ -16,6 +24,7 @@ __all__ = [
     "Record",
     "RoundBatches",
     "RoundSampler",
+    "SharedBatches",
     "append_answers",
     "in_order",
     "load_records",

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import Tensor
 
 from adaskip.batch import IGNORED, Batch
 from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
+from adaskip.runtime.noise import Noise
 from adaskip.survey.flips import PathCost, flip
 from adaskip.survey.record import record
 from adaskip.theory.costs import predicted
 from adaskip.training.objective import Objective
+from adaskip.training.sharding import ShardedBackbone
 
 _LEAST = 1e-6
 """Slope below which a layer's chance to be flipped falls no further; any chance above 0 keeps the mean what it is."""
 
 
 def draw_path(
-    model: RoutedModel, batch: Batch, dense: Tensor, goal: Objective, noise: torch.Generator, temperature: float
+    model: RoutedModel, batch: Batch, dense: Tensor, goal: Objective, noise: torch.Generator | Noise, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Draw a path a row, and return its KL to the dense model and its cross-entropy, means over rows.
 
@@ -61,7 +69,7 @@ def answer_costs(dense: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, T
 
 
 def _by_flips(
-    model: RoutedModel, batch: Batch, dense: Tensor, goal: Objective, noise: torch.Generator, temperature: float
+    model: RoutedModel, batch: Batch, dense: Tensor, goal: Objective, noise: torch.Generator | Noise, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Rerun the path with single decisions flipped, a layer a row and part of the model.
 
@@ -93,7 +101,7 @@ def slope_of(model: RoutedModel, temperature: float = 1.0) -> Tensor:
     return torch.sigmoid(margin) * torch.sigmoid(-margin)
 
 
-def draw_layers(weight: Tensor, count: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_layers(weight: Tensor, count: int, noise: torch.Generator | Noise) -> tuple[Tensor, Tensor]:
     """Draw a layer of each of ``count`` runs of neighbours, for every row apart, with chances that go by its weight.
 
         layers 0 1 2 3 | 4 5 6 7 | 8 9 10 11      count 3: one rerun from 0..3 on, one from 4..7 on, one from 8..11 on
@@ -110,7 +118,7 @@ def draw_layers(weight: Tensor, count: int, noise: torch.Generator) -> tuple[Ten
     for part in torch.arange(len(weight), device=weight.device).tensor_split(min(count, len(weight))):
         chance = weight[part].clamp_min(_LEAST)
         chance = chance / chance.sum(0)
-        cut = torch.rand(weight.shape[1], generator=noise, device=noise.device, dtype=torch.float32)
+        cut = Noise.of(noise).uniform(weight.shape[1:])
         index = (chance.cumsum(0) < cut.to(weight)).sum(0).clamp(max=len(part) - 1)
         layers.append(part[index])
         chances.append(chance.gather(0, index[None])[0])
@@ -137,11 +145,18 @@ def _check_answers(where: Tensor) -> None:
 
 
 def check_strategy(goal: Objective, trainer: lightning.Trainer) -> None:
-    """Refuse ways to train in which ranks wait for one another within a layer, which only some of them would run.
+    """Refuse strategies that share the model out in a way of their own, and any that does where ranks run other layers.
 
     Raises:
         ConfigError: the weights are sharded.
     """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, ShardedBackbone):
+        raise ConfigError(
+            f"RouterTuner: {type(strategy).__name__} would share out routers along with the frozen backbone; expected "
+            "adaskip.training.sharding.ShardedBackbone(), FSDP2 of the backbone alone (in a recipe trainer.strategy: "
+            "fsdp2), or ddp"
+        )
     whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
     if goal.gradient == "flips" and (not whole or isinstance(trainer.strategy, DeepSpeedStrategy)):
         raise ConfigError(

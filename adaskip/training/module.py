@@ -28,6 +28,8 @@ from adaskip.training.objective import Objective, check_gradient, is_count, is_n
 from adaskip.training.pricing import LIMIT, check_prices, from_state, price_objective, read_calibration, same, to_state
 from adaskip.training.schedule import OneCycle, length
 from adaskip.training.seeds import seed_at
+from adaskip.training.sharding import ShardedBackbone, average_gradients, is_sharded, shard_layers
+from adaskip.training.shares import share_out
 
 OVERSHOOT = 10.0
 """Nats that a unit of keep above the target costs in ``val/objective``: more than any layer's skip saves in KL."""
@@ -44,8 +46,11 @@ class RouterTuner(lightning.LightningModule):
         loss = E KL(p_dense || p_routed) + task_weight * CE + bound_weight * E[B] + budget
 
     The budget is an augmented Lagrangian on the expected keep rate; its multiplier is a buffer, so it resumes, and it
-    takes one step an optimiser step. Random draws are a pure function of (seed, step, micro-batch, rank): a resumed run
+    takes one step an optimiser step. Random draws are a pure function of (seed, step, micro-batch): a resumed run
     repeats an uninterrupted one. Routers and multiplier keep their precision whatever the trainer's is.
+
+    Several processes that read a batch together have the losses and gradients of one that reads it alone, also where
+    their shares differ, but for what each draws for itself: the labels of price ``fisher``, and adapters' dropout.
 
     The prices of B come from inputs that nothing else is fitted on or judged by. With ``calibration`` they are
     calibrated when a fit starts, for the objective's ``price`` and ``alpha``, on rank 0's inputs and equal on every
@@ -108,6 +113,12 @@ class RouterTuner(lightning.LightningModule):
         self._micro = 0  # micro-batches of this optimiser step before the present one
         self._gaps: list[Tensor] = []  # of the micro-batches since the last optimiser step
         self._inputs: list[Batch] | None = None  # to calibrate on, between setup and the start of a fit
+
+    def configure_model(self) -> None:
+        """Share the backbone's layers out over processes, where the strategy asks for it."""
+        if isinstance(self.trainer.strategy, ShardedBackbone):
+            assert self.device_mesh is not None
+            shard_layers(self.model, self.device_mesh["data_parallel"])
 
     # -- prices ------------------------------------------------------------------------------------------------------
 
@@ -174,29 +185,33 @@ class RouterTuner(lightning.LightningModule):
         """Return the loss of one batch of prompts with answers."""
         check_batch(batch, "training")
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
+        share = share_out(self, batch)
         dense, costs = self._dense(batch)
+        noise = self._noise() if share is None else share.noise(self._noise())
         with nullcontext() if self.model.adapters is None else self.model.adapters.dropping(self._seed(2)):
-            kl, task = draw_path(self.model, batch, dense, self.objective, self._noise(), self.temperature())
-        routing, share = self._soft_keep()
-        bound = self._bound(routing, costs)
+            kl, task = draw_path(self.model, batch, dense, self.objective, noise, self.temperature())
+        routing, keep = self._soft_keep()
+        bound, kept = self._bound(routing, costs), [*routing.share.float().mean(1)]
+        if share is not None:
+            kl, task, bound, keep, *kept = share.whole([kl, task, bound, keep, *kept])
         goal = self.objective
-        gap = share - self.target()
+        gap = keep - self.target()
         budget = self.multiplier.float() * gap + goal.budget_weight * gap.clamp(min=0) ** 2
         loss = kl + goal.task_weight * task + goal.bound_weight * bound + budget
         self._gaps.append(gap.detach().clone())  # the graph shares the memory, and a reduction writes into it
         parts = {"loss": loss, "kl": kl, "task": task, "bound": bound, "budget": budget}
         self.log_dict({f"train/{k}": v.detach() for k, v in parts.items()})
-        self.log_dict({"router/keep_soft": share.detach(), "router/target": self.target()})
+        self.log_dict({"router/keep_soft": keep.detach(), "router/target": self.target()})
         self.log("router/temperature", self.temperature())
-        self.log_dict({name: row.float().mean() for name, row in zip(self._names, routing.share, strict=True)})
+        self.log_dict(dict(zip(self._names, kept, strict=True)))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise the budget's multiplier by the mean gap of this step's micro-batches, of all ranks."""
+        """Raise the budget's multiplier by the mean gap of this step's micro-batches, after every gradient is here."""
+        if is_sharded(self.model):
+            average_gradients([*self.model.policy.parameters(), *trained_adapters(self.model)], self.trainer.strategy)
         gap = torch.stack(self._gaps).mean()
         self._gaps.clear()
-        if self.trainer.world_size > 1:
-            gap = self.trainer.strategy.reduce(gap, reduce_op="mean")
         self.multiplier.add_(self.objective.budget_rate * gap.double()).clamp_(min=0)
         self.log("router/multiplier", self.multiplier)
 
@@ -212,11 +227,14 @@ class RouterTuner(lightning.LightningModule):
         return float(first * (last / first) ** min(1.0, self.global_step / self._length))
 
     def _noise(self, stream: int = 0) -> torch.Generator:
-        """Make a source of draws that is a pure function of (seed, step, micro-batch, rank, stream)."""
+        """Make a source of draws that is a pure function of (seed, step, micro-batch, rank, stream).
+
+        In stream 0, of which paths are drawn, all ranks have the same source, and each draws what falls to its rows.
+        """
         return torch.Generator().manual_seed(self._seed(stream))
 
     def _seed(self, stream: int) -> int:
-        return seed_at(self.seed, self.global_step, self._micro, self.global_rank, stream)
+        return seed_at(self.seed, self.global_step, self._micro, self.global_rank if stream else 0, stream)
 
     def _dense(self, batch: Batch) -> tuple[Tensor, SkipCosts | None]:
         """Return the dense model's logits, and what each layer's skip is predicted to cost each input."""
@@ -249,7 +267,8 @@ class RouterTuner(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Judge real skipping on validation data: KL to the dense model, exact-match accuracy, keep rate."""
         routing = self._judge(batch, "validation", self.val_kl, self.val_accuracy, self.val_keep)
-        self.keep_by_kind.update(routing.share, batch.kind)
+        if batch.counted:
+            self.keep_by_kind.update(routing.share, batch.kind)
 
     def on_validation_epoch_start(self) -> None:
         """Count the coming pass alone."""
@@ -289,6 +308,8 @@ class RouterTuner(lightning.LightningModule):
             dense = self.model(**batch.arguments()).logits
         routed = self.model(**batch.arguments()).logits
         routing = self.model.routing
+        if not batch.counted:
+            return routing
         kl.update(compare(dense, routed, batch.supervised)["kl"])
         accuracy.update(exact_match(routed, batch.labels).float())
         keep.update(routing.keep_rate)

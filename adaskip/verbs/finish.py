@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,24 @@ class TrainResult:
         }
 
 
-def finish(ending: Ending, tuner: RouterTuner, validation: DataLoader[Any], plan: Plan | None) -> TrainResult:
-    """Find the threshold, validate, check, compare with a static ``plan``, and leave a complete run folder."""
-    model, recipe, stages, laps = tuner.model.eval(), ending.recipe, ending.stages, ending.laps
-    with stages(f"finding the threshold for objective.keep={recipe.objective.keep:g}") as advance:
-        batches = [batch.to(model.spec.device) for batch in validation]
-        budget = hold_budget(model, batches, recipe.objective.keep, advance)
+def finish(
+    ending: Ending, tuner: RouterTuner, validation: DataLoader[Any], batches: list[Batch], plan: Plan | None = None
+) -> TrainResult:
+    """Find the threshold, validate, check, compare with a static ``plan``, and leave a complete run folder.
+
+    Args:
+        ending: of the run, with the prices that the tuner began with; those of its checkpoint take their place.
+        tuner: with the trained routers.
+        validation: what this process reads of the validation data.
+        batches: all of them.
+        plan: the static one.
+    """
+    assert tuner.prices is not None
+    ending, model = replace(ending, prices=tuner.prices), tuner.model.eval()
+    keep, stages, laps = ending.recipe.objective.keep, ending.stages, ending.laps
+    with stages(f"finding the threshold for objective.keep={keep:g}") as advance:
+        batches = [batch.to(model.spec.device) for batch in batches]
+        budget = hold_budget(model, batches, keep, advance)
     stages.note(budget.sentence)
     laps.lap("threshold")
     with stages("validating, and checking the conditions"):

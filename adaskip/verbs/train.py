@@ -29,7 +29,7 @@ from adaskip.theory.tables import LayerMeasures
 from adaskip.training.bad_records import BadRecords
 from adaskip.training.callbacks import ConditionCheck
 from adaskip.training.checkpoints import RoundsBySteps
-from adaskip.training.data import SPLITS, Collator, Record, loader, training_loader
+from adaskip.training.data import SPLITS, Collator, Record, SharedBatches, loader, training_loader
 from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.objective import Objective
@@ -45,7 +45,7 @@ from adaskip.verbs.splits import has_test, records
 from adaskip.verbs.start import check_start, has_progress, opened
 from adaskip.verbs.static import prepare
 from adaskip.verbs.token_plan import finish_tokens, plan_tokens
-from adaskip.verbs.trainer import make_trainer, own_device
+from adaskip.verbs.trainer import checkpoint_layers, make_trainer, own_device
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -102,6 +102,8 @@ def train(
         model = attach(load_model(recipe), recipe.router, seed=recipe.seed)
         if recipe.lora is not None:
             adapt(model, recipe.lora, recipe.seed)
+        if recipe.trainer.gradient_checkpointing:
+            checkpoint_layers(model)
     with opened(recipe, folder, resume) as (checkpoint, step):
         data.store(folder)
         if resume:
@@ -175,7 +177,8 @@ class _Training:
         trainer = make_trainer(
             recipe, self.folder, step, [conditions, RoundsBySteps(batches, every, step)], self.stages is SILENT
         )
-        validation = loader(self.splits["validation"], self.collate, size)
+        shared = SharedBatches(self.splits["validation"], self.collate, size)
+        validation: DataLoader[Any] = DataLoader(shared, batch_size=None)
         self.laps.lap("price")
         if recipe.method == "from-bounds" and checkpoint is None:
             self._fit_from_bounds(tuner, trainer)
@@ -188,8 +191,8 @@ class _Training:
                 f"{self.folder}: training stopped at step {trainer.global_step} of {recipe.trainer.steps}; "
                 f"go on with: adaskip train {self.folder / RECIPE} --resume"
             )
-        assert tuner.prices is not None
-        return finish(self._ending(trainer, tuner.prices, conditions), tuner, validation, start.plan)
+        ending = self._ending(trainer, prices, conditions)
+        return finish(ending, tuner, validation, self._batches("validation", None), start.plan)
 
     def _find_bank(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
         trainer = make_trainer(self.recipe, self.folder, 0, [])

@@ -13,9 +13,12 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
+from adaskip.errors import ConfigError
 from adaskip.ranks import launched
 from adaskip.recipe import Recipe
+from adaskip.runtime.attach import RoutedModel
 from adaskip.training.checkpoints import WholeFiles, checkpoint_callback
+from adaskip.training.sharding import ShardedBackbone
 from adaskip.training.tracking import MetricsFile, wandb_logger, wandb_mode
 
 
@@ -36,7 +39,7 @@ def make_trainer(recipe: Recipe, folder: Path, step: int, own: list[Callback], b
         accelerator=section.accelerator,
         devices=local if local > 1 and section.devices == "auto" else section.devices,
         num_nodes=machines,
-        strategy=section.strategy,
+        strategy=ShardedBackbone() if section.strategy == "fsdp2" else section.strategy,
         precision=section.precision,  # type: ignore[arg-type]
         max_steps=section.steps,
         max_epochs=-1,
@@ -63,6 +66,20 @@ def _cluster() -> list[SLURMEnvironment]:
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
     return [SLURMEnvironment(auto_requeue=False)]
+
+
+def checkpoint_layers(model: RoutedModel) -> None:
+    """Have the layers of a model run again in the backward pass.
+
+    Raises:
+        ConfigError: its architecture does not offer that.
+    """
+    if not model.backbone.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"trainer.gradient_checkpointing: expected an architecture that offers it, got "
+            f"{type(model.backbone).__name__}; leave it out, or take objective.gradient=flips, which keeps no results"
+        )
+    model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def own_device(recipe: Recipe) -> torch.device | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from adaskip.ranks import says_when_lost
+from adaskip.recipe import load
 from adaskip.training.checkpoints import checkpoints
+from adaskip.verbs.train import train
+from tests.faults.ranks import start_ranks
 from tests.faults.runs import KILLER, SHORT, STEPS, environment, numbers
 
 # records that neither processes nor batches divide; how many processes there are is torchrun's to say
@@ -27,7 +31,7 @@ TORCHRUN = [sys.executable, *LAUNCHER, str(KILLER), "train"]
 
 
 def run(command: list[str], **death: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment() | death, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment() | death, capture_output=True, text=True, timeout=600)
 
 
 def routers(done: subprocess.CompletedProcess[str]) -> list[tuple[str, ...]]:
@@ -85,6 +89,43 @@ def test_a_process_that_dies_is_said_by_the_other_and_the_run_goes_on(
     expected, found = (load_file(path / "router" / "router.safetensors") for path in (whole[0], folder))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert numbers(folder) == numbers(whole[0])
+
+
+def test_they_end_as_one_process_that_reads_the_same_batches(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Batches of 8 rows, or of twice 4: would catch all that an own script's test would, on the way of the recipe.
+
+    And a validation set of 49 rows that both processes read whole, or of which the odd row is counted twice or never.
+    """
+    folder, _ = whole
+    train(load("digits-vlm", [*JOINED, "trainer.batch_size=8", f"output={tmp_path / 'one'}"]))
+    one, two = numbers(tmp_path / "one"), numbers(folder)
+    assert one.keys() == two.keys()
+    for name in one:
+        for (step, expected), (at, found) in zip(one[name], two[name], strict=True):
+            assert step == at
+            assert float(found) == pytest.approx(float(expected), rel=1e-3, abs=1e-5, nan_ok=True), (name, step)
+    expected, found = (load_file(run / "router" / "router.safetensors") for run in (tmp_path / "one", folder))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-3, msg=name)
+    rates = [json.loads((run / "keep_rates.json").read_text()) for run in (tmp_path / "one", folder)]
+    assert rates[0] == rates[1]
+
+
+def test_a_process_that_nobody_watches_ends_when_the_other_is_killed(tmp_path: Path) -> None:
+    """Neither torchrun nor Lightning looks after it, as under SLURM: would catch one that waits for half an hour."""
+    command = [str(KILLER), "train", "digits-vlm", *JOINED, f"output={tmp_path / 'run'}"]
+    survivor, victim = start_ranks(command, tmp_path, MOMENT="in step", STEP="5", VICTIM="1")
+    try:
+        assert victim.wait(240) == -signal.SIGKILL
+        assert survivor.wait(60) not in (0, -signal.SIGKILL, -signal.SIGABRT)
+    finally:
+        for process in (survivor, victim):
+            process.kill()
+    said = (tmp_path / "rank0.log").read_text()
+    assert f"go on with: adaskip train {tmp_path / 'run' / 'recipe.resolved.yaml'} --resume" in said
+    assert "Traceback" not in said
 
 
 # that of 1 is slow: torchrun kills it above, and the test below holds what Lightning does then
