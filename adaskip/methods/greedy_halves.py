@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaskip.methods.evidence import Evidence
 from adaskip.methods import greedy
+from adaskip.methods.evidence import Evidence
 from adaskip.survey.greedy import Path
 from adaskip.survey.refine import refine_path
 

@@ -18,6 +18,7 @@ PROMPTS, ROWS, NEW = 500, 10, 24
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not (MODEL / "config.json").is_file() or not DATA.is_dir(), reason="made by `make smollm2`")
 def test_greedy_tokens_are_the_dense_models() -> None:
     """In float32, every token of all of them; it fails where a refused token is kept or a row's end is missed."""
