@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from adaskip import sources
 from adaskip.backbone.inspect import count_positions
-from adaskip.backbone.stills import stills
+from adaskip.backbone.stills import is_without_videos, stills
 from adaskip.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ def read_positions(name: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def _stills(path: str | Path, options: dict[str, Any]) -> type[Any] | None:
-    """Return a class for pictures alone where the one that would be loaded needs torchvision, and there is none."""
-    if is_torchvision_available():
+    """Return a class for pictures alone where the one that would be loaded has a part for videos that it cannot get."""
+    if is_torchvision_available() and not is_without_videos(Path(path)):
         return None
     try:
         config = AutoConfig.from_pretrained(path, **options)

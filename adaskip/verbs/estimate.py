@@ -19,7 +19,7 @@ TOKENS = 512
 GPUS = (16, 24, 32, 40, 48, 80, 96, 141, 192)
 """GB that GPUs have."""
 _SPARE = 1.2
-"""A GPU is chosen with a fifth to spare: measured peaks lie up to that far above (`scripts/memory_check.py`)."""
+"""A GPU is chosen with a fifth to spare, for what is left out: `scripts/memory_check.py` measures how much that is."""
 _SHARE = 0.5
 """Share of the rate of one large matrix product that a whole step reaches; a rule of thumb."""
 _ADAM = 16  # bytes of a trained parameter: float32 itself, its gradient, and two moments

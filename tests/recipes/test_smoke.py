@@ -119,8 +119,16 @@ def test_published_sizes_build_a_model_of_the_published_count(name: str) -> None
     assert millions == pytest.approx(published()[name]["parameters"], rel=1e-3)
 
 
-def test_without_torchvision_a_processor_takes_pictures_alone(tmp_path: Path) -> None:
-    """Loaded again it still makes pictures; catches the silent change to a tokenizer that takes text only."""
+@pytest.mark.parametrize("torchvision", [False, True])
+def test_a_processor_without_videos_takes_pictures(
+    torchvision: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded again, with torchvision or without, it still makes pictures.
+
+    Catches the silent change to a tokenizer that takes text only, and a folder without a part for videos that cannot be
+    loaded on the next machine, which could make one.
+    """
+    monkeypatch.setattr("adaskip.backbone.load.is_torchvision_available", lambda: torchvision)
     recipe = rehearse(load("qwen2.5-vl", {"output": str(tmp_path / "a")}))
     folder = Path(recipe.backbone.path)
     processor = load_processor(str(folder))

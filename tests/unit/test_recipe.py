@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from adaskip.runtime.lora import Lora
 from adaskip.sections import faults
 from adaskip.training.objective import Objective
 
+ROOT = Path(__file__).parents[2]
 MINIMAL = """\
 backbone: {path: digits-vlm}
 data: {source: digits-vlm}
@@ -89,6 +91,16 @@ def test_the_recipes_of_models_and_their_variants():
     assert load("qwen3-from-bounds").method == "from-bounds"
     assert load("qwen3-tokens").router.scope == "token"
     assert (load("qwen2.5-vl-ddp").trainer.devices, load("qwen2.5-vl-ddp").trainer.strategy) == (4, "ddp")
+
+
+def test_no_recipe_is_ignored_by_git():
+    """A folder's name may stand in .gitignore; catches recipes that lie in one checkout and in no other."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout: an unpacked archive holds what was tracked")
+    asked = subprocess.run(
+        ["git", "check-ignore", "--no-index", *map(str, recipes().values())], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (asked.returncode, asked.stdout) == (1, "")
 
 
 def test_the_recipes_of_policies():
