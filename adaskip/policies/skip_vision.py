@@ -55,9 +55,9 @@ class SkipVision(Policy):
 
     Ours, where the published text leaves a gap or the runtime asks for it: similarity is that of the states that enter
     the decoder; all of an input's pictures are ranked together; the merge is one step, not a series of pairs; the
-    summary takes the place of the token that is merged into, so that no position is added; its weights, without
-    training, are of the members' cosine similarity to that token over ``temperature``; the backbone is frozen, where
-    published is fine-tuned so. Pictures behind the prompt run whole, and what is summed up are pictures of the prompt.
+    summary takes the place of the token that is merged into; its weights, without training, are of the members' cosine
+    similarity to that token over ``temperature``; pictures behind the prompt run whole. Absent: summary tokens with a
+    position of their own, and a backbone that is trained with the MLPs left out; here it is frozen.
 
     Args:
         kept: share of an input's vision tokens that are kept by rank, rounded up.
