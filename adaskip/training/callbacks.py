@@ -337,8 +337,12 @@ class ConditionCheck(lightning.Callback):
             new = sorted(set(violations) - self._warned)
             messages += [f"step {look.step}: {describe_skip(look, layer)}" for layer in new]
             self._warned = set(violations)
-        for text in messages if trainer.is_global_zero else ():
+        if not trainer.is_global_zero:
+            return
+        board = Board(trainer.loggers)
+        for text in messages:
             _log.warning("%s", text)
+            board.alarm("conditions", text)
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 

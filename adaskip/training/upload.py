@@ -23,6 +23,8 @@ ANSWERS_WITHIN = 3.0
 """Seconds that a server has to answer at all."""
 ENDS_WITHIN = 60.0
 """Seconds that an upload has, once training is done, to send what is left; `wandb sync` sends the rest."""
+ASKED_AGAIN = 60.0
+"""Seconds after which a server that failed is asked again, as long as training lasts."""
 NICENESS = 10
 """Of the process that uploads: on a busy machine training goes first."""
 LOG = "upload.log"
@@ -35,9 +37,9 @@ def find_fault(server: str, seconds: float = ANSWERS_WITHIN) -> str | None:
 
     A wrong key is W&B's to judge, and a certificate too: it has roots of its own.
     """
-    question = Request(f"{server}/graphql", b'{"query": "query Viewer { viewer { id } }"}')
-    question.add_header("Content-Type", "application/json")
     try:
+        question = Request(f"{server}/graphql", b'{"query": "query Viewer { viewer { id } }"}')
+        question.add_header("Content-Type", "application/json")
         with urlopen(question, timeout=seconds):  # http or https: what W&B's own settings say
             return None
     except HTTPError as error:
@@ -63,9 +65,9 @@ class Upload:
     def __init__(self, file: Path, server: str) -> None:
         self.file, self.server = file, server
         self._process: subprocess.Popen[bytes] | None = None
-        self._ended, self._told = threading.Event(), False
-        self._thread = threading.Thread(target=self._send, name="adaskip-upload", daemon=True)
-        self._thread.start()
+        self._asked, self._ended, self._told = threading.Event(), threading.Event(), False
+        self._lock = threading.Lock()  # between the last question and the end
+        threading.Thread(target=self._send, name="adaskip-upload", daemon=True).start()
 
     @property
     def complete(self) -> bool:
@@ -77,11 +79,12 @@ class Upload:
 
         The run must have been finished, or there is no end to wait for.
         """
-        self._thread.join(2 * ANSWERS_WITHIN)
-        process, reason = self._process, f"not all was sent within {ENDS_WITHIN:g} s"
+        self._asked.wait(2 * ANSWERS_WITHIN)
+        process, reason = self._process, f"no answer within {2 * ANSWERS_WITHIN:g} s"
         if process is not None and process.poll() is None and (fault := find_fault(self.server)) is not None:
             reason = fault
         elif process is not None:
+            reason = f"not all was sent within {ENDS_WITHIN:g} s"
             with suppress(subprocess.TimeoutExpired):
                 process.wait(ENDS_WITHIN)
                 reason = self._last_words()
@@ -89,17 +92,21 @@ class Upload:
         self._tell(reason)
 
     def _send(self) -> None:
-        if (fault := find_fault(self.server)) is not None:
+        while (fault := find_fault(self.server)) is not None:
             self._tell(fault)
-            return
-        if self._ended.is_set():
-            return
-        try:
-            self._process = self._start()
-        except OSError as error:
-            self._tell(str(error))
-            return
-        threading.Thread(target=self._watch, args=(self._process,), name="adaskip-upload-end", daemon=True).start()
+            self._asked.set()
+            if self._ended.wait(ASKED_AGAIN):
+                return
+        with self._lock:
+            if self._ended.is_set():
+                return
+            try:
+                self._process = self._start()
+            except OSError as error:
+                self._tell(str(error))
+            self._asked.set()
+        if self._process is not None:
+            self._watch(self._process)
 
     def _start(self) -> subprocess.Popen[bytes]:
         folder = self.file.parents[1]
@@ -127,8 +134,9 @@ class Upload:
             self._tell(self._last_words())
 
     def _stop(self) -> None:
-        self._ended.set()
-        process = self._process
+        with self._lock:
+            self._ended.set()
+            process = self._process
         if process is None:
             return
         if process.stdin is not None:

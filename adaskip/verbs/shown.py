@@ -58,6 +58,8 @@ def choose(records: Sequence[Record]) -> list[Record]:
     >>> [record["prompt"] for record in choose([{"prompt": p, "kind": k} for p, k in zip("abcde", "xxyxz")])]
     ['a', 'c', 'e', 'b']
     """
-    first = list({str(record.get("kind")): record for record in reversed(records)}.values())[::-1]
-    others = [record for record in records if not any(record is one for one in first)]
-    return [*first, *others][:SHOWN]
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(str(record.get("kind")), record)
+    others = [record for record in records if record is not first[str(record.get("kind"))]]
+    return [*first.values(), *others][:SHOWN]

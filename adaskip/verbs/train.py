@@ -34,7 +34,7 @@ from adaskip.training.fit_run import fit_in_folder
 from adaskip.training.module import RouterTuner
 from adaskip.training.objective import Objective
 from adaskip.training.steps import StepCount
-from adaskip.training.tracking import Laps, truncate_lines
+from adaskip.training.tracking import Board, Laps, truncate_lines
 from adaskip.verbs.amounts import enough_to_train, fitted
 from adaskip.verbs.bank import bank_model, finish_bank
 from adaskip.verbs.budget import lightest
@@ -185,6 +185,7 @@ class _Training:
         if recipe.trainer.steps:
             self._train(trainer, tuner, batches, validation, checkpoint)
         if conditions.stopped:
+            Board(trainer.loggers).finish(self.stages)
             return TrainResult(self.folder, trainer.global_step, conditions.stopped)
         if trainer.interrupted or trainer.global_step < recipe.trainer.steps:
             raise CheckpointError(

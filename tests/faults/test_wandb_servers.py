@@ -144,6 +144,25 @@ def test_a_server_that_fails_midway_is_not_waited_for(
     assert [row["x"] for row in wandb_file.read(tmp_path)["history"]] == [1.0]
 
 
+def test_a_server_that_comes_back_gets_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: a network that is down for the first three seconds, and a night's training that is sent by hand."""
+    monkeypatch.setattr(upload, "ASKED_AGAIN", 0.2)
+    with serving(500) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        logger = record(tmp_path, [1.0, 2.0])
+        assert logger.upload is not None
+        assert logger.upload._asked.wait(60)
+        server.status = 200
+        for _ in range(600):
+            if server.history:
+                break
+            time.sleep(0.1)
+        Board([logger]).finish()
+        assert logger.upload.complete
+        assert [server.history[place]["x"] for place in range(2)] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("how", "fault"),
     [

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 
 import adaskip
+from adaskip.training import callbacks
 from adaskip.training.alarms import MANY, deaf, dear, describe, find_alarms, saturated
 from adaskip.training.callbacks import OnViolation
 from adaskip.training.tracking import Board
@@ -204,6 +205,27 @@ def test_an_alarm_goes_to_every_wandb_run() -> None:
     logger.experiment.alert = lambda **alert: sent.append(alert)
     Board([logger]).alarm("dear", "step 2: ...")
     assert sent == [{"title": "routers: dear", "text": "step 2: ..."}]
+
+
+@pytest.mark.parametrize(
+    ("act", "words"), [("warn", "step 4: layer 1 costs"), ("stop", "conditions violated at step 4")]
+)
+def test_violated_conditions_are_alerts(monkeypatch: pytest.MonkeyPatch, act: OnViolation, words: str) -> None:
+    """Would catch: a violation that stands in the log of a machine nobody looks at, and that W&B does not mail."""
+    monkeypatch.setattr(callbacks, "describe_skip", lambda look, layer: f"layer {layer} costs")
+    sent: list[dict[str, str]] = []
+    logger = OwnLogger(mode="offline")
+    logger.experiment.alert = lambda **alert: sent.append(alert)
+    trainer, look = (
+        SimpleNamespace(is_global_zero=True, loggers=[logger]),
+        SimpleNamespace(step=4, violations={1: None}),
+    )
+    watch = callbacks.ConditionCheck(on_violation=act)
+    for _ in range(2):
+        watch._act(trainer, SimpleNamespace(), look)  # type: ignore[arg-type]
+    assert len(sent) == (1 if act == "warn" else 2)  # a warning once, until it is over
+    assert sent[0]["title"] == "routers: conditions"
+    assert words in sent[0]["text"]
 
 
 def test_hold_recovers_from_it(tmp_path: Path) -> None:
