@@ -16,9 +16,12 @@ from torch.utils.data import BatchSampler, DataLoader
 import adaskip
 from adaskip.errors import ConfigError, DataError
 from adaskip.policies.learned.config import RouterConfig
+from adaskip.recipe import load
 from adaskip.training import batches, fit_run
 from adaskip.training.data import Collator, RoundBatches, RoundSampler, in_order, loader, training_loader
+from adaskip.verbs.train import train
 from tests import toys
+from tests.faults.runs import SHORT
 from tests.processors import picture_processor
 
 PICTURE = Image.new("RGB", (16, 16), "red")
@@ -105,6 +108,22 @@ def test_rows_of_a_length_come_together(monkeypatch: pytest.MonkeyPatch) -> None
     assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == [sorted(batch) for batch in sweeps[0]]
     with pytest.raises(ConfigError, match="lengths: expected one for each of 500 records, got 3"):
         RoundBatches(rows, 8, lengths=[1, 2, 3])
+
+
+def test_a_recipe_groups_by_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a key that nothing reads."""
+    given: list[Any] = []
+
+    class Spy(RoundBatches):
+        def __init__(self, rows: Any, *arguments: Any) -> None:
+            super().__init__(rows, *arguments)
+            given.append(self.lengths)
+
+    monkeypatch.setattr(batches, "RoundBatches", Spy)
+    asked = [*SHORT, "trainer.steps=4", "data.group_by_length=true", f"output={tmp_path / 'run'}"]
+    train(load("digits-vlm", asked))
+    assert len(given) == 1
+    assert len(given[0]) == 130
 
 
 def test_lengths_are_counted_as_the_collator_makes_them() -> None:
