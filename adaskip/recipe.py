@@ -30,6 +30,7 @@ class BackboneSection(Section):
 
     path: Text  # digits-vlm (the embedded demo), a Hugging Face id, or a model folder
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as stored
+    quantise: Literal["8bit", "4bit"] | None = None  # weights of 8 or 4 bits, by bitsandbytes; None: as they are
     attention: Literal["sdpa", "eager"] = "sdpa"
     device_map: str | None = None  # for from_pretrained; None: one device
     trust_remote_code: bool = False  # run the Python code that the model's repository ships
@@ -69,6 +70,7 @@ class DataSection(Section):
     columns: Columns = Columns()
     examples: Examples = Examples()
     bad_limit: Count = 0  # so many bad records are left out; one more stops the run before it starts
+    group_by_length: bool = False  # batches of rows about equally long: less padding
     max_tokens: Positive | None = None  # of a prompt with all that follows; None: the backbone's positions
     max_pixels: Positive | None = None  # of a picture, width times height; None: what Pillow opens
 

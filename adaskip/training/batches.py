@@ -16,6 +16,10 @@ from adaskip.errors import ConfigError
 from adaskip.training.collate import Collator
 from adaskip.training.messages import is_pictured
 from adaskip.training.records import Record
+from adaskip.training.token_counts import TokenCounts
+
+WINDOW = 64
+"""Batches whose rows are sorted by length together: rows far apart in the order may meet, and not all short ones do."""
 
 
 class RoundSampler(Sampler[int]):
@@ -67,6 +71,8 @@ class RoundBatches(Sampler[list[int]]):
         batch_size: rows of a batch and process, at most.
         steps: batches of a round; None: those of one sweep.
         seed: of the permutations.
+        lengths: tokens of each record; batches then have rows of about the same length, which need less padding. Of
+            every 64 batches the rows are cut in order of length instead of at random.
 
         DataLoader(records, batch_sampler=RoundBatches(records, 8), collate_fn=Collator(processor))
 
@@ -74,14 +80,24 @@ class RoundBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, records: Sequence[Mapping[str, Any]], batch_size: int, steps: int | None = None, seed: int = 0
+        self,
+        records: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        steps: int | None = None,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
     ) -> None:
+        if lengths is not None and len(lengths) != len(records):
+            raise ConfigError(
+                f"RoundBatches: lengths: expected one for each of {len(records)} records, got {len(lengths)}"
+            )
         if batch_size < 1 or not len(records):
             raise ConfigError(
                 f"RoundBatches: expected records and a batch_size of at least 1, got {len(records)} and {batch_size}"
             )
         self.sorts = [torch.tensor(rows) for rows in _sorts(records) if rows]
         self.batch_size, self.steps, self.seed, self.round = batch_size, steps, seed, 0
+        self.lengths = None if lengths is None else torch.tensor(lengths)
         self.sampler = self  # Lightning calls set_epoch on the sampler of a batch sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -111,9 +127,22 @@ class RoundBatches(Sampler[list[int]]):
         batches = []
         for sort, rows in enumerate(self.sorts):
             order = rows[_permutation(len(rows), self.seed + 7919 * sort, sweep)]
-            batches += [part.tolist() for part in order.tensor_split(-(-len(rows) // size))]
+            parts = order.tensor_split(-(-len(rows) // size))
+            batches += [part.tolist() for part in self._sorted(parts)]
         shuffled = _permutation(len(batches), self.seed + 104_729, sweep)
         return [batches[i] for i in shuffled.tolist()]
+
+    def _sorted(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sort the rows of neighbouring batches by length; rows of the same length stay in their order."""
+        if self.lengths is None:
+            return [*parts]
+        found: list[Tensor] = []
+        for start in range(0, len(parts), WINDOW):
+            window = parts[start : start + WINDOW]
+            rows = torch.cat([*window])
+            rows = rows[self.lengths[rows].argsort(stable=True)]
+            found += rows.split([len(part) for part in window])
+        return found
 
 
 def loader(records: Sequence[Record], collate: Collator, batch_size: int, workers: int = 0) -> DataLoader[Any]:
@@ -187,7 +216,13 @@ class NumberedBatches:
 
 
 def training_loader(
-    records: Sequence[Record], collate: Collator, batch_size: int, per_round: int, seed: int, workers: int = 0
+    records: Sequence[Record],
+    collate: Collator,
+    batch_size: int,
+    per_round: int,
+    seed: int,
+    workers: int = 0,
+    by_length: bool = False,
 ) -> DataLoader[Any]:
     """Return the batches of one round after the other, in an order that resumes; see `RoundSampler`, `RoundBatches`.
 
@@ -198,14 +233,17 @@ def training_loader(
         per_round: records that this process reads in a round; a multiple of ``batch_size``.
         seed: of the order.
         workers: processes that load data.
+        by_length: batches have rows of about the same length.
 
     Raises:
         DataError: as `loader`.
     """
     collate.check(records)
     order: dict[str, Any] = {"batch_size": batch_size, "sampler": RoundSampler(len(records), per_round, seed)}
-    if all(_sorts(records)):
-        order = {"batch_sampler": RoundBatches(records, batch_size, -(-per_round // batch_size), seed)}
+    if by_length or all(_sorts(records)):
+        counts = TokenCounts(collate)(collate.rendered(records)) if by_length else None
+        lengths = None if counts is None else [prompt + rest for prompt, rest in counts]
+        order = {"batch_sampler": RoundBatches(records, batch_size, -(-per_round // batch_size), seed, lengths)}
     return DataLoader(records, **order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
 
 

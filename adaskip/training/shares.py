@@ -54,9 +54,9 @@ def share_out(tuner: lightning.LightningModule, batch: Batch) -> Share | None:
     prompts = batch.prompt_mask.any(0).nonzero()
     end = int(prompts.max()) + 1 if len(prompts) else 0
     own = torch.tensor([len(batch), end, batch.labels.shape[1] - end], device=tuner.device)
-    gathered = tuner.all_gather(own)
-    assert isinstance(gathered, Tensor)
-    rows, ends, rests = gathered.T.tolist()
+    gathered = [torch.empty_like(own) for _ in range(ranks)]
+    torch.distributed.all_gather(gathered, own)
+    rows, ends, rests = torch.stack(gathered).T.tolist()
     placed = tuple(range(rank, len(batch) * ranks, ranks))
     of = max(sum(rows), *((count - 1) * ranks + other + 1 for other, count in enumerate(rows)))
     place = Place(placed, of, max(ends) + max(rests), max(ends) - end)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adaskip.backbone import load as backbones
+from adaskip.backbone.quantise import quantisation
 from adaskip.errors import CheckpointError
 from adaskip.recipe import Recipe, load
 from adaskip.runfiles import RECIPE, ROUTER
@@ -84,6 +85,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": section.dtype, "attn_implementation": section.attention}
     # what is not said is left out: an option that is None is not the same as none to every model's own code
     options |= {"device_map": section.device_map} if section.device_map else {}
+    options |= {"quantization_config": quantisation(section.quantise, section.dtype)} if section.quantise else {}
     options |= {"trust_remote_code": True} if section.trust_remote_code else {}
     options |= {"revision": section.revision} if section.revision else {}
     return backbones.load_backbone(section.path, **options)

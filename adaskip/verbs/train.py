@@ -172,8 +172,9 @@ class _Training:
         tuner = self._tuner(prices, start.objective)
         size, every = recipe.trainer.batch_size, recipe.trainer.checkpoint_every
         batches = training_loader(
-            self.splits["train"], self.collate, size, every * size, recipe.seed, recipe.trainer.workers
-        )
+            self.splits["train"], self.collate, size, every * size, recipe.seed, recipe.trainer.workers,
+            recipe.data.group_by_length,
+        )  # fmt: skip
         trainer = make_trainer(
             recipe, self.folder, step, [conditions, RoundsBySteps(batches, every, step)], self.stages is SILENT
         )

