@@ -78,10 +78,10 @@ def test_trainings_go_on_where_they_were_stopped(
     given: dict[str, Any] = SMALL | {"budgets": (0.7,), "seeds": 2, "output": tmp_path, "overrides": QUICK}
     real = adaskip.verbs.train.finish
 
-    def stopped(recipe: Any, *rest: Any) -> Any:
-        if recipe.seed == 1 and len(trainings) == 2:
+    def stopped(ending: Any, *rest: Any) -> Any:
+        if ending.recipe.seed == 1 and len(trainings) == 2:
             raise KeyboardInterrupt
-        return real(recipe, *rest)
+        return real(ending, *rest)
 
     monkeypatch.setattr(adaskip.verbs.train, "finish", stopped)
     with pytest.raises(KeyboardInterrupt):

@@ -182,7 +182,9 @@ def test_dear_layers_are_held_from_the_start_and_after_a_resume(
 @pytest.mark.parametrize("ok", [True, False])
 def test_the_last_lines_say_who_wins(ok: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Would catch a run that loses to a plan without a word; a missed budget is still said last."""
-    result = {"ok": ok, "folder": "run", "static": {"sentence": "routers win"}, "budget_sentence": "budget missed: ..."}
+    sides = {"kl": 0.2, "routers": {"kl": 0.1}}
+    static = {"sentence": "routers win", **sides}
+    result = {"ok": ok, "folder": "run", "static": static, "budget_sentence": "budget missed: ..."}
     monkeypatch.setattr("adaskip.verbs.train.train", lambda *args, **options: result)
     printed = CliRunner().invoke(app, ["train", "digits-vlm", f"output={tmp_path / 'run'}"])
     lines = printed.stdout.splitlines()

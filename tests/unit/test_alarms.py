@@ -181,7 +181,7 @@ def test_a_router_that_skips_the_dearest_layer_is_alarmed(
     told = [record.getMessage() for record in caplog.records if "most inputs leave out" in record.getMessage()]
     assert len(told) == 1
     assert told[0].startswith("step 2: most inputs leave out layer 1 (by 32 of 32 inputs, ")
-    assert sent[0] == ("dear", told[0])
+    assert ("dear", told[0]) in sent
     looks = [json.loads(line) for line in (tmp_path / "conditions.jsonl").read_text().splitlines()]
     assert len(looks) == 3
     for look in looks:
