@@ -24,7 +24,8 @@ _SHARE = 0.5
 """Share of the rate of one large matrix product that a whole step reaches; a rule of thumb."""
 _ADAM = 16  # bytes of a trained parameter: float32 itself, its gradient, and two moments
 _LEFT_OUT = (
-    "the vision tower while it runs, temporaries of single kernels, pricing before the first step, what libraries keep"
+    "the vision tower while it runs, what adapters keep, temporaries of single kernels, pricing before the first step, "
+    "what libraries keep"
 )
 
 
