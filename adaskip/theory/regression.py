@@ -7,10 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import Tensor
 
 FOLDS = 10
@@ -49,6 +45,12 @@ def fit_predictor(
         The predictor, and what it says of these inputs, float64 (n k), cross-fitted: of each by one that did not see
         it. Both are scaled so that each column's predictions have the mean of its costs.
     """
+    # takes a second, which every command that loads a model would wait for
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
     x, dear = features.double().numpy(), (costs > 0).any(0)
     logs = (costs[:, dear].double() + floor).log().numpy()
     sizes = list(groups) or [x.shape[1]]
