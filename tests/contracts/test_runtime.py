@@ -29,12 +29,17 @@ from tests.routing import (
     text_tokens,
 )
 
-CASES = [
-    pytest.param(name, group, attention, id=f"{name}-{group}-{attention}")
-    for name in (*TEXT, *VISION)
-    for group in (("all", "vision") if name in VISION else ("all",))
-    for attention in (("eager",) if name in EAGER_ONLY else ("eager", "sdpa"))
-]
+BOTH_KERNELS = ("llama", "qwen2", "gemma2", "falcon", "mixtral", "gpt2", "llava", "qwen2_vl")
+"""Families that run eagerly as well in every run; of the others `-m slow` does, as users get sdpa."""
+
+
+def cases() -> Iterator[Any]:
+    for name in (*TEXT, *VISION):
+        for group in ("all", "vision") if name in VISION else ("all",):
+            for attention in ("eager",) if name in EAGER_ONLY else ("eager", "sdpa"):
+                often = attention == "sdpa" or name in (*EAGER_ONLY, *BOTH_KERNELS)
+                marks = () if often else (pytest.mark.slow,)
+                yield pytest.param(name, group, attention, id=f"{name}-{group}-{attention}", marks=marks)
 
 
 @pytest.fixture(scope="class")
@@ -50,7 +55,7 @@ def case(made: tuple[Toy, RoutedModel]) -> Iterator[tuple[Toy, RoutedModel]]:
     made[1].eval().zero_grad()
 
 
-@pytest.mark.parametrize(("name", "group", "attention"), CASES, scope="class")
+@pytest.mark.parametrize(("name", "group", "attention"), cases(), scope="class")
 class TestContract:
     @torch.no_grad()
     def test_keeping_everything_is_bit_identical_and_detach_restores(

@@ -92,6 +92,7 @@ def test_trainings_go_on_where_they_were_stopped(
     assert row["seeds"] == 2
 
 
+@pytest.mark.slow
 def test_a_search_begins_with_what_another_budget_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact costs do not depend on the budget; catches paths that are priced again for each, and costs that are taken
     over from another seed, whose inputs are others."""

@@ -38,7 +38,7 @@ def recipe(folder: Path, *more: str) -> adaskip.recipe.Recipe:
 
 
 @pytest.mark.usefixtures("starts_only")
-@pytest.mark.parametrize("resume", [False, True], ids=["start", "resume"])
+@pytest.mark.parametrize("resume", [pytest.param(False, marks=pytest.mark.slow), True], ids=["start", "resume"])
 def test_a_start_that_failed_blocks_nothing(tmp_path: Path, resume: bool) -> None:
     """Would catch: "already holds a run", or "started with another data", after a typo that was mended."""
     folder = tmp_path / "run"

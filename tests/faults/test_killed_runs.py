@@ -49,10 +49,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         pytest.param("in step", 2, 0, [], marks=pytest.mark.slow),  # the next, without a file of numbers
         ("in step", 3, 0, []),
-        ("in step", 5, 4, [4]),
+        pytest.param("in step", 5, 4, [4], marks=pytest.mark.slow),  # "between two checkpoints" is later in the same
         ("in step", 14, 12, [12, 8]),  # step 12 ends with a checkpoint and with validation
         ("in checkpoint", 12, 8, [8, 4]),
-        ("after training", 16, 16, [16, 12]),
+        pytest.param("after training", 16, 16, [16, 12], marks=pytest.mark.slow),
     ],
     ids=[
         "before the first number", "before the first checkpoint", "early", "between two checkpoints",
@@ -95,7 +95,10 @@ def priced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("otherwise", [False, True], ids=["priced alike", "priced otherwise"])
+# priced alike is slow: whoever keeps the old prices when new ones differ keeps them when they do not
+@pytest.mark.parametrize(
+    "otherwise", [pytest.param(False, marks=pytest.mark.slow), True], ids=["priced alike", "priced otherwise"]
+)
 def test_a_run_of_price_functional_goes_on_with_the_prices_it_began_with(
     priced: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch, otherwise: bool
 ) -> None:
@@ -136,12 +139,12 @@ def test_a_run_of_price_functional_goes_on_with_the_prices_it_began_with(
         assert (folder / name).read_text() == (priced / name).read_text(), name
 
 
-# after every checkpoint is slow: "between two checkpoints" above goes on from one
+# both are slow: "between two checkpoints" above goes on from one
 @pytest.mark.parametrize(
     "settings",
     [
         pytest.param(["trainer.validate_every=4"], marks=pytest.mark.slow),
-        ["trainer.validate_every=50", "trainer.workers=2"],
+        pytest.param(["trainer.validate_every=50", "trainer.workers=2"], marks=pytest.mark.slow),
     ],
     ids=["after every checkpoint", "never, with workers"],
 )

@@ -150,6 +150,7 @@ def test_training_goes_on_while_others_generate() -> None:
     assert all(torch.equal(result, expected) for result in results[1::2])
 
 
+@pytest.mark.slow
 def test_thirty_two_threads_with_fifty_requests_each() -> None:
     """A busy server gets every kind of request; catches whatever of one request is seen by another."""
     model, inputs = routed(), prompts(6)

@@ -53,8 +53,8 @@ def logged(run: Path) -> dict[str, list[float]]:
         ("refuses", KEY, "Connection refused"),
         ("hangs", KEY, "no answer within 3 s"),
         ("500", KEY, "it answers 500"),
-        ("401", KEY, "401"),
-        ("200", "too-short", "API key must have"),
+        pytest.param("401", KEY, "401", marks=pytest.mark.slow),
+        pytest.param("200", "too-short", "API key must have", marks=pytest.mark.slow),
         ("200", None, "No API key"),
     ],
     ids=["refuses", "hangs", "500", "wrong key", "no key at all", "missing key"],
@@ -144,6 +144,7 @@ def test_a_server_that_fails_midway_is_not_waited_for(
     assert [row["x"] for row in wandb_file.read(tmp_path)["history"]] == [1.0]
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_gets_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: a network that is down for the first three seconds, and a night's training that is sent by hand."""
     monkeypatch.setattr(upload, "ASKED_AGAIN", 0.2)
