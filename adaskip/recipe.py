@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, model_validator
 
 from adaskip import runfiles, sources
 from adaskip.errors import ConfigError, did_you_mean
+from adaskip.methods import method as methods
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.lora import Lora
 from adaskip.sections import Overrides, Section, faults, key_lines, override, override_keys, read_yaml
@@ -22,6 +23,8 @@ SWEEPS = "sweeps"
 
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
+Trainer = Literal["end-to-end", "from-bounds", "path-bank", "token-plan"]
+"""Methods by which this package finds a policy; those of the field choose one, `adaskip.methods.method.Name`."""
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -124,6 +127,12 @@ class BankSection(Section):
     width: Positive = 6  # layers tried each time one more goes
 
 
+class ChoiceSection(Section):
+    """Set how much of the data a method of the field chooses by."""
+
+    examples: Positive = 200  # training inputs
+
+
 class TokensSection(Section):
     """Set how a plan for each class of tokens is found, and how much of the data that takes."""
 
@@ -161,29 +170,38 @@ class Recipe(Section):
     router: RouterConfig = RouterConfig()
     data: DataSection
     objective: Objective = Objective()
-    method: Literal["end-to-end", "from-bounds", "path-bank", "token-plan"] = "end-to-end"
+    method: Literal[Trainer, methods.Name] = "end-to-end"
     lora: Lora | None = None  # adapters trained along with the routers; None: the backbone stays as it is
     fit: Fit = Fit()  # of method from-bounds
     bank: BankSection = BankSection()  # of method path-bank
     tokens: TokensSection = TokensSection()  # of method token-plan
+    choice: ChoiceSection = ChoiceSection()  # of a method of the field, such as block_influence
     trainer: TrainerSection
     conditions: ConditionsSection = ConditionsSection()
     static: StaticSection = StaticSection()
     tracking: TrackingSection = TrackingSection()
     output: Text = "runs/recipe"
 
+    @property
+    def chooses(self) -> bool:
+        """Return whether the method is one of the field, which chooses and trains nothing."""
+        return self.method not in get_args(Trainer)
+
     @model_validator(mode="after")
-    def _something_trains(self) -> Recipe:
-        scope = {"path-bank": "prompt", "token-plan": "token"}.get(self.method)
-        if scope is not None and (self.trainer.steps or self.router.scope != scope):
+    def _fits_the_method(self) -> Recipe:
+        scope = "token" if self.method == "token-plan" else "prompt"
+        if self.chooses:
+            self._check_choice()
+        if (self.method in ("path-bank", "token-plan") or self.chooses) and (
+            self.trainer.steps or self.router.scope != scope
+        ):
             raise ConfigError(
                 f"Recipe: method {self.method}: expected trainer.steps 0 (it takes no gradient) and router.scope "
                 f"{scope}, got {self.trainer.steps} and {self.router.scope}"
             )
         if self.method == "end-to-end" and not self.trainer.steps:
             raise ConfigError(
-                "Recipe: trainer.steps: expected an integer >= 1 (methods from-bounds, path-bank and token-plan do "
-                "without), got 0"
+                "Recipe: trainer.steps: expected an integer >= 1 (method end-to-end alone needs them), got 0"
             )
         if self.lora is not None and self.method != "end-to-end":
             raise ConfigError(
@@ -202,6 +220,19 @@ class Recipe(Section):
                 f"training), got {self.conditions.on_violation!r}"
             )
         return self
+
+    def _check_choice(self) -> None:
+        """Refuse what the method of the field does not leave out, and layers that would be held against its choice."""
+        method, group = methods.find(self.method), self.router.group
+        if group not in method.groups:
+            raise ConfigError(
+                f"Recipe: router.group: expected {' or '.join(method.groups)} with method {method.name}, got {group!r}"
+            )
+        empty = method.empty(group)
+        asked = {"router.unit": empty.unit, "router.kv": empty.kv, "conditions.hold_above": None}
+        got = (self.router.unit, self.router.kv, self.conditions.hold_above)
+        if wrong := [f"{key}={value}" for (key, value), own in zip(asked.items(), got, strict=True) if own != value]:
+            raise ConfigError(f"Recipe: method {self.method}: expected {', '.join(wrong).replace('None', 'null')}")
 
 
 def recipes() -> dict[str, Path]:

@@ -21,6 +21,7 @@ WANDB, WANDB_ID = "wandb", "run-id.txt"  # the folder that `wandb sync` reads, a
 FIT, FIT_ROUTERS = "fit.jsonl", "fit.safetensors"  # of method from-bounds: its rounds, and the routers after the last
 BANK_PRICES = "bank-prices.safetensors"  # of method path-bank: what paths cost inputs, as far as it was measured
 TOKEN_PRICES = "token-prices.safetensors"  # of method token-plan: what plans cost, as far as it was measured
+EVIDENCE = "evidence"  # of a method of the field: the folder of what plans cost, as far as it was measured
 PRICES = "prices.json"
 KEEP_RATES = "keep_rates.json"
 SUMMARY = "summary.json"
@@ -43,6 +44,7 @@ NAMES = frozenset(
         FIT_ROUTERS,
         BANK_PRICES,
         TOKEN_PRICES,
+        EVIDENCE,
         PRICES,
         KEEP_RATES,
         SUMMARY,

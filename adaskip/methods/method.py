@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, get_args
 
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.methods.evidence import Evidence
@@ -99,7 +99,7 @@ class Method:
         }
 
 
-METHODS = (
+Name = Literal[
     "none",
     "random",
     "uniform",
@@ -120,7 +120,8 @@ METHODS = (
     "ada_skip",
     "knapspec",
     "greedy_halves",
-)
+]
+METHODS: tuple[Name, ...] = get_args(Name)
 """One module of this folder a method, which holds it under ``METHOD``; in the order of what they look at."""
 
 

@@ -20,7 +20,7 @@ from adaskip.stages import SILENT, Stages
 
 MODEL, DATA, RUN = "model", "data", "run"
 """Folders of a rehearsal: the backbone with its processor, the conversations, and the run that is made of them."""
-_STEPS, _ROWS, _PICTURED = 4, 8, 0.8
+_STEPS, _ROWS, _PICTURED, _CHOSEN = 4, 8, 0.8, 0.9
 
 
 def rehearse(recipe: Recipe, resume: bool = False, stages: Stages = SILENT) -> Recipe:
@@ -92,7 +92,7 @@ def _changes(recipe: Recipe, folder: Path) -> dict[str, Any]:
     trainer, bank = recipe.trainer, recipe.bank
     more: dict[str, Any] = {} if recipe.lora is None else {"lora.rank": 2}
     if recipe.router.group == "vision":  # small pictures have few tokens, so that little can be left out
-        more["objective.keep"] = max(recipe.objective.keep, _PICTURED)
+        more["objective.keep"] = max(recipe.objective.keep, _CHOSEN if recipe.chooses else _PICTURED)
     return more | {
         "output": str(folder / RUN),
         "backbone.path": str(folder / MODEL),
@@ -128,6 +128,7 @@ def _changes(recipe: Recipe, folder: Path) -> dict[str, Any]:
             "band": 1,
             "width": 2,
         },
+        "choice.examples": 40,  # half of them calibrate what some methods go by
         "trainer": {
             "steps": min(trainer.steps, _STEPS),
             "batch_size": _ROWS,

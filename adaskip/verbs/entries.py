@@ -22,7 +22,7 @@ FOUND_BY = {
     "path-bank": "path_bank",
     "token-plan": "token_plan",
 }
-"""What a comparison calls the policies that the methods of recipes find."""
+"""What a comparison calls the policies that are trained."""
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -44,6 +44,17 @@ class Entry:
     seed: int
     origin: str  # a mark of the saved policy, its settings and weights
     file: Path  # of its cell
+
+
+def name_found(method: str) -> str:
+    """Return what a comparison calls the policy that a recipe's method finds.
+
+    A choice that a run made stands apart from the one that a comparison makes of its own inputs.
+
+    >>> name_found("end-to-end"), name_found("fastv")
+    ('learned', 'fastv-run')
+    """
+    return FOUND_BY.get(method, f"{method}-run")
 
 
 def split_label(option: str, text: str | Path, what: str) -> tuple[str | None, str]:
@@ -154,4 +165,4 @@ def _name(recipe: Recipe, saved: Path) -> str:
     """Return what a run is called beside the methods: by what it holds, which may be a plan that beat its routers."""
     meta = read_config(saved)
     kind: str = meta["policy"]["kind"] if "policy" in meta else "learned"
-    return FOUND_BY[recipe.method] if kind == "learned" else kind
+    return name_found(recipe.method) if kind == "learned" or recipe.chooses else kind

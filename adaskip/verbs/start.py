@@ -17,6 +17,7 @@ from adaskip.recipe import Recipe, dump, load
 from adaskip.runfiles import (
     BANK_PRICES,
     ENVIRONMENT,
+    EVIDENCE,
     FIT_ROUTERS,
     LOCK,
     METRICS,
@@ -105,6 +106,7 @@ def has_progress(folder: Path) -> bool:
         (folder / FIT_ROUTERS).is_file()
         or (folder / BANK_PRICES).is_file()
         or (folder / TOKEN_PRICES).is_file()
+        or (folder / EVIDENCE).is_dir()
         or (folder / ROUTER).is_dir()
         or (folder / SUMMARY).is_file()
     )

@@ -38,6 +38,7 @@ from adaskip.training.tracking import Board, Laps, truncate_lines
 from adaskip.verbs.amounts import enough_to_train, fitted
 from adaskip.verbs.bank import bank_model, finish_bank
 from adaskip.verbs.budget import lightest
+from adaskip.verbs.choice import choose_and_finish
 from adaskip.verbs.data_used import DataUsed
 from adaskip.verbs.finish import Ending, TrainResult, finish
 from adaskip.verbs.run import load_model, load_processor
@@ -169,6 +170,8 @@ class _Training:
             return self._find_bank(conditions, prices, start.plan)
         if recipe.method == "token-plan":
             return self._plan_tokens(conditions, prices, start.plan)
+        if recipe.chooses:
+            return self._choose(conditions, prices, start.plan)
         tuner = self._tuner(prices, start.objective)
         size, every = recipe.trainer.batch_size, recipe.trainer.checkpoint_every
         batches = training_loader(
@@ -210,6 +213,13 @@ class _Training:
         self.laps.lap("plan")
         ending = self._ending(trainer, prices, conditions)
         return finish_tokens(ending, self.model, plans, self._batches("validation", None), plan)
+
+    def _choose(self, conditions: ConditionCheck, prices: Prices, plan: Plan | None) -> TrainResult:
+        trainer = make_trainer(self.recipe, self.folder, 0, [])
+        self.laps.lap("price")
+        ending = self._ending(trainer, prices, conditions)
+        records, validation = self.splits["train"], self._batches("validation", None)
+        return choose_and_finish(ending, self.model, records, self.collate, validation, plan)
 
     def _ending(self, trainer: lightning.Trainer, prices: Prices, conditions: ConditionCheck) -> Ending:
         calibration = self._batches("calibration", fitted(self.recipe))

@@ -12,7 +12,7 @@ from adaskip.recipe import Recipe, dump, load, recipes
 from adaskip.runfiles import BANK_PRICES, ENVIRONMENT, RECIPE, SUMMARY, TOKEN_PRICES, write, write_text
 from adaskip.stages import Stages
 from adaskip.verbs.cells import CELLS, cell_name
-from adaskip.verbs.entries import FOUND_BY, Entry, check_same, same_place, split_label
+from adaskip.verbs.entries import FOUND_BY, Entry, check_same, name_found, same_place, split_label
 from adaskip.verbs.start import changed_keys
 from adaskip.verbs.subject import Subject
 from adaskip.verbs.train import train
@@ -95,7 +95,7 @@ def read_recipes(given: Sequence[str | Path | Recipe], overrides: Sequence[str])
     for each in given:
         label, named = (None, each) if isinstance(each, Recipe) else split_label("--train", each, "RECIPE")
         recipe = load(named, overrides)
-        policy = label or FOUND_BY[recipe.method]
+        policy = label or name_found(recipe.method)
         if policy in found:
             raise ConfigError(
                 f"compare: --train: expected one recipe for {policy}, got two; give one a name of its own: "
@@ -177,7 +177,7 @@ def _variant(subject: Subject, policy: str, given: dict[str, Recipe], overrides:
             f"compare: --policies {policy}: no recipe is known for {subject.model} and group {subject.group}; "
             "name one: --train RECIPE (see them with: adaskip ls)"
         )
-    own = [base for base in bases if FOUND_BY[load(base).method] == policy]
+    own = [base for base in bases if name_found(load(base).method) == policy]
     method = next(method for method, found in FOUND_BY.items() if found == policy)
     untuned = ["trainer.steps=0"] if policy in ("path_bank", "token_plan") else []
     changes = untuned if own else [f"method={method}", *_BY_METHOD[policy]]

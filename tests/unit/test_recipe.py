@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from adaskip.backbone.published import published
 from adaskip.errors import ConfigError
+from adaskip.methods.method import METHODS
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import Recipe, dump, find, load, origins, recipes, sentence
 from adaskip.runtime.lora import Lora
@@ -62,7 +63,8 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_and_how_to_launch_it(nam
 MODELS = ["gemma3", "gemma3-vl", "internvl3", "llama3", "llava-1.5", "llava-onevision", "mistral", "mistral3", "olmoe",
           "qwen3", "qwen3-vl", "smolvlm"]  # fmt: skip
 VARIANTS = ["llama3-lora", "llava-1.5-vision", "qwen2.5-vl-ddp", "qwen3-from-bounds", "qwen3-tokens"]
-POLICIES = ["d-llm", "flips", "path-bank", "router-tuning", "token-plan"]
+CHOICES = [name.replace("_", "-") for name in METHODS if name != "none"]
+POLICIES = ["d-llm", "flips", "path-bank", "router-tuning", "token-plan", *CHOICES]
 
 
 def test_the_shipped_recipes():
@@ -70,8 +72,9 @@ def test_the_shipped_recipes():
     others = ["causal-lm", *digits, "qwen2.5-vl", "smollm2", "smollm2-bank", "smollm2-routers"]
     assert list(recipes()) == [*sorted(others), *sorted([*MODELS, *VARIANTS, *POLICIES])]
     groups = {name: load(name).router.group for name in recipes()}
-    vision = ["digits-vlm-vision", "qwen2.5-vl", "llava-1.5-vision", "qwen2.5-vl-ddp"]
-    assert [name for name, group in groups.items() if group == "vision"] == vision
+    vision = {"digits-vlm-vision", "qwen2.5-vl", "llava-1.5-vision", "qwen2.5-vl-ddp"}
+    chosen = {"attention-mass", "early-exit", "fastv", "late-entry", "pyramid-drop", "shortv", "skip-vision"}
+    assert {name for name, group in groups.items() if group == "vision"} == vision | chosen
     assert load("qwen2.5-vl").backbone.dtype == "bfloat16"
     assert [load(name).method for name in recipes()].count("from-bounds") == 2
     assert [load(name).method for name in ("smollm2", "smollm2-bank")] == ["token-plan", "path-bank"]
@@ -152,7 +155,7 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
             "data.columns.zzz=q",
             "data.columns.zzz: no such key, got 'q'; valid: answer, image, kind, messages, present, prompt",
         ),
-        ("nosuch.key=1", "nosuch: no such key, got {'key': 1}; valid: backbone, bank, conditions, data,"),
+        ("nosuch.key=1", "nosuch: no such key, got {'key': 1}; valid: backbone, bank, choice, conditions, data,"),
         ("seed", "override 'seed': expected key.path=value, for example objective.keep=0.5"),
         (".seed=1", "override '.seed=1': expected key.path=value"),
         ("seed=[", "override 'seed=[': expected a YAML value, got '['"),
@@ -170,11 +173,12 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
         ("backbone.path=''", "backbone.path: expected at least 1 character, got ''"),
         (
             "trainer.steps=0",
-            "trainer.steps: expected an integer >= 1 (methods from-bounds, path-bank and token-plan do without), got 0",
+            "trainer.steps: expected an integer >= 1 (method end-to-end alone needs them), got 0",
         ),
         (
             "method=from-bound",
-            "method: expected end-to-end | from-bounds | path-bank | token-plan, got 'from-bound'; "
+            f"method: expected end-to-end | from-bounds | path-bank | token-plan | {' | '.join(METHODS)}, got "
+            "'from-bound'; "
             "did you mean 'from-bounds'?",
         ),
         ("fit.rounds=0", "fit.rounds: expected an integer >= 1, got 0"),
@@ -227,7 +231,7 @@ def test_bytes_that_are_no_text(tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(ConfigError, match=r"'digit-vlm': no such file.* did you mean 'digits-vlm'\?.* adaskip ls"):
         load("digit-vlm")
-    with pytest.raises(ConfigError, match=r"valid: causal-lm, d-llm, digits-vlm, digits-vlm-from-bounds"):
+    with pytest.raises(ConfigError, match=r"valid: ada-skip, .* causal-lm, d-llm, digits-vlm, digits-vlm-from-bounds"):
         load(tmp_path / "zzz.yaml")
     with pytest.raises(ConfigError, match="is a folder; expected a YAML file"):
         find(tmp_path)
