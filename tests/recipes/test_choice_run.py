@@ -17,6 +17,7 @@ from adaskip.runfiles import EVIDENCE
 from adaskip.survey import ledger
 from adaskip.verbs import choice
 from adaskip.verbs.check import check
+from adaskip.verbs.entries import Named, read_entries
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.export import export
 from adaskip.verbs.generate import answer
@@ -50,6 +51,8 @@ def test_every_verb_takes_what_a_method_chose(name: str, kind: str, tmp_path: Pa
     model = adaskip.RoutedModel.from_pretrained(result.folder / "router", adaskip.demo.backbone.load()[0])
     assert model.policy.kind == kind
     model.detach()
+    (entry,) = read_entries([Named(result.folder)], "digits-vlm", load(name).router.group, tmp_path)
+    assert entry.policy == f"{load(name).method}-run", "apart from what a comparison chooses by itself"
     assert not (result.folder / EVIDENCE).exists(), "nothing dear was looked at"
     assert check(result.folder).to_dict()["rows"]
     assert evaluate(result.folder, per_kind=4).mean["keep"] < 1
