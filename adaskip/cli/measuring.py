@@ -150,7 +150,7 @@ def compare(
         if written:
             say("\ngeneration: answers written freely, beside the data's own and the dense model's:")
             table(written)
-        held = ("policy", "budget", "seed", "jaccard", "spearman", "inside", "outside", "p")
+        held = ("policy", "budget", "seed", "unit", "kv", "jaccard", "spearman", "inside", "outside", "p")
         if result["agreement"]:
             say(f"\nskips beside what the theory admits, layers {', '.join(map(str, result['admitted'])) or 'none'}:")
             table(result["agreement"], shown=held)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.errors import CheckpointError
+from adaskip.plan import KV
 from adaskip.runfiles import write_json
 from adaskip.runtime.attach import RoutedModel
 from adaskip.runtime.timing import timed
-from adaskip.sites import Label
+from adaskip.sites import Label, Unit
 from adaskip.survey.record import match_predicted, record
 from adaskip.theory.costs import Reference, per_input
 from adaskip.verbs.sample import Figures, Sample
@@ -50,6 +51,8 @@ class Cell:
     seconds: dict[str, float]  # prefill, generate, and the dense model's beside them: medians over rounds, one batch
     origin: str = ""  # a mark of the saved policy that it is of; empty: a method's
     generated: Figures = field(default_factory=dict)  # of answers written freely to a sample; empty: none were
+    unit: Unit = "block"  # what of a layer it leaves out
+    kv: KV = "absent"  # whether keys of vision tokens that leave are kept
 
     @property
     def name(self) -> str:
@@ -159,7 +162,8 @@ def measure_cell(
     seconds = _seconds(model, prompts, new_tokens)
     return Cell(
         policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds, origin=origin,
-        generated=sample(model),
+        generated=sample(model), unit=model.target.unit,
+        kv=model.target.kv if model.target.group == "vision" else "absent",
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from adaskip.plan import KV, SkipPlan
 from adaskip.report.pareto import comparison_table, pareto_plot
 from adaskip.runfiles import COMPARISON, COMPARISON_PLOT, COMPARISON_TABLE, write_json, write_text
 from adaskip.runtime.attach import RoutedModel, attach
-from adaskip.sites import Unit
+from adaskip.sites import Label, Unit
 from adaskip.stages import Stages
 from adaskip.survey.oracle import find_oracle
 from adaskip.survey.skips import measure_skips
@@ -52,6 +52,15 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints and ``compare.json`` holds."""
         return {**asdict(self), "folder": str(self.folder), "picture": str(self.folder / COMPARISON_PLOT)}
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """Hold which sites may be left out, and what leaving out each alone costs other inputs."""
+
+    admitted: list[int]
+    labels: list[Label]
+    cost: torch.Tensor  # (n s) nats per predicted token
 
 
 class Filling:
@@ -168,22 +177,38 @@ class Filling:
         return self.folder / CELLS / f"{cell_name(policy, budget, seed)}.json"
 
     def _agreement(self, cells: Sequence[Cell]) -> tuple[list[int], list[dict[str, Any]]]:
-        """Hold every cell against the verdicts, on inputs that neither was fitted on."""
+        """Hold every cell against the verdicts on what it leaves out, on inputs that neither was fitted on."""
         try:
-            with self.stages("verdicts on every layer"), self._attached(SkipPlan(group=self.subject.group)) as evidence:
-                verdicts = evidence.findings(TOLERANCE).layers
-                some = self.dense.batches[: max(1, _JUDGED // self.size)]
-                cost = measure_skips(evidence.model, some).kl
+            layers = self._verdicts(SkipPlan(group=self.subject.group))
         except DataError as error:
             self.stages.note(f"no agreement with the theory is told: {error}")
             return [], []
-        admitted = [layer for layer, verdict in verdicts.items() if verdict == "admissible"]
-        rows = []
+        known, rows = {("block", "absent"): layers}, []
         for cell in cells:
-            if cell.policy != "none" and len(cell.runs) == cost.shape[1]:  # verdicts are of whole layers
-                found = agree(1 - torch.tensor(cell.runs), admitted, cost)
-                rows.append({"policy": cell.policy, "budget": cell.budget, "seed": cell.seed, **found.to_dict()})
-        return admitted, rows
+            if cell.policy == "none":
+                continue
+            if (key := (cell.unit, cell.kv)) not in known:
+                known[key] = self._verdicts(SkipPlan(group=self.subject.group, unit=cell.unit, kv=cell.kv))
+            verdicts = known[key]
+            if len(cell.runs) == verdicts.cost.shape[1]:  # a cell of an earlier version does not say what it leaves out
+                found = agree(1 - torch.tensor(cell.runs), verdicts.admitted, verdicts.cost)
+                said = {"policy": cell.policy, "budget": cell.budget, "seed": cell.seed, "unit": cell.unit}
+                rows.append(said | {"kv": cell.kv, "admitted": verdicts.labels, **found.to_dict()})
+        return layers.admitted, rows
+
+    def _verdicts(self, empty: SkipPlan) -> _Verdicts:
+        """Judge what an empty plan could leave out.
+
+        Raises:
+            DataError: too few inputs.
+        """
+        what = "layer" if empty.unit == "block" else f"site of unit {empty.unit}"
+        with self.stages(f"verdicts on every {what}, keys {empty.kv}"), self._attached(empty) as evidence:
+            verdicts = evidence.findings(TOLERANCE).layers
+            some = self.dense.batches[: max(1, _JUDGED // self.size)]
+            cost = measure_skips(evidence.model, some).kl
+            admitted = [site for site, verdict in verdicts.items() if verdict == "admissible"]
+            return _Verdicts(admitted, [*evidence.model.sites.labels(admitted)], cost)
 
     def _oracle(self, inputs: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
         """Search a plan of each input's own, at every budget."""

@@ -14,13 +14,13 @@ import adaskip
 from adaskip.demo.backbone import load
 from adaskip.errors import AdaSkipError, CheckpointError, ConfigError
 from adaskip.methods.method import METHODS
-from adaskip.recipe import Recipe
+from adaskip.recipe import Trainer
 from adaskip.survey.skips import measure_skips
 from adaskip.training.data import load_records
 from adaskip.verbs import cells, subject
 from adaskip.verbs import filling as verb
 from adaskip.verbs.cells import Cell
-from adaskip.verbs.entries import FOUND_BY
+from adaskip.verbs.entries import FOUND_BY, name_found
 from adaskip.verbs.standings import standings
 from adaskip.verbs.trained import TRAINED
 from tests import toys, tuning, wandb_file
@@ -221,11 +221,41 @@ def test_agreement_is_of_what_a_policy_skips(tmp_path: Path) -> None:
     assert total == pytest.approx(float(cost[plan].sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("policy", "empty"),
+    [
+        ("shortv", adaskip.SkipPlan(group="vision", kv="kept")),
+        ("ada_skip", adaskip.SkipPlan(group="vision", unit="sublayers")),
+    ],
+    ids=["keys kept", "halves"],
+)
+def test_agreement_is_of_what_leaves_and_what_stays(tmp_path: Path, policy: str, empty: adaskip.SkipPlan) -> None:
+    """Catches a policy that keeps keys, or leaves out half layers, judged by what whole layers without keys cost."""
+    found = adaskip.compare(
+        "digits-vlm", policies=[policy], group="vision", output=tmp_path, **SMALL | {"budgets": (0.9,), "seeds": 1}
+    )
+    (row,) = (each for each in found.agreement if each["policy"] == policy)
+    assert (row["unit"], row["kv"]) == (empty.unit, empty.kv)
+    (plan,) = next(each["plans"] for each in found.rows if each["policy"] == policy)
+    base, processor = load()
+    model = adaskip.attach(base, empty)
+    batch = adaskip.Collator(processor)(load_records("digits-vlm", "test", 24, 0))
+    labels = [*model.sites.labels(range(len(model.sites)))]
+    cost = dict(zip(labels, measure_skips(model, [batch]).kl.mean(0).tolist(), strict=True))
+    for side, chosen in (
+        ("inside", [site for site in plan if site in row["admitted"]]),
+        ("outside", [site for site in plan if site not in row["admitted"]]),
+    ):
+        expected = sum(cost[site] for site in chosen) / len(chosen) if chosen else None
+        assert row[side] == (None if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-7))
+
+
 def test_every_method_of_a_recipe_has_a_name_in_comparisons() -> None:
     """Catches a new way to train that no comparison can name, or that is named like a method."""
-    assert {*FOUND_BY} == {*get_args(Recipe.model_fields["method"].annotation)}
+    assert {*FOUND_BY} == {*get_args(Trainer)}
     assert {*FOUND_BY.values()} == {*TRAINED}
     assert not {*TRAINED} & {*METHODS}
+    assert not {name_found(method) for method in METHODS} & {*TRAINED, *METHODS}
 
 
 @pytest.mark.parametrize(
