@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from adaskip import runfiles, sources
 from adaskip.errors import ConfigError, did_you_mean
-from adaskip.methods import method as methods
+from adaskip.methods.names import Name
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.runtime.lora import Lora
 from adaskip.sections import Overrides, Section, faults, key_lines, override, override_keys, read_yaml
@@ -24,7 +24,7 @@ SWEEPS = "sweeps"
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Trainer = Literal["end-to-end", "from-bounds", "path-bank", "token-plan"]
-"""Methods by which this package finds a policy; those of the field choose one, `adaskip.methods.method.Name`."""
+"""Methods by which this package finds a policy; those of the field choose one, `adaskip.methods.names.Name`."""
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -170,7 +170,7 @@ class Recipe(Section):
     router: RouterConfig = RouterConfig()
     data: DataSection
     objective: Objective = Objective()
-    method: Literal[Trainer, methods.Name] = "end-to-end"
+    method: Literal[Trainer, Name] = "end-to-end"
     lora: Lora | None = None  # adapters trained along with the routers; None: the backbone stays as it is
     fit: Fit = Fit()  # of method from-bounds
     bank: BankSection = BankSection()  # of method path-bank
@@ -223,7 +223,9 @@ class Recipe(Section):
 
     def _check_choice(self) -> None:
         """Refuse what the method of the field does not leave out, and layers that would be held against its choice."""
-        method, group = methods.find(self.method), self.router.group
+        from adaskip.methods.method import find as find_method  # loads transformers, which no other recipe needs
+
+        method, group = find_method(self.method), self.router.group
         if group not in method.groups:
             raise ConfigError(
                 f"Recipe: router.group: expected {' or '.join(method.groups)} with method {method.name}, got {group!r}"

@@ -3,7 +3,9 @@
     python scripts/judge_gauge.py runs/smollm2 --calibration 96 --skip 200 --inputs 200
 
 The gauge is calibrated anew on calibration inputs; B has the run's own prices. Half of the test inputs calibrates the
-factor of B, and of both together, and the other half is told; the gauge brings its factor along.
+factor of B, and of both together, and the other half is told; the gauge brings its factor along. ``spearman`` of B and
+of both is over inputs that skip something, ``spearman_all`` over all of them: who skips nothing pays nothing, and B
+says so.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from adaskip.survey.dense_costs import price_inputs
 from adaskip.survey.gauging import gauge_routing
 from adaskip.theory.conditions import judge_joint
 from adaskip.theory.gauge import Reading, judge_gauge
+from adaskip.theory.measures import spearman
 from adaskip.training.data import Collator, load_records
 from adaskip.training.looks import joint_cost
 from adaskip.verbs.bank import by_length
@@ -47,12 +50,15 @@ def main() -> None:
     order = torch.randperm(len(costs["kl"]), generator=torch.Generator().manual_seed(0))
     kl, bound, keep = costs["kl"][order].double(), costs["bound"][order], costs["keep"][:, order]
     told = {"B": Reading.of(judge_joint(kl, bound, keep, {}, prices.alpha))}
+    ranks = {"B": spearman(bound, kl)}
     if gauge is not None:
         predicted = costs["told"][order]
         both = (predicted * bound).sqrt()
         told["gauge"] = judge_gauge(gauge, predicted, kl)
         told["together"] = Reading.of(judge_joint(kl, both, keep, {}, prices.alpha))
-    print(json.dumps({"kl": float(kl.mean())} | {name: reading.to_dict() for name, reading in told.items()}, indent=1))
+        ranks |= {"gauge": spearman(predicted, kl), "together": spearman(both, kl)}
+    found = {name: reading.to_dict() | {"spearman_all": ranks[name]} for name, reading in told.items()}
+    print(json.dumps({"kl": float(kl.mean()), "skipping": float((~keep).any(0).double().mean())} | found, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from adaskip.methods.method import METHODS, Method, find
+from adaskip.methods.method import Method, find
+from adaskip.methods.names import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "policies.md"
 BLOCK = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any
 
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.methods.evidence import Evidence
+from adaskip.methods.names import METHODS
 from adaskip.plan import KV, Group, SkipPlan
 from adaskip.policy import Policy
 from adaskip.sites import Unit
@@ -97,32 +98,6 @@ class Method:
             "draws": self.draws,
             "ours": self.ours,
         }
-
-
-Name = Literal[
-    "none",
-    "random",
-    "uniform",
-    "unified",
-    "late_entry",
-    "early_exit",
-    "block_influence",
-    "relative_change",
-    "attention_mass",
-    "skip_it_input",
-    "fastv",
-    "pyramid_drop",
-    "skip_vision",
-    "skip_it",
-    "shortv",
-    "greedy",
-    "gm_skip",
-    "ada_skip",
-    "knapspec",
-    "greedy_halves",
-]
-METHODS: tuple[Name, ...] = get_args(Name)
-"""One module of this folder a method, which holds it under ``METHOD``; in the order of what they look at."""
 
 
 def find(name: str) -> Method:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from adaskip.errors import ConfigError, did_you_mean
-from adaskip.methods.method import METHODS, Method, find
+from adaskip.methods.method import Method, find
+from adaskip.methods.names import METHODS
 from adaskip.plan import Group
 from adaskip.recipe import Recipe
 from adaskip.runfiles import COMPARISON_PLOT, write_json

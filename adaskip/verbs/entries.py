@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaskip.errors import ConfigError
-from adaskip.methods.method import METHODS
+from adaskip.methods.names import METHODS
 from adaskip.plan import Group
 from adaskip.recipe import Recipe
 from adaskip.runtime.description import CONFIG, WEIGHTS, read_config

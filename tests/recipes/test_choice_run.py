@@ -12,6 +12,7 @@ import pytest
 import adaskip
 from adaskip.errors import ConfigError
 from adaskip.methods import method as methods
+from adaskip.methods.names import METHODS
 from adaskip.recipe import Recipe, load, recipes
 from adaskip.runfiles import EVIDENCE
 from adaskip.survey import ledger
@@ -123,4 +124,4 @@ def test_a_recipe_must_say_what_its_method_leaves_out() -> None:
 
 def test_every_method_has_a_recipe() -> None:
     """Of the same name; catches a new method that nobody can train by its name. `none` chooses nothing."""
-    assert set(methods.METHODS) - {load(name).method for name in recipes()} == {"none"}
+    assert set(METHODS) - {load(name).method for name in recipes()} == {"none"}

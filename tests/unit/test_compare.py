@@ -13,7 +13,7 @@ import torch
 import adaskip
 from adaskip.demo.backbone import load
 from adaskip.errors import AdaSkipError, CheckpointError, ConfigError
-from adaskip.methods.method import METHODS
+from adaskip.methods.names import METHODS
 from adaskip.recipe import Trainer
 from adaskip.survey.skips import measure_skips
 from adaskip.training.data import load_records

@@ -16,7 +16,8 @@ from adaskip.errors import ConfigError
 from adaskip.methods import gm_skip, knapspec, skip_it, uniform
 from adaskip.methods.budget import prefix
 from adaskip.methods.evidence import Evidence
-from adaskip.methods.method import METHODS, find
+from adaskip.methods.method import find
+from adaskip.methods.names import METHODS
 from adaskip.methods.unified import kept_layers
 from adaskip.sites import Sites
 from adaskip.survey.plans import plan_costs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from adaskip.backbone.published import published
 from adaskip.errors import ConfigError
-from adaskip.methods.method import METHODS
+from adaskip.methods.names import METHODS
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import Recipe, dump, find, load, origins, recipes, sentence
 from adaskip.runtime.lora import Lora
@@ -115,6 +116,12 @@ def test_the_recipes_of_policies():
     assert (tokens.scope, tokens.unit, tokens.kv) == ("token", "block", "absent")
     assert load("flips").objective.gradient == "flips"
     assert [load(name).method for name in ("path-bank", "token-plan")] == ["path-bank", "token-plan"]
+
+
+def test_a_recipe_is_read_without_transformers():
+    """Names of methods are light; catches faults of a recipe that are told after seconds, behind warnings of others."""
+    code = "import sys; from adaskip.recipe import load; load('digits-vlm'); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_sections_are_the_dataclasses_that_components_take(write):
