@@ -29,7 +29,7 @@ demo: $(READY) ## train routers for the embedded vision-language model, compare 
 	$(BIN)/adaskip generate $(DEMO) --example 0
 	@echo "The whole story with pictures: $(DEMO)/report.md"
 
-test: $(READY) ## all tests that need no GPU and no patience (20 minutes on two cores)
+test: $(READY) ## all tests that need no GPU and no patience (13 minutes on two cores)
 	$(PYTEST) $(BIN)/python -m pytest $(SPREAD)
 
 test-oldest: ## architecture contracts and training on the oldest transformers and lightning that pyproject.toml admits
