@@ -47,6 +47,8 @@ SURE, SKETCH = 4, 512
 NUMBERS = SURE + SKETCH
 _AT_ONCE = 64
 """Predicted tokens that are projected at once, so that no second copy of all logits is made."""
+_RATE = 3
+"""Which of a token's numbers is the keep rate of its input."""
 _NINE = 9
 """Numbers that the first gauges read, of a whole input."""
 _GOLDEN = 0x9E3779B1
@@ -72,6 +74,11 @@ class Outcome:
         )
         total = torch.zeros(len(self.counts), dtype=values.dtype, device=values.device).index_add_(0, rows, values)
         return total / self.counts.to(values).clamp(min=1)
+
+    @property
+    def whole(self) -> Tensor:
+        """Return bool (b): inputs whose pass is the dense one, as it left nothing out; adapters' FLOPs would show."""
+        return self.mean((self.tokens[:, _RATE] == 1).double()) == 1
 
     def select(self, inputs: Tensor) -> Outcome:
         """Return that of some inputs, bool (b)."""
@@ -124,10 +131,14 @@ class Gauge:
     scored: int  # inputs that calibrated the factor
 
     def predict(self, outcome: Outcome) -> Tensor:
-        """Return the predicted costs (b), means over an input's tokens: an estimator."""
+        """Return the predicted costs (b), means over an input's tokens: an estimator.
+
+        What left nothing out costs nothing; a millionth stands for it, beside which rounding is little.
+        """
         table = (torch.tensor(values, dtype=torch.float64) for values in (self.centre, self.weight, (self.bias,)))
         centre, weight, bias = table
-        return outcome.mean(Predictor(centre, weight[:, None], bias)(outcome.tokens)[:, 0])
+        costs = outcome.mean(Predictor(centre, weight[:, None], bias)(outcome.tokens)[:, 0])
+        return torch.where(outcome.whole, _SMALL, costs)
 
     def bound(self, outcome: Outcome) -> Tensor:
         """Return what the skips cost at most, (b) nats, each with probability >= 1 - alpha."""
@@ -206,7 +217,7 @@ def calibrate_gauge(outcome: Outcome, kl: Tensor, alpha: float) -> Gauge | None:
     if count < fewest_to_gauge(alpha) or not finite:
         return None
     scored = spread_over(max(smallest_sample(alpha), count // _SCORED_EVERY), count)
-    fitted = torch.repeat_interleave(~scored, outcome.counts)
+    fitted = torch.repeat_interleave(~scored & ~outcome.whole, outcome.counts)
     tokens, paid = outcome.tokens[fitted], kl[fitted]
     if not (paid > 0).any():
         return None

@@ -110,6 +110,21 @@ def test_a_reading_is_of_the_bound() -> None:
     assert judge_gauge(gauge, torch.ones(4), torch.zeros(4)).to_dict()["slack_90"] is None
 
 
+def test_a_pass_that_left_nothing_out_costs_nothing() -> None:
+    """It is the dense pass; catches a cost told of it, which also spoils the ranks."""
+    outcome, costs = exchangeable(120, 0)
+    every_third = torch.arange(240) // 2 % 3 == 0
+    outcome.tokens[every_third, 3] = 1.0
+    gauge = calibrate_gauge(outcome, torch.where(every_third, 0.0, costs), 0.1)
+    assert gauge is not None
+    told = gauge.predict(outcome)
+    assert (told[::3] == 1e-6).all()
+    assert (told[1::3] > 1e-3).all()
+    one_token = replace(outcome, tokens=outcome.tokens.clone())
+    one_token.tokens[0, 3] = 0.9
+    assert gauge.predict(one_token)[0] > 1e-3, "all of an input's tokens say so, or none"
+
+
 def test_there_is_none_where_nothing_can_be_read() -> None:
     outcome, kl = exchangeable(fewest_to_gauge(0.1), seed=0)
     assert calibrate_gauge(outcome, kl, 0.1) is not None
