@@ -190,8 +190,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_the_method(self) -> Recipe:
         scope = "token" if self.method == "token-plan" else "prompt"
-        if self.chooses:
-            self._check_choice()
         if (self.method in ("path-bank", "token-plan") or self.chooses) and (
             self.trainer.steps or self.router.scope != scope
         ):
@@ -221,20 +219,31 @@ class Recipe(Section):
             )
         return self
 
-    def _check_choice(self) -> None:
-        """Refuse what the method of the field does not leave out, and layers that would be held against its choice."""
-        from adaskip.methods.method import find as find_method  # loads transformers, which no other recipe needs
+    def check_method(self) -> None:
+        """Check that sections say what a method of the field leaves out, and hold no layer against its choice.
+
+        Apart from reading, as it loads methods, and with them transformers.
+
+        Raises:
+            ConfigError: names the keys.
+        """
+        if not self.chooses:
+            return
+        from adaskip.methods.method import find as find_method
 
         method, group = find_method(self.method), self.router.group
         if group not in method.groups:
             raise ConfigError(
-                f"Recipe: router.group: expected {' or '.join(method.groups)} with method {method.name}, got {group!r}"
+                f"recipe {self.name}: router.group: expected {' or '.join(method.groups)} with method {method.name}, "
+                f"got {group!r}"
             )
         empty = method.empty(group)
         asked = {"router.unit": empty.unit, "router.kv": empty.kv, "conditions.hold_above": None}
         got = (self.router.unit, self.router.kv, self.conditions.hold_above)
         if wrong := [f"{key}={value}" for (key, value), own in zip(asked.items(), got, strict=True) if own != value]:
-            raise ConfigError(f"Recipe: method {self.method}: expected {', '.join(wrong).replace('None', 'null')}")
+            raise ConfigError(
+                f"recipe {self.name}: method {self.method}: expected {', '.join(wrong).replace('None', 'null')}"
+            )
 
 
 def recipes() -> dict[str, Path]:

@@ -80,6 +80,7 @@ def validate(
         sources = origins(read, recipe, overrides or [])
         from adaskip.verbs.estimate import try_estimate
 
+        read.check_method()
         return {
             "ok": True, "faults": [], "recipe": read.model_dump(), "sources": sources, "estimate": try_estimate(read),
         }  # fmt: skip

@@ -41,10 +41,11 @@ def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
     A folder in which an earlier start failed before its first step counts as new: for a start and for a resume.
 
     Raises:
-        ConfigError: the folder holds a run, or another run than this recipe's; or torchrun has started another number
-            of processes than the recipe asks for.
+        ConfigError: the folder holds a run, or another run than this recipe's; torchrun has started another number
+            of processes than the recipe asks for; or sections contradict the method.
         CheckpointError: there is no run to go on with, or the folder cannot be written to.
     """
+    recipe.check_method()
     _check_launch(recipe)
     if not is_first_process():
         return

@@ -113,11 +113,11 @@ def test_a_budget_that_no_choice_holds_is_told(tmp_path: Path) -> None:
 def test_a_recipe_must_say_what_its_method_leaves_out() -> None:
     """Catches conditions that are checked on whole layers where halves go, and layers held against the choice."""
     with pytest.raises(ConfigError, match=r"method skip_vision: expected router.unit=sublayers"):
-        load("skip-vision", ["router.unit=block"])
+        train(load("skip-vision", ["router.unit=block"]))
     with pytest.raises(ConfigError, match=r"method greedy: expected conditions.hold_above=null"):
-        load("greedy", ["conditions.hold_above=10"])
+        train(load("greedy", ["conditions.hold_above=10"]))
     with pytest.raises(ConfigError, match=r"router.group: expected vision with method fastv, got 'all'"):
-        load("fastv", ["router.group=all"])
+        train(load("fastv", ["router.group=all"]))
     with pytest.raises(ConfigError, match=r"method uniform: expected trainer.steps 0"):
         load("uniform", ["trainer.steps=10"])
 
