@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
@@ -16,7 +17,6 @@ _AT_ONCE = 64
 """Predicted tokens that are compared at once, so that no second copy of all logits is made."""
 
 
-@torch.no_grad()
 def gauge_routing(model: RoutedModel, batches: Sequence[Batch], alpha: float) -> Gauge | None:
     """Calibrate a gauge of a model's current decisions; costs a dense and a routed pass a batch.
 
@@ -28,6 +28,12 @@ def gauge_routing(model: RoutedModel, batches: Sequence[Batch], alpha: float) ->
     Returns:
         None where there are too few inputs, or nothing to read: see `calibrate_gauge`.
     """
+    return calibrate_gauge(*observe(model, batches), alpha)
+
+
+@torch.no_grad()
+def observe(model: RoutedModel, batches: Sequence[Batch]) -> tuple[Outcome, Tensor]:
+    """Make a dense and a routed pass of each batch; return what the routed ones show, and each token's exact KL (k)."""
     outcomes, kl = [], []
     for batch in batches:
         dense = record(model, batch, states=False)
@@ -36,4 +42,4 @@ def gauge_routing(model: RoutedModel, batches: Sequence[Batch], alpha: float) ->
         outcomes.append(Outcome(outcome.tokens.cpu(), outcome.counts.cpu()))
         pairs = zip(dense.logits.split(_AT_ONCE), routed.logits.split(_AT_ONCE), strict=True)
         kl += [kl_exact(before, after).double().cpu() for before, after in pairs]
-    return calibrate_gauge(Outcome.join(outcomes), torch.cat(kl), alpha)
+    return Outcome.join(outcomes), torch.cat(kl)

@@ -13,6 +13,8 @@ from adaskip.theory.intervals import bootstrap_mean, paired_difference
 from adaskip.theory.notions import plain
 from adaskip.verbs.cells import Cell
 
+PHASES = ("prefill", "generate")
+"""Which calls of a cell seconds were taken of."""
 TOLERANCE = 0.005
 """Keep rates so near to one another count as equal."""
 
@@ -21,9 +23,10 @@ def standings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return one row a policy and budget, by budget and then by cost.
 
     ``loss_to_dense`` is how many more answers the dense model has right, ``recovery`` the share of its right answers,
-    ``front`` whether no other row that keeps as little costs less. ``rival`` is the other policy that costs least, each
-    by its lightest plan that keeps no less. Losses and the differences from the rival, ``kl_less`` and
-    ``accuracy_more``, are paired over inputs, with 95 % intervals.
+    ``front`` whether no other row that keeps as little costs less, ``front_prefill`` and ``front_generate`` whether no
+    other that took as few seconds does. ``rival`` is the other policy that costs least, each by its lightest plan that
+    keeps no less. Losses and the differences from the rival, ``kl_less`` and ``accuracy_more``, are paired over inputs,
+    with 95 % intervals.
     """
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in cells:
@@ -33,6 +36,10 @@ def standings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         row["front"] = not any(
             other["kl"] < row["kl"] and other["keep"] <= row["keep"] + TOLERANCE for other in rows if other is not row
         )
+        for name in PHASES:
+            row[f"front_{name}"] = not any(
+                other["kl"] < row["kl"] and other[f"{name}_ratio"] <= row[f"{name}_ratio"] for other in rows
+            )
         _beside(row, [other for other in rows if other["policy"] not in (row["policy"], "none")], groups)
     return sorted(rows, key=lambda row: (-row["budget"], row["kl"]))
 
@@ -42,7 +49,7 @@ def _row(budget: float, policy: str, cells: Sequence[Cell]) -> dict[str, Any]:
     means = {name: float(_mean(cells, name).mean()) for name in ("keep", "kl", "hit", "dense_hit", "same")}
     ratios = {
         f"{name}_ratio": statistics.fmean(cell.seconds[name] / cell.seconds[f"dense_{name}"] for cell in cells)
-        for name in ("prefill", "generate")
+        for name in PHASES
     }
     return {
         "policy": policy,

@@ -35,11 +35,19 @@ def _seconds_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "ROUNDS", 1)
 
 
-def cell(policy: str, keep: float, kl: list[float], hit: list[float], seed: int = 0, budget: float = 0.5) -> Cell:
+def cell(
+    policy: str,
+    keep: float,
+    kl: list[float],
+    hit: list[float],
+    seed: int = 0,
+    budget: float = 0.5,
+    prefill: float = 1.0,
+) -> Cell:
     count = len(kl)
     return Cell(
         policy, budget, seed, [1], [keep] * count, kl, hit, [1.0] * count, hit, ["a", "b"] * (count // 2), [1.0, 0.0],
-        {"prefill": 1.0, "dense_prefill": 2.0, "generate": 3.0, "dense_generate": 4.0},
+        {"prefill": prefill, "dense_prefill": 2.0, "generate": 3.0, "dense_generate": 4.0},
     )  # fmt: skip
 
 
@@ -74,6 +82,20 @@ def test_rows_by_hand() -> None:
     assert rows["mean"]["rival"] == "dear"
     assert rows["mean"]["accuracy_more"]["estimate"] == 0
     assert [row["policy"] for row in standings(cells) if row["front"]] == ["none", "dear", "mean"]
+
+
+def test_the_front_by_seconds_is_not_the_front_by_flops() -> None:
+    """Catches a front that takes FLOPs for seconds: `light` keeps least of all, and is slower than `fast`."""
+    cells = [
+        cell("none", 1.0, [0.0, 0.0], [1.0, 1.0], prefill=2.0),
+        cell("fast", 0.8, [0.1, 0.1], [1.0, 1.0], prefill=1.0),
+        cell("light", 0.5, [0.2, 0.2], [1.0, 1.0], prefill=1.5),
+        cell("slow", 0.4, [0.3, 0.3], [1.0, 1.0], prefill=3.0),
+    ]
+    rows = standings(cells)
+    assert [row["policy"] for row in rows if row["front"]] == ["none", "fast", "light", "slow"]
+    assert [row["policy"] for row in rows if row["front_prefill"]] == ["none", "fast"]
+    assert [row["policy"] for row in rows if row["front_generate"]] == ["none"]  # all generate alike
 
 
 def test_dense_logits_are_computed_once_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
