@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,21 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def _whole(path: Path, patience: float = 5.0) -> list[Any]:
+    """The records of a file up to its last, which W&B may write a moment after ``finish``; a killed run has none."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = [*records(path)]
+        if any(record.WhichOneof("record_type") == "exit" for record in found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
 def read(folder: Path) -> dict[str, Any]:
     """Configuration, history (one dict a row) and artifacts of the runs below a run folder's ``wandb``."""
     found: dict[str, Any] = {"config": {}, "history": [], "artifacts": []}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in records(path):
+        for record in _whole(path):
             kind = record.WhichOneof("record_type")
             if kind in ("config", "run"):
                 updates = record.config.update if kind == "config" else record.run.config.update

@@ -115,6 +115,12 @@ def data(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False)
         kinds = sorted({kind for row in splits for kind in row["kinds"]} - {""})
         if kinds:
             table([{"kind": kind, **{row["split"]: row["kinds"].get(kind, 0) for row in splits}} for kind in kinds])
+        padding = done["padding"]
+        if padding["as_they_come"] is not None:
+            say(
+                f"padding of training batches of {padding['batch_size']}: {padding['as_they_come']:.1%} of their "
+                f"tokens; {padding['by_length']:.1%} with data.group_by_length=true"
+            )
         pairs({"pictures": done["pictures"]} if done["pictures"]["count"] else {})
         if done["faults"]:
             say(f"{done['bad']} bad records (data.bad_limit={done['bad_limit']}):")

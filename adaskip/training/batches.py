@@ -247,6 +247,22 @@ def training_loader(
     return DataLoader(records, **order, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
 
 
+def padding_share(
+    records: Sequence[Record], lengths: Sequence[int], batch_size: int, seed: int, by_length: bool
+) -> float:
+    """Return which share of the tokens of one sweep's training batches is padding.
+
+    >>> padding_share([{}, {}, {}, {}], [2, 4, 2, 4], 2, seed=0, by_length=True)
+    0.0
+    """
+    read = whole = 0
+    for rows in RoundBatches(records, batch_size, seed=seed, lengths=lengths if by_length else None):
+        tokens = [lengths[row] for row in rows]
+        read += sum(tokens)
+        whole += len(rows) * max(tokens)
+    return 1 - read / whole if whole else 0.0
+
+
 def in_order(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
     """Cut records into batches of their numbers, each of rows with pictures or of rows without.
 

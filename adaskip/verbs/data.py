@@ -16,6 +16,7 @@ from adaskip.recipe import Recipe, load
 from adaskip.sections import Overrides
 from adaskip.stages import SILENT, Stages
 from adaskip.training.bad_records import BadRecords
+from adaskip.training.batches import padding_share
 from adaskip.training.data import SPLITS, Collator, Record, pictures_of, where
 from adaskip.training.digest import digest
 from adaskip.training.pictures import picture_size
@@ -31,6 +32,7 @@ class DataReport:
 
     source: str
     splits: tuple[dict[str, Any], ...]  # split, records, pictured, prompt_tokens, answer_tokens, kinds, digest
+    padding: dict[str, Any]  # batch_size, and the share of a training batch's tokens: as_they_come, by_length
     pictures: dict[str, Any]  # count, and median and most of width and height, in pixels
     bad: int
     bad_limit: int
@@ -48,6 +50,7 @@ class DataReport:
             "ok": self.ok,
             "source": self.source,
             "splits": list(self.splits),
+            "padding": self.padding,
             "pictures": self.pictures,
             "bad": self.bad,
             "bad_limit": self.bad_limit,
@@ -78,15 +81,17 @@ def data(recipe: Recipe | str | Path, overrides: Overrides = (), *, stages: Stag
     collate, _ = fitting(recipe)
     with stages("counting tokens"):
         counts = TokenCounts(collate)
-        rows = tuple(_row(name, chosen, counts) for name, chosen in found.items())
+        tokens = {name: counts(chosen) for name, chosen in found.items()}
+    rows = tuple(_row(name, chosen, tokens[name]) for name, chosen in found.items())
+    padding = _padding(recipe, found["train"], [sum(pair) for pair in tokens["train"]])
     first = next((_shown(chosen[0], collate) for chosen in found.values() if chosen), None)
     pictures = _pictures([record for chosen in found.values() for record in chosen])
     faults = tuple(bad.lines())
-    return DataReport(recipe.data.source, rows, pictures, len(bad), recipe.data.bad_limit, faults, first)
+    return DataReport(recipe.data.source, rows, padding, pictures, len(bad), recipe.data.bad_limit, faults, first)
 
 
-def _row(split: str, chosen: Sequence[Record], counts: TokenCounts) -> dict[str, Any]:
-    prompts, answers = zip(*counts(chosen), strict=True) if chosen else ((), ())
+def _row(split: str, chosen: Sequence[Record], tokens: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    prompts, answers = zip(*tokens, strict=True) if chosen else ((), ())
     return {
         "split": split,
         "records": len(chosen),
@@ -96,6 +101,17 @@ def _row(split: str, chosen: Sequence[Record], counts: TokenCounts) -> dict[str,
         "kinds": dict(sorted(Counter(str(record.get("kind", "")) for record in chosen).items())),
         "digest": digest(chosen),
     }
+
+
+def _padding(recipe: Recipe, chosen: Sequence[Record], lengths: Sequence[int]) -> dict[str, Any]:
+    size = recipe.trainer.batch_size
+    if not chosen:
+        return {"batch_size": size, "as_they_come": None, "by_length": None}
+    shares = {
+        name: padding_share(chosen, lengths, size, recipe.seed, name == "by_length")
+        for name in ("as_they_come", "by_length")
+    }
+    return {"batch_size": size, **shares}
 
 
 def _spread(values: Sequence[int]) -> dict[str, int | None]:

@@ -18,7 +18,9 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import load
 from adaskip.training import batches, fit_run
+from adaskip.training.batches import padding_share
 from adaskip.training.data import Collator, RoundBatches, RoundSampler, in_order, loader, training_loader
+from adaskip.training.token_counts import TokenCounts
 from adaskip.verbs.train import train
 from tests import toys
 from tests.faults.runs import SHORT
@@ -133,6 +135,21 @@ def test_lengths_are_counted_as_the_collator_makes_them() -> None:
     plain = training_loader(rows, Collator(picture_processor()), 8, 64, seed=1)
     widths = [[b.labels.numel() - int(b.inputs["attention_mask"].sum()) for b in kind] for kind in (batches, plain)]
     assert sum(widths[0]) < 0.5 * sum(widths[1])
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_padding_that_is_told_is_what_batches_have(by_length: bool) -> None:
+    """Would catch lengths without answers, batches of another order, and a mean over batches of unequal width."""
+    rows = [row | {"prompt": row["prompt"] + " w1" * (i % 7)} for i, row in enumerate(records(9, 40))]
+    collate = Collator(picture_processor())
+    lengths = [prompt + rest for prompt, rest in TokenCounts(collate)(rows)]
+    masks = [
+        collate([rows[i] for i in batch]).inputs["attention_mask"].double()
+        for batch in RoundBatches(rows, 4, seed=1, lengths=lengths if by_length else None)
+    ]
+    empty = sum(float((1 - mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert padding_share(rows, lengths, 4, 1, by_length) == pytest.approx(empty)
+    assert 0 < empty < 0.5
 
 
 @pytest.mark.parametrize("count", [2, 3])

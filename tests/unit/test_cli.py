@@ -222,6 +222,7 @@ def test_data_exits_1_where_too_much_is_bad(adaskip, fake):
     found = {
         "ok": False,
         "splits": [row | {"prompt_tokens": lengths, "answer_tokens": lengths}],
+        "padding": {"batch_size": 8, "as_they_come": 0.25, "by_length": 0.05},
         "pictures": {"count": 20, "width": lengths, "height": lengths},
         "bad": 1,
         "bad_limit": 0,
@@ -236,6 +237,7 @@ def test_data_exits_1_where_too_much_is_bad(adaskip, fake):
         "1 bad records (data.bad_limit=0)",
         "line 7: answer is empty",
         "scored      2 tokens | w1 </s>",
+        "padding of training batches of 8: 25.0% of their tokens; 5.0% with data.group_by_length=true",
         "k0",
     ):
         assert shown in out, shown
