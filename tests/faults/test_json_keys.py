@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adaskip.cli import main
 from adaskip.verbs.calibrate import calibrate
 from adaskip.verbs.check import check
 from adaskip.verbs.compare import compare
@@ -58,6 +59,14 @@ def test_what_is_done_with_a_run(run: Path, tmp_path: Path) -> None:
 def test_data() -> None:
     few = {f"data.examples.{split}": 6 for split in ("train", "validation", "calibration", "test")}
     same("data", data("digits-vlm", few).to_dict())
+
+
+def test_a_recipe_that_is_validated(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its values, where each comes from, and the estimate; a new key of a recipe comes to both."""
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "digits-vlm", "--json"])
+    assert not stop.value.code
+    same("validate", json.loads(capfd.readouterr().out))
 
 
 def test_a_profile(tmp_path: Path) -> None:
