@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SPREAD := -n auto --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest check lint slow bench smollm2 gemma3-270m gpu gpu-wheels clean
+.PHONY: help install demo test test-oldest check lint slow bench smollm2 gemma3-270m digits-long gpu gpu-wheels clean
 
 help: ## show this list
 	@grep -E '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -71,6 +71,11 @@ models/%/config.json: | $(READY)
 
 data/%/train.jsonl: models/%/config.json
 	$(BIN)/python scripts/make_instruct_data.py models/$* data/$*
+
+digits-long: models/digits-long/config.json ## the demo model, taught answers of many words, in models/, its questions in data/
+
+models/digits-long/config.json: | $(READY)
+	$(BIN)/python scripts/teach_long_answers.py models/digits-long data/digits-long
 
 .PRECIOUS: models/%/config.json data/%/train.jsonl
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,6 +65,19 @@ def questions(labels: np.ndarray, rng: np.random.Generator, kinds: tuple[str, ..
 def picture(pixels: np.ndarray) -> Image.Image:
     """Return a picture `16 16`, 0..255, as users have them."""
     return Image.fromarray(np.rint(pixels).astype(np.uint8)).convert("RGB")
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path | None]:
+    """Give a folder to fill, which gets its name when it is full; None where it was filled before."""
+    if folder.exists():
+        yield None
+        return
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    new.rename(folder)
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -143,10 +158,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    if not options.data.exists():
-        write_data(options.data, options.seed)
-    if not options.model.exists():
-        teach(options.model, options.steps, options.pictures, options.seed)
+    with whole(options.data) as folder:
+        if folder is not None:
+            write_data(folder, options.seed)
+    with whole(options.model) as folder:
+        if folder is not None:
+            teach(folder, options.steps, options.pictures, options.seed)
     for kind, figures in judge(options.model, options.data).items():
         print(kind, json.dumps(figures), flush=True)
 
