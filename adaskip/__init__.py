@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from adaskip.training.healing import AdapterTuner as AdapterTuner
     from adaskip.training.module import RouterTuner as RouterTuner
     from adaskip.training.objective import Objective as Objective
+    from adaskip.verbs.budget import hold_budget as hold_budget
     from adaskip.verbs.calibrate import calibrate as calibrate
     from adaskip.verbs.check import check as check
     from adaskip.verbs.compare import compare as compare
@@ -86,6 +87,7 @@ _HOMES = {
     "evaluate": "verbs.evaluate",
     "export": "verbs.export",
     "heal": "verbs.heal",
+    "hold_budget": "verbs.budget",
     "profile": "survey.profile",
     "train": "verbs.train",
 }

@@ -6,7 +6,7 @@ logit changes what the layers behind see, and with it their logits: what a thres
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaskip.batch import Batch, exact_match
-from adaskip.errors import DataError
+from adaskip.errors import ConfigError, DataError
 from adaskip.plan import KEEP_ALL
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import Advance
@@ -91,10 +91,11 @@ def quality(model: RoutedModel, batches: Sequence[Batch]) -> tuple[float, float]
     return float(torch.cat(keep).mean()), float(torch.cat(right).float().mean())
 
 
-def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advance: Advance | None = None) -> Budget:
+def hold_budget(model: RoutedModel, batches: Iterable[Batch], keep: float, advance: Advance | None = None) -> Budget:
     """Set the routers' threshold so that their mean keep rate on these inputs is just below ``keep``.
 
     Training leaves the hard decisions near the target, not on it; one number, found on validation data, closes it.
+    `adaskip train` ends with it; behind a trainer of your own it is yours to call.
 
     The search holds two thresholds that were both run: ``low`` keeps more than the budget, ``high`` does not. Between
     ``low`` and the smallest logit of its own run above it no decision changes, in the first layer and so in none
@@ -103,7 +104,7 @@ def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advan
 
     Args:
         model: with trained routers.
-        batches: prompts with answers that the routers were not fitted on, on the model's device.
+        batches: prompts with answers that the routers were not fitted on, such as a data loader of validation inputs.
         keep: the mean keep rate that is asked for.
         advance: called with the number of passes over the batches made so far.
 
@@ -112,8 +113,23 @@ def hold_budget(model: RoutedModel, batches: Sequence[Batch], keep: float, advan
         least, and ``met`` is False.
 
     Raises:
-        DataError: a router's logit is not finite.
+        ConfigError: the model's policy has no threshold.
+        DataError: a router's logit is not finite, or there are no inputs.
+
+    Example:
+        ``adaskip.hold_budget(model, validation, 0.6).sentence``
     """
+    given = [batch.to(model.spec.device) for batch in batches]
+    if not given:
+        raise DataError("hold_budget: expected batches of validation inputs, got none")
+    training = model.training
+    try:
+        return _search(model.eval(), given, keep, advance)
+    finally:
+        model.train(training)
+
+
+def _search(model: RoutedModel, batches: Sequence[Batch], keep: float, advance: Advance | None) -> Budget:
     dense = _run(model, batches, KEEP_ALL)
     if dense.keep <= keep + ROUNDING:
         return Budget(keep, dense.keep, KEEP_ALL, dense.keep)
@@ -172,7 +188,11 @@ def _run(model: RoutedModel, batches: Sequence[Batch], threshold: float) -> _Ran
     for batch in batches:
         model(**batch.arguments())
         routing = model.routing
-        assert routing.logits is not None
+        if routing.logits is None:
+            raise ConfigError(
+                f"budget: a policy of kind {model.policy.kind!r} has no threshold to hold a budget by; expected "
+                "routers, or another policy that gives logits"
+            )
         decided = routing.logits[free]
         logits.append((decided if routing.tokens is None else decided[:, routing.tokens]).flatten().float().cpu())
         rates.append(routing.keep_rate.double().cpu())

@@ -10,7 +10,7 @@ import torch
 
 import adaskip
 from adaskip.batch import Batch
-from adaskip.errors import DataError
+from adaskip.errors import ConfigError, DataError
 from adaskip.plan import KEEP_ALL
 from adaskip.recipe import load
 from adaskip.report import write
@@ -181,3 +181,18 @@ def test_train_says_that_the_budget_was_missed(tmp_path: Path) -> None:
     assert "10 of 12 layers are held" in stored["budget_sentence"]
     assert adaskip.RoutedModel.from_pretrained(folder / "router").policy.threshold == stored["threshold"]
     assert "**budget: missed**" in write(folder).read_text()
+
+
+def test_behind_a_trainer_of_ones_own() -> None:
+    """Catches a search in training mode, where gates are drawn, and a data loader that can be read only once."""
+    model, batches = routed(1.0, 0.0)
+    model.train()
+    found = adaskip.hold_budget(model, iter(batches), 0.7)
+    assert model.training
+    keep, _ = quality(model.eval(), batches)
+    assert (keep, found.met) == (pytest.approx(found.keep), True)
+    with pytest.raises(DataError, match="expected batches of validation inputs, got none"):
+        adaskip.hold_budget(model, [], 0.7)
+    planned = adaskip.attach(model.detach(), adaskip.SkipPlan.static([0]))
+    with pytest.raises(ConfigError, match="a policy of kind 'static' has no threshold"):
+        adaskip.hold_budget(planned, batches, 0.7)
