@@ -23,6 +23,7 @@ SWEEPS = "sweeps"
 
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # what NumPy takes
 Trainer = Literal["end-to-end", "from-bounds", "path-bank", "token-plan"]
 """Methods by which this package finds a policy; those of the field choose one, `adaskip.methods.names.Name`."""
 Text = Annotated[str, Field(min_length=1)]
@@ -63,9 +64,10 @@ class Examples(Section):
 class DataSection(Section):
     """Name the data that the routers learn from."""
 
-    # digits-vlm, a folder of {train, validation[, calibration, test]}.jsonl, one file that is divided with the seed, or
-    # a Hugging Face dataset id
+    # digits-vlm, a folder of {train, validation[, calibration, test]}.jsonl, one file that is divided, or the id of a
+    # Hugging Face dataset
     source: Text
+    seed: Seed = 0  # of that division; runs of several seeds have the same test inputs
     subset: str | None = None  # of a Hugging Face dataset: its configuration
     chat: bool = (
         False  # prompts and answers are what a user and an assistant say; the model's chat template writes them
@@ -165,7 +167,7 @@ class Recipe(Section):
     """Describe one run. `load` reads it from YAML; `router` and `objective` go to the components as they are."""
 
     name: Text = "recipe"
-    seed: Count = 0
+    seed: Seed = 0
     backbone: BackboneSection
     router: RouterConfig = RouterConfig()
     data: DataSection
@@ -377,6 +379,6 @@ def dump(recipe: Recipe) -> str:
 
 def _absolute(text: str, folder: Path) -> str:
     for base in () if not text or sources.is_shipped(text) else (folder, Path.cwd()):
-        if (candidate := base / Path(text).expanduser()).exists():
+        if (candidate := base / sources.expanded(text)).exists():
             return str(candidate.resolve())
     return text

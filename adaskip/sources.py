@@ -56,6 +56,14 @@ def shipped_kinds(name: str) -> tuple[str, ...]:
     return kinds
 
 
+def expanded(name: str) -> Path:
+    """Return the path that a name is, with a home directory for ``~``; as typed where nobody lives there."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def model_name(path: str) -> str:
     """Return the name by which a loaded model is found again, also from another working directory."""
     for name, shipped in _SHIPPED.items():

@@ -30,18 +30,20 @@ def prefix(evidence: Evidence, order: Sequence[int], keep: float) -> Path:
     return first_that_holds(evidence, (tuple(order[:count]) for count in range(len(order) + 1)), keep)
 
 
-def largest_share(evidence: Evidence, stages: Sequence[int], keep: float, steps: int) -> float:
+def largest_share(evidence: Evidence, stages: Sequence[int], keep: float, steps: int | None = None) -> float:
     """Return the largest share that holds the budget where it is what stays of the vision tokens at each stage.
 
     Args:
         evidence: of group ``vision``.
         stages: the layers, ascending, that a further share of the tokens no longer enters.
         keep: the budget.
-        steps: shares of so many steps are tried.
+        steps: shares of so many steps are tried; None: a token more or less of the input that has most.
 
     Raises:
-        ConfigError: one vision token behind the first stage is too many.
+        ConfigError: there is no vision token, or one behind the first stage is too many.
     """
+    if not len(evidence.patches):
+        raise ConfigError(f"keep={keep:g}: no input that it chooses by has a picture, so that no vision token can go")
     saves = [float(evidence.saves[a:b].sum()) for a, b in pairwise((*stages, evidence.layers))]  # dropping all tokens
 
     def kept(share: float) -> float:
@@ -51,6 +53,7 @@ def largest_share(evidence: Evidence, stages: Sequence[int], keep: float, steps:
             gone += saved * float((1 - there / evidence.patches).mean())
         return 1 - gone
 
+    steps = steps or int(evidence.patches.max())
     for count in range(steps, 0, -1):
         if kept(count / steps) <= keep + ROUNDING:
             return count / steps

@@ -14,9 +14,9 @@ def choose(evidence: Evidence, keep: float, seed: int) -> FastV:
     """Return the policy with the largest share of vision tokens that holds the budget.
 
     Raises:
-        ConfigError: one vision token an input is too many.
+        ConfigError: there is no vision token, or one an input is too many.
     """
-    return FastV(LAYER, largest_share(evidence, (LAYER,), keep, int(evidence.patches.max())))
+    return FastV(LAYER, largest_share(evidence, (LAYER,), keep))
 
 
 METHOD = Method(

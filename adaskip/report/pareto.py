@@ -57,7 +57,9 @@ def _panel(axes: Axes, rows: Sequence[dict[str, Any]], policies: Sequence[str], 
     axes.tick_params(colors=INK, labelsize=9, color=GREY)
     axes.grid(color=FAINT, linewidth=0.8)
     for place, policy in enumerate(policies):
-        points = sorted((row[axis], row[name]) for row in rows if row["policy"] == policy)
+        points = sorted((row[axis], row[name]) for row in rows if row["policy"] == policy and row[name] is not None)
+        if not points:
+            continue
         style = f"{_MARKS[place % len(_MARKS)]}-"
         colour = colormaps["tab20"](place * 2 % 20 + place // 10 % 2)  # ten strong ones, then ten pale ones
         axes.plot(*zip(*points, strict=True), style, color=colour, markersize=5, linewidth=1, label=policy)
@@ -71,7 +73,8 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     }  # fmt: skip
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        lines.append("| " + " | ".join(form.format(row[name]) for name, form in names.items()) + " |")
+        values = ("n/a" if row[name] is None else form.format(row[name]) for name, form in names.items())
+        lines.append(f"| {' | '.join(values)} |")
     written = [row for row in rows if row["generated"]]
     return "\n".join([*lines, *(["", *_generated(written)] if written else [])]) + "\n"
 

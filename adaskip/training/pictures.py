@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from adaskip.errors import DataError
+from adaskip.sources import expanded
 
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values of pictures that are stored on their side
 _EXPECTED = "expected a path, a PIL picture, the bytes of a picture file, or a list of them"
@@ -49,7 +50,7 @@ def located(picture: Any, folder: Path | None) -> Any:
         raise DataError(f"image {text[:60]!r} is a URL; download the pictures and give their paths")
     base = folder or Path()
     # a record written on Windows names scans\1.png; a file whose name really holds a backslash comes first
-    choices = [base / Path(name).expanduser() for name in (text, text.replace("\\", "/"))]
+    choices = [base / expanded(name) for name in (text, text.replace("\\", "/"))]
     path = next((choice for choice in choices if choice.is_file()), None)
     if path is None:
         if not text.strip():

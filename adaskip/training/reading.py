@@ -61,7 +61,7 @@ def load_records(
     if sources.is_shipped(source):
         return sources.shipped_records(source, split, limit, seed)
     reader = Reader({field: (columns or {}).get(field, field) for field in FIELDS}, max_pixels=max_pixels)
-    path = Path(source).expanduser()
+    path = sources.expanded(source)
     if path.is_dir():
         stored = _in_folder(path, split, reader)
     elif path.is_file():
@@ -97,9 +97,9 @@ def describe_half(source: str, split: str) -> str:
     >>> describe_half("digits-vlm", "validation")
     ''
     """
-    path = Path(source).expanduser()
+    path = sources.expanded(source)
     if path.is_file():
-        return f"{split} is a share of {source}, drawn with the seed"
+        return f"{split} is a share of {source}, drawn with data.seed"
     if sources.is_shipped(source) or not _is_half(path, split):
         return ""
     which = "first" if split == "validation" else "second"
@@ -111,7 +111,7 @@ def describe_half(source: str, split: str) -> str:
 
 def holds_split(source: str, split: str, subset: str | None = None) -> bool:
     """Return whether a source holds a split, damaged or not, or one that is made of what it holds."""
-    path = Path(source).expanduser()
+    path = sources.expanded(source)
     if sources.is_shipped(source) or path.is_file():
         return True
     if path.is_dir():

@@ -53,6 +53,7 @@ class Cell:
     generated: Figures = field(default_factory=dict)  # of answers written freely to a sample; empty: none were
     unit: Unit = "block"  # what of a layer it leaves out
     kv: KV = "absent"  # whether keys of vision tokens that leave are kept
+    recipe: str = ""  # a mark of what its run was trained by, but for budget and seed; empty: a method's
 
     @property
     def name(self) -> str:
@@ -72,7 +73,8 @@ class Cell:
         """
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            known = [f.name for f in fields(cls) if f.name in stored or f.default_factory is MISSING]
+            needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+            known = [f.name for f in fields(cls) if f.name in stored or f.name in needed]
             return cls(**{name: stored[name] for name in known})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -120,6 +122,7 @@ def measure_cell(
     seed: int,
     new_tokens: int,
     origin: str = "",
+    recipe: str = "",
     advance: Callable[[int], None] = lambda done: None,
 ) -> Cell:
     """Run every input densely and as the model's policy decides.
@@ -134,6 +137,7 @@ def measure_cell(
         seed: of its draws or its training.
         new_tokens: that are generated where seconds are taken.
         origin: a mark of the saved policy that is measured; empty: a method's.
+        recipe: a mark of what its run was trained by, but for budget and seed; empty: a method's.
         advance: called with the number of inputs done.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in ("keep", "kl", "hit", "dense_hit", "same")}
@@ -163,7 +167,7 @@ def measure_cell(
     return Cell(
         policy, budget, seed, plan, **numbers, kind=kinds, runs=shares, seconds=seconds, origin=origin,
         generated=sample(model), unit=model.target.unit,
-        kv=model.target.kv if model.target.group == "vision" else "absent",
+        kv=model.target.kv if model.target.group == "vision" else "absent", recipe=recipe,
     )  # fmt: skip
 
 

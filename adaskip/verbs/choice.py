@@ -58,20 +58,26 @@ def choose_and_finish(
     batches = [batch.to(device) for batch in validation]
     backbone, empty = model.detach(), method.empty(recipe.router.group)
     known, evidence = _make_folder(Path(recipe.output)) if method.looks in _DEAR else None, None
-    goal, tries = keep, 0
+    goal, tries, least = keep, 0, ""
     while True:
         model = build(backbone, empty, recipe.seed)
         with stages(f"{method.title}: choosing by {len(chosen_by)} training inputs"):
             evidence = evidence or Evidence(model, inputs, len(chosen_by), known)
             evidence.model = model
-            policy = method.policy(evidence, goal, recipe.seed)
+            try:
+                policy = method.policy(evidence, goal, recipe.seed)
+            except ConfigError as error:
+                if not tries:
+                    raise
+                least = f"the method can choose no less by the inputs that it chooses by ({error})"
         model.detach()
         model = build(backbone, policy, recipe.seed)
         with stages("validating the choice"):
             judgement = judge(model, batches)
         kept, tries = judgement.figures["keep"], tries + 1
-        budget = Budget(keep, kept, 0.0, kept)
-        if budget.met or tries == _TRIES:
+        reason = least or f"validation inputs keep more than those that it chooses by, after {tries} choices"
+        budget = Budget(keep, kept, 0.0, kept, (reason,))
+        if budget.met or least or tries == _TRIES:
             break
         goal -= kept - keep
         model.detach()

@@ -14,13 +14,14 @@ from adaskip.plan import Group
 from adaskip.recipe import Recipe
 from adaskip.runfiles import COMPARISON_PLOT, write_json
 from adaskip.stages import SILENT, Stages
+from adaskip.training.digest import digest
 from adaskip.training.tracking import Board, wandb_logger
 from adaskip.verbs.cells import CELLS
-from adaskip.verbs.entries import read_entries, read_named, with_target
+from adaskip.verbs.entries import check_alike, read_entries, read_named, with_target
 from adaskip.verbs.filling import Comparison, Filling
 from adaskip.verbs.run import check_writable
 from adaskip.verbs.splits import check_split
-from adaskip.verbs.start import check_tracking
+from adaskip.verbs.start import check_tracking, training_mark
 from adaskip.verbs.subject import open_subject
 from adaskip.verbs.trained import TRAINED, check_apart, plan_trainings, read_recipes
 
@@ -85,6 +86,7 @@ def compare(
         ConfigError, DataError: no such method, group, split or budget, or the folder holds another comparison.
         CheckpointError: no such run, or a file of the comparison is damaged.
     """
+    budgets = tuple(dict.fromkeys(budgets))
     chosen, learned = _check(policies, budgets, group, split, seeds)
     named, given = read_named(runs), read_recipes(train, overrides)
     if overrides and not (learned or given):
@@ -98,15 +100,21 @@ def compare(
     check_writable(folder, "the comparison", "choose another folder: --output DIR")
     if subject.recipe is not None:
         named = with_target(Path(target), named)
+    test, fitted = subject.records(split, examples), subject.records("train", fit)
+    weights = subject.section.model_dump(include={"dtype", "quantise", "revision"})
     setting = {
         "model": subject.model, "data": subject.source, "group": subject.group, "split": split, "examples": examples,
         "fit": fit, "batch_size": batch_size, "new_tokens": new_tokens, "generate": generate,
+        "weights": weights, "digests": {"judged": digest(test), "chosen_by": digest(fitted)},
     }  # fmt: skip
     _claim(folder, setting)
-    entries = read_entries(named, subject.model, subject.group, folder / CELLS)
+    entries = read_entries(named, subject, folder / CELLS)
     trainings = plan_trainings(subject, learned, given, overrides, budgets, seeds, folder)
     check_apart(entries, trainings, folder)
-    bench = Filling(subject, folder, setting, stages)
+    marks = [(str(entry.folder), entry.policy, entry.recipe) for entry in entries]
+    marks += [(str(training.folder), training.policy, training_mark(training.recipe)) for training in trainings]
+    check_alike(marks, folder / CELLS)
+    bench = Filling(subject, test, fitted, folder, setting, stages)
     left_out = [text for method in chosen for text in bench.method(method, budgets, seeds)]
     for entry in entries:
         bench.run(entry)
@@ -169,7 +177,13 @@ def _claim(folder: Path, setting: dict[str, Any]) -> None:
         stored = {"generate": 0} | json.loads(file.read_text(encoding="utf-8"))  # which older comparisons do not say
     except ValueError as error:
         raise ConfigError(f"{file}: cannot be read ({error}); choose another folder: --output {folder}-2") from error
-    if differs := [f"{key}={stored.get(key)!r}" for key in setting if stored.get(key) != setting[key]]:
+    other = [key for key in setting if key in stored and stored[key] != setting[key]]  # older ones do not say all
+    if other == ["digests"]:
+        raise ConfigError(
+            f"{folder}: holds a comparison on other inputs of {setting['data']}, which has changed since; choose "
+            f"another folder: --output {folder}-2"
+        )
+    if differs := [f"{key}={stored[key]!r}" for key in other if key != "digests"]:
         raise ConfigError(
             f"{folder}: holds a comparison with {', '.join(differs)}; choose another folder: --output {folder}-2"
         )

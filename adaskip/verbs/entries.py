@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from adaskip import sources
 from adaskip.errors import ConfigError
 from adaskip.methods.names import METHODS
-from adaskip.plan import Group
 from adaskip.recipe import Recipe
-from adaskip.runtime.description import CONFIG, WEIGHTS, read_config
+from adaskip.runfiles import LEARNED
+from adaskip.runtime.description import read_config
 from adaskip.verbs.cells import Cell, cell_name
-from adaskip.verbs.run import read_recipe, router_folder
+from adaskip.verbs.run import policy_mark, read_recipe, router_folder
+from adaskip.verbs.start import training_mark
+from adaskip.verbs.subject import Subject
 
 FOUND_BY = {
     "end-to-end": "learned",
@@ -23,6 +26,8 @@ FOUND_BY = {
     "token-plan": "token_plan",
 }
 """What a comparison calls the policies that are trained."""
+_WEIGHTS = ("dtype", "quantise", "revision")
+"""What of a backbone's section says which weights it has; the dense model of a comparison has one kind."""
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -43,6 +48,7 @@ class Entry:
     keep: float
     seed: int
     origin: str  # a mark of the saved policy, its settings and weights
+    recipe: str  # a mark of what it was trained by, but for budget and seed
     file: Path  # of its cell
 
 
@@ -100,26 +106,25 @@ def with_target(target: Path, runs: Sequence[Named]) -> list[Named]:
     return [*runs] if target.resolve() in named else [Named(target), *runs]
 
 
-def read_entries(runs: Sequence[Named], model: str, group: Group, cells: Path) -> list[Entry]:
+def read_entries(runs: Sequence[Named], subject: Subject, cells: Path) -> list[Entry]:
     """Read what runs are called, and which policies they hold.
 
     Args:
         runs: their folders and labels.
-        model: the backbone that is compared on.
-        group: the tokens that policies speak of.
+        subject: what is compared on.
         cells: folder of the comparison's cells.
 
     Raises:
-        ConfigError: a run is of another model or group, or its cell is taken by another run.
+        ConfigError: a run is of another model or group, has trained on what is judged, or its cell is another run's.
         CheckpointError: a folder is no finished run, or a cell is damaged.
     """
     entries: list[Entry] = []
     for named in runs:
         run, recipe = named.folder, read_recipe(named.folder)
-        check_same(str(run), "run", recipe, model, group)
+        check_same(str(run), "run", recipe, subject)
         saved = router_folder(run)
         policy, keep, seed = named.label or _name(recipe, saved), recipe.objective.keep, recipe.seed
-        origin = hashlib.sha256(b"".join((saved / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
+        origin = policy_mark(saved)
         file = cells / f"{cell_name(policy, keep, seed)}.json"
         taken = [each.origin for each in entries if each.file == file]
         if file.is_file():
@@ -129,31 +134,55 @@ def read_entries(runs: Sequence[Named], model: str, group: Group, cells: Path) -
                 f"{run}: expected one run of {policy}, keep {keep:g} and seed {seed}, found another in {file.name}; "
                 f"give it a name of its own: --run LABEL={run}"
             )
-        entries.append(Entry(run, policy, keep, seed, origin, file))
+        healed = "-healed" if recipe.lora is None and read_config(saved).get("adapters") else ""
+        entries.append(Entry(run, policy, keep, seed, origin, training_mark(recipe) + healed, file))
     return entries
 
 
-def check_same(where: str, what: str, recipe: Recipe, model: str, group: Group, source: str | None = None) -> None:
+def check_alike(wanted: Iterable[tuple[str, str, str]], cells: Path) -> None:
+    """Refuse runs of different settings under one name: a row averages its seeds, and a curve joins its budgets.
+
+    Args:
+        wanted: of each run where it is, what it is called, and the mark of what it is trained by.
+        cells: folder of the comparison's cells.
+
+    Raises:
+        ConfigError: names a run, and how to give it a name of its own.
+    """
+    known = {cell.policy: (cell.name, cell.recipe) for cell in map(Cell.read, cells.glob("*.json")) if cell.recipe}
+    for where, policy, mark in wanted:
+        other, theirs = known.setdefault(policy, (where, mark))
+        if theirs != mark:
+            raise ConfigError(
+                f"{where}: expected a run of {policy} trained by the recipe of {other} but for keep and seed, got one "
+                f"of other settings; give it a name of its own: --run LABEL={where}, or --train LABEL=RECIPE"
+            )
+
+
+def check_same(where: str, what: str, recipe: Recipe, subject: Subject, same_data: bool = False) -> None:
     """Refuse a recipe of something else than what is compared on.
 
     Args:
         where: begins the error.
         what: has the recipe.
         recipe: of a run, or to train by.
-        model: the backbone that is compared on.
-        group: the tokens that policies speak of.
-        source: of the data; None: any will do.
+        subject: what is compared on.
+        same_data: whether it must be of the same data as well.
 
     Raises:
         ConfigError: names the key.
     """
-    for name, own, here in (
-        ("backbone.path", recipe.backbone.path, model),
-        ("router.group", recipe.router.group, group),
-        ("data.source", recipe.data.source, recipe.data.source if source is None else source),
-    ):
-        if not same_place(own, here):
-            raise ConfigError(f"{where}: expected a {what} with {name}={here}, got {own}; compare it apart")
+    own, here = recipe.backbone, subject.section
+    pairs: list[tuple[str, Any, Any]] = [("backbone.path", own.path, subject.model)]
+    pairs.append(("router.group", recipe.router.group, subject.group))
+    pairs += [(f"backbone.{name}", getattr(own, name), getattr(here, name)) for name in _WEIGHTS]
+    if same_data:
+        pairs.append(("data.source", recipe.data.source, subject.source))
+    if same_place(recipe.data.source, subject.source) and not sources.is_shipped(subject.source):
+        pairs.append(("data.seed", recipe.data.seed, subject.data.seed))  # another one trains on what is judged here
+    for name, its, wanted in pairs:
+        if not same_place(str(its), str(wanted)):
+            raise ConfigError(f"{where}: expected a {what} with {name}={wanted}, got {its}; compare it apart")
 
 
 def same_place(one: str, other: str) -> bool:
@@ -162,7 +191,8 @@ def same_place(one: str, other: str) -> bool:
 
 
 def _name(recipe: Recipe, saved: Path) -> str:
-    """Return what a run is called beside the methods: by what it holds, which may be a plan that beat its routers."""
+    """Return what a run is called beside the methods: by what it holds, which may be a plan that beat its policy."""
     meta = read_config(saved)
     kind: str = meta["policy"]["kind"] if "policy" in meta else "learned"
-    return name_found(recipe.method) if kind == "learned" or recipe.chooses else kind
+    beaten = (saved.parent / LEARNED).is_dir()
+    return name_found(recipe.method) if kind == "learned" or (recipe.chooses and not beaten) else kind

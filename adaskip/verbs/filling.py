@@ -23,7 +23,7 @@ from adaskip.stages import Stages
 from adaskip.survey.oracle import find_oracle
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.admission import agree
-from adaskip.training.data import Collator, NumberedBatches, loader
+from adaskip.training.data import Collator, NumberedBatches, Record, loader
 from adaskip.training.tracking import environment
 from adaskip.verbs.cells import CELLS, Cell, DenseLogits, cell_name, measure_cell
 from adaskip.verbs.entries import Entry, Named, read_entries
@@ -66,23 +66,25 @@ class _Verdicts:
 class Filling:
     """Fill the cells of one comparison."""
 
-    def __init__(self, subject: Subject, folder: Path, setting: dict[str, Any], stages: Stages) -> None:
+    def __init__(
+        self, subject: Subject, test: Sequence[Record], fitted: Sequence[Record], folder: Path, setting: dict[str, Any],
+        stages: Stages,
+    ) -> None:  # fmt: skip
         self.subject, self.folder, self.setting, self.stages = subject, folder, setting, stages
         self.size, collate = setting["batch_size"], Collator(subject.processor)
-        self.test = subject.records(setting["split"], setting["examples"])
+        self.test = test
         self.device = subject.backbone.device
         self.dense = DenseLogits([batch.to(self.device) for batch in loader(self.test, collate, self.size)])
         prompts = next(iter(loader(self.test, Collator(subject.processor, answers=False), self.size)))
         self.prompts = prompts.to(self.device)
         self.sample = Sample(self.test[: setting["generate"]], subject.processor, self.size, self.device)
-        fitted = subject.records("train", setting["fit"])
         self.fitted, self.count = NumberedBatches(fitted, collate, self.device, self.size), len(fitted)
         self.cells: list[Cell] = []
         self._evidence: dict[tuple[Unit, KV], Evidence] = {}
 
     def method(self, method: Method, budgets: Sequence[float], seeds: int) -> list[str]:
         """Fill a method's cells; return why not, for each budget that it cannot hold."""
-        reasons: dict[str, None] = {}
+        reasons: dict[str, list[float]] = {}
         wanted = [
             (budget, seed)
             for budget in (budgets if method.name != "none" else (1.0,))
@@ -92,10 +94,12 @@ class Filling:
             for place, (budget, seed) in enumerate(wanted, 1):
                 try:
                     self._cell(method, budget, seed)
-                except (ConfigError, BackboneError) as error:  # the model may refuse to be split into halves
-                    reasons[str(error)] = None
+                except (ConfigError, DataError, BackboneError) as error:  # the model may refuse to be split into halves
+                    reasons.setdefault(str(error), []).append(budget)
                 advance(place)
-        return [*reasons]
+        return [
+            f"{method.name} at keep {', '.join(f'{keep:g}' for keep in at)}: {text}" for text, at in reasons.items()
+        ]
 
     def run(self, entry: Entry) -> None:
         """Fill the cell of a finished run."""
@@ -104,7 +108,7 @@ class Filling:
             return
         with self.stages(f"{entry.folder}: the policy of keep {entry.keep:g}", len(self.test)) as advance:
             model = Run.open(entry.folder).model
-            self._measure(model, entry.policy, entry.keep, entry.seed, entry.origin, advance)
+            self._measure(model, entry.policy, entry.keep, entry.seed, entry.origin, entry.recipe, advance)
 
     def train(self, training: Training) -> list[str]:
         """Train a run and fill its cell; return why not, where that is known."""
@@ -115,16 +119,17 @@ class Filling:
             except (ConfigError, DataError) as error:
                 return [f"{training.policy} at keep {training.recipe.objective.keep:g}: {error}"]
         named = [Named(training.folder, training.policy)]
-        (entry,) = read_entries(named, self.subject.model, self.subject.group, cells)
+        (entry,) = read_entries(named, self.subject, cells)
         self.run(entry)
         return []
 
     def conclude(self, left_out: list[str], oracle: int, budgets: Sequence[float]) -> Comparison:
         """Read all cells that the folder holds, also of earlier calls, and write table, picture and JSON."""
-        known = {cell.name for cell in self.cells}
+        known = {cell.name: cell for cell in self.cells}  # each once, however often it was asked for
         others = [Cell.read(file) for file in sorted((self.folder / CELLS).glob("*.json")) if file.stem not in known]
-        rows = standings([*self.cells, *others])
-        admitted, agreement = self._agreement([*self.cells, *others])
+        cells = [*known.values(), *others]
+        rows = standings(cells)
+        admitted, agreement = self._agreement(cells)
         found = Comparison(
             self.folder, rows, left_out, agreement, admitted, self._oracle(oracle, budgets),
             self.setting | {"environment": environment(0, str(self.device))},
@@ -164,11 +169,12 @@ class Filling:
             model.detach()
 
     def _measure(
-        self, model: RoutedModel, policy: str, budget: float, seed: int, origin: str = "", advance: Any = lambda n: None
-    ) -> None:
+        self, model: RoutedModel, policy: str, budget: float, seed: int, origin: str = "", recipe: str = "",
+        advance: Any = lambda n: None,
+    ) -> None:  # fmt: skip
         cell = measure_cell(
             model, self.dense, self.prompts, self.sample, policy=policy, budget=budget, seed=seed,
-            new_tokens=self.setting["new_tokens"], origin=origin, advance=advance,
+            new_tokens=self.setting["new_tokens"], origin=origin, recipe=recipe, advance=advance,
         )  # fmt: skip
         cell.write(self.folder / CELLS)
         self.cells.append(cell)

@@ -29,12 +29,13 @@ from adaskip.training.checkpoints import (
     newest_checkpoint,
 )
 from adaskip.training.data import Collator, loader, training_loader
+from adaskip.training.digest import digest
 from adaskip.training.healing import AdapterTuner
 from adaskip.training.objective import is_count
 from adaskip.training.steps import StepCount
 from adaskip.training.tracking import MetricsFile
 from adaskip.verbs.amounts import fitted
-from adaskip.verbs.run import Run, check_writable, read_recipe
+from adaskip.verbs.run import Run, check_writable, policy_mark, read_recipe, router_folder
 from adaskip.verbs.splits import records
 from adaskip.verbs.teacher import Forced, join, read_answers
 
@@ -107,15 +108,10 @@ def heal(
         f"{name}: expected an integer >= 1, got {value!r}" for name, value in counts.items() if not is_count(value)
     ]:
         raise ConfigError("heal: " + "; ".join(wrong))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"heal: seed: expected an integer from 0 to {2**32 - 1}, got {seed!r}")
     recipe, place = read_recipe(folder), folder / HEALING
     check_writable(folder, "the adapters")
-    settings = {
-        "lora": lora.to_dict(),
-        **counts,
-        "learning_rate": learning_rate,
-        "task_weight": task_weight,
-        "seed": seed,
-    }
     place.mkdir(exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -123,7 +119,6 @@ def heal(
     except Timeout:
         raise ConfigError(f"{folder}: another process is at work in this folder; wait for it") from None
     try:
-        _check_settings(place, settings)
         loaded = Run.open(folder, stages)
         model, size = loaded.model, recipe.trainer.batch_size
         if model.adapters is not None:
@@ -133,6 +128,16 @@ def heal(
             )
         collate = Collator(loaded.processor)
         train, validation = records(recipe, "train"), records(recipe, "validation")
+        settings = {
+            "lora": lora.to_dict(),
+            **counts,
+            "learning_rate": learning_rate,
+            "task_weight": task_weight,
+            "seed": seed,
+            "policy": policy_mark(router_folder(folder)),
+            "data": digest(train),
+        }
+        _check_settings(place, settings)
         batches = training_loader(train, collate, batch_size, checkpoint_every * batch_size, seed)
         judged = [batch.to(model.spec.device) for batch in loader(validation, collate, min(size, 16))]
         with stages(f"judging the policy on {len(validation)} validation inputs"):

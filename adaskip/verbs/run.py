@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from adaskip.errors import CheckpointError
 from adaskip.recipe import Recipe, load
 from adaskip.runfiles import RECIPE, ROUTER
 from adaskip.runtime.attach import RoutedModel
-from adaskip.runtime.description import CONFIG
+from adaskip.runtime.description import CONFIG, WEIGHTS
 from adaskip.stages import SILENT, Stages
 
 
@@ -77,6 +78,11 @@ def read_recipe(folder: Path) -> Recipe:
         instead = f": pass {above}" if (above / RECIPE).is_file() else ", not an export"
         raise CheckpointError(f"{folder}: holds routers but no {RECIPE}; expected the folder of a run{instead}")
     return load(folder / RECIPE)
+
+
+def policy_mark(saved: Path) -> str:
+    """Return 16 hexadecimal digits of a saved policy, its settings and weights."""
+    return hashlib.sha256(b"".join((saved / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
 
 
 def load_model(recipe: Recipe) -> PreTrainedModel:

@@ -32,7 +32,12 @@ def records(recipe: Recipe, split: str, bad: BadRecords | None = None) -> list[R
         DataError: there is no such split, or too much of it is bad; lists what.
     """
     limit = getattr(recipe.data.examples, split)
-    return read_split(recipe.data, split, limit, recipe.seed, lambda: fitting(recipe), bad)
+    return read_split(recipe.data, split, limit, seed_of_splits(recipe), lambda: fitting(recipe), bad)
+
+
+def seed_of_splits(recipe: Recipe) -> int:
+    """Return what splits are drawn by: of data that ship with the package the run's own seed, of others the data's."""
+    return recipe.seed if sources.is_shipped(recipe.data.source) else recipe.data.seed
 
 
 def read_split(

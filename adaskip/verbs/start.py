@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,9 @@ from adaskip.verbs.run import check_writable
 
 _FREE_TO_CHANGE = {"name", "output", "tracking", "trainer.progress", "trainer.workers"}
 """Keys that a resumed run may have otherwise: they change nothing that it computes."""
+
+_NO_TRAINING = ("seed", "objective.keep", "backbone.path", "static.fallback", "conditions.on_violation")
+"""Keys that tell no way of training from another: draw, budget, where a model lies, what becomes of the result."""
 
 
 def check_start(recipe: Recipe, folder: Path, resume: bool) -> None:
@@ -163,6 +168,13 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
     old, new = _flat(before.model_dump()), _flat(now.model_dump())
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in changed if not _is_free(key)]
+
+
+def training_mark(recipe: Recipe) -> str:
+    """Return 16 hexadecimal digits that are equal for recipes which train alike, but for budget and seed."""
+    values = _flat(recipe.model_dump())
+    told = {key: value for key, value in values.items() if key not in _NO_TRAINING and not _is_free(key)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _is_free(key: str) -> bool:

@@ -13,7 +13,7 @@ from adaskip.backbone import load
 from adaskip.backbone.inspect import count_positions
 from adaskip.errors import ConfigError
 from adaskip.plan import Group
-from adaskip.recipe import DataSection, Recipe
+from adaskip.recipe import BackboneSection, DataSection, Recipe
 from adaskip.runfiles import RECIPE
 from adaskip.training.data import Collator, Record
 from adaskip.verbs.run import load_model, load_processor, read_recipe
@@ -31,14 +31,24 @@ class Subject:
     processor: Any
     backbone: Any
 
+    @property
+    def section(self) -> BackboneSection:
+        """Return how the backbone is loaded."""
+        return BackboneSection(path=self.model) if self.recipe is None else self.recipe.backbone
+
+    @property
+    def data(self) -> DataSection:
+        """Return how the records are read: as the run does, if they are its own."""
+        if self.recipe is None:
+            return DataSection(source=self.source)
+        own = self.recipe.data.source == self.source
+        return self.recipe.data if own else DataSection(source=self.source, columns=self.recipe.data.columns)
+
     def records(self, split: str, count: int) -> list[Record]:
         """Read the first records of a split."""
-        section, seed = DataSection(source=self.source), 0
-        if self.recipe is not None:
-            own = self.recipe.data.source == self.source
-            section = self.recipe.data if own else DataSection(source=self.source, columns=self.recipe.data.columns)
-            seed = self.recipe.seed if own and not sources.is_shipped(self.source) else 0  # of a file that it divided
+        section = self.data
         positions = count_positions(self.backbone.config)
+        seed = 0 if sources.is_shipped(self.source) else section.seed
         return read_split(section, split, count, seed, lambda: (Collator(self.processor), positions))
 
 

@@ -133,7 +133,7 @@ def plan_trainings(
             another run of that name.
     """
     for policy, recipe in given.items():
-        check_same(f"compare: --train {policy}", "recipe", recipe, subject.model, subject.group, subject.source)
+        check_same(f"compare: --train {policy}", "recipe", recipe, subject, same_data=True)
     chosen = {name: _variant(subject, name, given, overrides) for name in names if name not in given} | given
     trainings = [
         Training(policy, load(recipe, _SETTLED | _place(folder, policy, budget, seed)))
@@ -183,7 +183,7 @@ def _variant(subject: Subject, policy: str, given: dict[str, Recipe], overrides:
     changes = untuned if own else [f"method={method}", *_BY_METHOD[policy]]
     # what a method must have comes last: the steps that somebody asks for are those of routers
     recipe = load((own or bases)[0], [*overrides, *changes])
-    check_same(f"compare: --policies {policy}", "recipe", recipe, subject.model, subject.group, subject.source)
+    check_same(f"compare: --policies {policy}", "recipe", recipe, subject, same_data=True)
     return recipe
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def test_a_healed_run_is_nearer_to_the_dense_model(run: Path, tmp_path: Path) ->
     assert model.adapters is not None
     assert model.facts["healed_steps"] == 6
     _check_cut(folder, model, tmp_path / "plain")
-    with pytest.raises(ConfigError, match=r"healed already; to heal it anew, put .*healing/router in the place of"):
-        adaskip.heal(folder, **SMALL)
+    for again in (SMALL, SMALL | {"steps": 8}):  # which must not be told to remove the routers as they were
+        with pytest.raises(ConfigError, match=r"healed already; to heal it anew, put .*healing/router in the place of"):
+            adaskip.heal(folder, **again)
+    assert (folder / "healing" / "router" / "router.safetensors").read_bytes() == before
 
 
 def _check_cut(folder: Path, model: adaskip.RoutedModel, place: Path) -> None:
@@ -98,6 +101,14 @@ def test_a_healing_that_was_stopped_goes_on(run: Path, tmp_path: Path, monkeypat
     assert not (folder / "healing" / "router").exists()
     with pytest.raises(ConfigError, match=r"begun with another steps \(6, now 8\); ask for the same"):
         adaskip.heal(folder, **SMALL | {"steps": 8})
+    saved, other = folder / "router", tmp_path / "other"
+    saved.rename(other)  # another policy in its place, such as one with a threshold of `adaskip calibrate`
+    base = adaskip.RoutedModel.from_pretrained(other).detach()
+    adaskip.attach(base, adaskip.SkipPlan.static([3, 4, 7])).save_pretrained(saved)
+    with pytest.raises(ConfigError, match=r"begun with another policy \('\w+', now '\w+'\); ask for the same"):
+        adaskip.heal(folder, **SMALL)
+    shutil.rmtree(saved)
+    other.rename(saved)
     del trained[:-1]
     adaskip.heal(folder, **SMALL)
     assert trained == [5, 4, 5]
@@ -118,4 +129,6 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(run: Path,
     folder = copy_of(run, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"heal: steps: expected an integer >= 1, got 0"):
         adaskip.heal(folder, steps=0)
+    with pytest.raises(ConfigError, match=r"heal: seed: expected an integer from 0 to 4294967295, got 10000000000"):
+        adaskip.heal(folder, seed=10**10)
     assert not (folder / "healing").exists()

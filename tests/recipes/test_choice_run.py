@@ -22,6 +22,7 @@ from adaskip.verbs.entries import Named, read_entries
 from adaskip.verbs.evaluate import evaluate
 from adaskip.verbs.export import export
 from adaskip.verbs.generate import answer
+from adaskip.verbs.subject import open_subject
 from adaskip.verbs.train import train
 
 SHORT = [
@@ -52,7 +53,7 @@ def test_every_verb_takes_what_a_method_chose(name: str, kind: str, tmp_path: Pa
     model = adaskip.RoutedModel.from_pretrained(result.folder / "router", adaskip.demo.backbone.load()[0])
     assert model.policy.kind == kind
     model.detach()
-    (entry,) = read_entries([Named(result.folder)], "digits-vlm", load(name).router.group, tmp_path)
+    (entry,) = read_entries([Named(result.folder)], open_subject("digits-vlm", None, load(name).router.group), tmp_path)
     assert entry.policy == f"{load(name).method}-run", "apart from what a comparison chooses by itself"
     assert not (result.folder / EVIDENCE).exists(), "nothing dear was looked at"
     assert check(result.folder).to_dict()["rows"]
@@ -103,6 +104,31 @@ def test_a_choice_that_validation_finds_too_heavy_is_made_anew(tmp_path: Path, m
     result = train(recipe("uniform", tmp_path / "run"))
     assert goals == pytest.approx([0.7, 0.68])
     assert result.ok
+
+
+def test_a_choice_that_cannot_be_lighter_ends_in_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation misses the budget by a hair at the least that a method can choose; catches an error that names a
+    budget which nobody asked for, and leaves no run."""
+    choose, judge, goals = methods.Method.policy, choice.judge, []
+
+    def least(self: methods.Method, evidence: Any, keep: float, seed: int = 0) -> Any:
+        goals.append(keep)
+        if keep < 0.7:
+            raise ConfigError(f"keep={keep:g}: expected at least 0.700")
+        return choose(self, evidence, keep, seed)
+
+    def heavy(model: Any, batches: Any) -> Any:
+        found = judge(model, batches)
+        return replace(found, figures=found.figures | {"keep": 0.705})
+
+    monkeypatch.setattr(methods.Method, "policy", least)
+    monkeypatch.setattr(choice, "judge", heavy)
+    result = train(recipe("uniform", tmp_path / "run"))
+    assert goals == pytest.approx([0.7, 0.695])
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert (result.ok, summary["budget"]) == (False, "missed")
+    assert "the method can choose no less" in summary["budget_sentence"]
+    assert (result.folder / "router").is_dir()
 
 
 def test_a_budget_that_no_choice_holds_is_told(tmp_path: Path) -> None:

@@ -213,7 +213,8 @@ def test_a_method_added_later_costs_its_own_cells_alone(tmp_path: Path, monkeypa
     assert measured == ["early_exit"] * 2
     assert {row["policy"] for row in found.rows} == {"none", "random", "early_exit"}
     assert found.left_out == [
-        "method attention_mass: expected group vision, got 'all'; attention mass speaks of no other tokens"
+        "attention_mass at keep 0.8, 0.5: method attention_mass: expected group vision, got 'all'; attention mass "
+        "speaks of no other tokens"
     ]
     assert {row["policy"] for row in found.agreement} == {"random", "early_exit"}
     assert splits == [("test", 24), ("train", 24)]
@@ -227,7 +228,7 @@ def test_a_budget_that_cannot_be_held_leaves_the_others(tmp_path: Path) -> None:
         "digits-vlm", policies=["uniform"], output=tmp_path, **SMALL | {"budgets": (0.01, 0.8), "seeds": 1}
     )
     assert [(row["policy"], row["budget"]) for row in found.rows if row["policy"] == "uniform"] == [("uniform", 0.8)]
-    assert [text[:10] for text in found.left_out] == ["keep=0.01:"]
+    assert [text[:10] for text in found.left_out] == ["uniform at"]
 
 
 def test_agreement_is_of_what_a_policy_skips(tmp_path: Path) -> None:

@@ -148,6 +148,15 @@ def test_fastv_keeps_the_share_that_the_budget_leaves() -> None:
         find("fastv").choose(evidence, 0.4, 0)
 
 
+@pytest.mark.parametrize("name", ["fastv", "pyramid_drop", "skip_vision"])
+def test_a_method_of_vision_tokens_needs_a_picture(name: str) -> None:
+    """Catches PyTorch's own error about an empty maximum, of rows that are all text."""
+    model = SimpleNamespace(sites=Sites("sublayers", len(EVEN) // 2))
+    evidence = weighed(EVEN, group="vision", patches=torch.empty(0).double(), model=model)
+    with pytest.raises(ConfigError, match=r"^keep=0.8: (no input that it chooses by has a picture|expected at least)"):
+        find(name).choose(evidence, 0.8, 0)
+
+
 def test_pyramid_drop_keeps_the_ratio_that_the_budget_leaves() -> None:
     """Of 8 equal layers those from 2, 4 and 6 on save .25 each; catches a ratio that is taken once, or of the first.
 

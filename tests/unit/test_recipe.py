@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from adaskip.backbone.published import published
-from adaskip.errors import ConfigError
+from adaskip.errors import ConfigError, DataError
 from adaskip.methods.names import METHODS
 from adaskip.policies.learned.config import RouterConfig
 from adaskip.recipe import Recipe, dump, find, load, origins, recipes, sentence
 from adaskip.runtime.lora import Lora
 from adaskip.sections import faults
+from adaskip.training.data import load_records
 from adaskip.training.objective import Objective
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +192,7 @@ def test_a_wrong_type_does_not_hide_a_wrong_range_of_the_same_section(write):
         ("fit.rounds=0", "fit.rounds: expected an integer >= 1, got 0"),
         ("fit.round=2", "fit.round: no such key, got 2; did you mean 'rounds'?"),
         ("conditions.level=1", "conditions.level: expected less than 1, got 1"),
+        ("seed=5000000000", "seed: expected less than 4294967296, got 5000000000"),
     ],
 )
 def test_each_fault_names_path_expectation_and_arrival(write, override, fault):
@@ -286,6 +288,13 @@ def test_a_dump_reads_back_equal(write, name):
     again = load(write(dump(recipe), "another-name.yaml"))
     assert again == recipe
     assert again.name == name
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other(write):
+    """Catches a traceback of ``~``."""
+    assert load(write(), ["data.source=~nobody-of-this-name/x"]).data.source == "~nobody-of-this-name/x"
+    with pytest.raises(DataError, match="~nobody-of-this-name/x"):
+        load_records("~nobody-of-this-name/x", "train", None, 0)
 
 
 def test_a_folder_is_sought_beside_the_recipe_then_in_the_working_directory(write, tmp_path, monkeypatch):
