@@ -239,7 +239,7 @@ class Recipe(Section):
                 f"recipe {self.name}: router.group: expected {' or '.join(method.groups)} with method {method.name}, "
                 f"got {group!r}"
             )
-        empty = method.empty(group)
+        empty = method.empty(group, self.router.phase)
         asked = {"router.unit": empty.unit, "router.kv": empty.kv, "conditions.hold_above": None}
         got = (self.router.unit, self.router.kv, self.conditions.hold_above)
         if wrong := [f"{key}={value}" for (key, value), own in zip(asked.items(), got, strict=True) if own != value]:

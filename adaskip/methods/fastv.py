@@ -25,6 +25,7 @@ METHOD = Method(
     "arXiv 2403.06764",
     choose,
     groups=("vision",),
+    phases=("both",),
     looks="states",
     ours="the share of tokens follows from the budget",
 )

@@ -10,7 +10,7 @@ from typing import Any
 from adaskip.errors import ConfigError, did_you_mean
 from adaskip.methods.evidence import Evidence
 from adaskip.methods.names import METHODS
-from adaskip.plan import KV, Group, SkipPlan
+from adaskip.plan import KV, Group, Phase, SkipPlan
 from adaskip.policy import Policy
 from adaskip.sites import Unit
 from adaskip.survey.greedy import Path
@@ -34,6 +34,7 @@ class Method:
         groups: the token groups whose layers it can leave out.
         kv: whether keys of vision tokens that leave are kept.
         unit: what of a layer it leaves out.
+        phases: of reading and generating, when its choice may leave.
         looks: what of the inputs it looks at: ``nothing``, ``states`` (a dense pass), ``costs`` (reruns) or ``answers``
             (the data's own: it needs labels).
         draws: whether its choice depends on a seed.
@@ -47,22 +48,25 @@ class Method:
     groups: tuple[Group, ...] = ("all", "vision")
     kv: KV = "absent"
     unit: Unit = "block"
+    phases: tuple[Phase, ...] = ("both", "prefill", "decode")
     looks: str = "nothing"
     draws: bool = False
     ours: str = ""
 
-    def empty(self, group: Group) -> SkipPlan:
+    def empty(self, group: Group, phase: Phase = "both") -> SkipPlan:
         """Return the plan that leaves out nothing yet: what evidence for the method is measured under.
 
         Raises:
-            ConfigError: the method has nothing to say of this group.
+            ConfigError: the method has nothing to say of this group or phase.
         """
         if group not in self.groups:
             raise ConfigError(
                 f"method {self.name}: expected group {' or '.join(self.groups)}, got {group!r}; {self.title} speaks of "
                 "no other tokens"
             )
-        return SkipPlan(group=group, kv=self.kv if group == "vision" else "absent", unit=self.unit)
+        if phase not in self.phases:
+            raise ConfigError(f"method {self.name}: expected phase {' or '.join(self.phases)}, got {phase!r}")
+        return SkipPlan(group=group, kv=self.kv if group == "vision" else "absent", unit=self.unit, phase=phase)
 
     def policy(self, evidence: Evidence, keep: float, seed: int = 0) -> SkipPlan | Policy:
         """Return the policy of least skipping that holds a budget, mean over the evidence's inputs.
@@ -73,9 +77,10 @@ class Method:
             seed: of what the method draws.
 
         Raises:
-            ConfigError: the method has nothing to say of this group, or no choice of it keeps so little.
+            ConfigError: the method has nothing to say of this group or phase, or no choice of it keeps so little.
         """
-        empty, target = self.empty(evidence.group), evidence.model.target
+        target = evidence.model.target
+        empty = self.empty(evidence.group, target.phase)
         for name in ("kv", "unit"):
             if (got := getattr(target, name)) != (expected := getattr(empty, name)):
                 raise ConfigError(

@@ -26,6 +26,7 @@ METHOD = Method(
     "arXiv 2410.17247",
     choose,
     groups=("vision",),
+    phases=("both",),
     looks="states",
     ours="the ratio follows from the budget, alike at every stage; the attention of a stage's last layer ranks, where "
     "published keys and queries are projected anew; published with a fine-tuned model too, here the backbone is frozen",

@@ -23,6 +23,7 @@ METHOD = Method(
     "Skip-It conditions, input by input",
     "arXiv 2509.25584",
     choose,
+    phases=("both",),
     looks="states",
     ours="the cosine notion of every layer is forecast for an input from what the first quarter of the layers does to "
     "it, by ridge regression; one limit for all layers, which follows from the budget",

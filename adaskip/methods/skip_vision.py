@@ -36,6 +36,7 @@ METHOD = Method(
     "arXiv 2503.21817",
     choose,
     groups=("vision",),
+    phases=("both",),
     unit="sublayers",
     looks="states",
     ours="the shares follow from the budget, in their published proportion; a summary takes the place of the token "

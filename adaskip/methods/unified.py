@@ -1,50 +1,50 @@
-"""Unified Layer Skipping: evenly spaced layers by one number, the speed-up asked for."""
+"""Unified Layer Skipping: layers at even distances by a published formula, which looks at nothing but the budget."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
 
 from adaskip.errors import ConfigError
+from adaskip.methods.budget import first_that_holds
+from adaskip.methods.evidence import Evidence
 from adaskip.methods.method import Method
-from adaskip.methods.uniform import choose, spread
+from adaskip.methods.uniform import spread, without
+from adaskip.survey.greedy import Path
 
-Mode = Literal["paper", "linspace"]
 
-
-def kept_layers(layers: int, speedup: float, mode: Mode = "paper") -> list[int]:
-    """Return the layers that run for a speed-up: ``n = int(layers / speedup)`` of them.
+def kept_layers(layers: int, kept: int) -> list[int]:
+    """Return the layers that stay: the first, every ``int(layers / (kept - 1))``-th while there is room, the last.
 
     Args:
         layers: how many there are.
-        speedup: asked for, above 1.
-        mode: ``paper``: the first and the last, and between them every ``int(layers / (n - 1))``-th while there are
-            fewer than n. ``linspace``, ours: n as evenly spaced as whole numbers allow, for every n of at least 2.
+        kept: how many stay, ``int(layers / speedup)`` in the paper.
 
     Raises:
-        ConfigError: n is below 2, where the paper's formula divides by zero; or the paper's formula would keep a
-            contiguous block, which it does below a speed-up of 2.
+        ConfigError: fewer than two are to stay, where the formula divides by zero; or so many that it keeps a
+            contiguous block.
 
-    >>> kept_layers(30, 5)
-    [0, 6, 12, 18, 24, 29]
-    >>> kept_layers(30, 10)
-    [0, 15, 29]
+    >>> kept_layers(30, 6), kept_layers(30, 3)
+    ([0, 6, 12, 18, 24, 29], [0, 15, 29])
     """
-    count = int(layers / speedup) if speedup > 0 else 0
-    if not 2 <= count <= layers:
-        raise ConfigError(
-            f"unified: expected a speed-up of 1 to {layers / 2:g} of {layers} layers, which keeps 2 or more, got "
-            f"{speedup:g}"
-        )
-    if mode == "linspace":
-        return spread(layers, count)
-    interval = int(layers / (count - 1))
-    if interval < 2:
-        raise ConfigError(
-            f"unified: speed-up {speedup:g} of {layers} layers: the paper's formula keeps the first {count - 1} and "
-            'the last below a speed-up of 2; use mode="linspace"'
-        )
-    between = [layer for layer in range(1, layers - 1) if layer % interval == 0]
-    return [0, *between[: count - 2], layers - 1]
+    if not 2 <= kept <= layers:
+        raise ConfigError(f"unified: expected 2 to {layers} layers to stay, the first and the last, got {kept}")
+    distance = int(layers / (kept - 1))
+    if distance < 2:
+        raise ConfigError(f"unified: the formula keeps the first {kept - 1} of {layers} layers and the last, no gaps")
+    between = [layer for layer in range(1, layers - 1) if layer % distance == 0]
+    return [0, *between[: kept - 2], layers - 1]
+
+
+def paths(layers: int) -> Iterator[Path]:
+    """Yield what goes, from nothing to all but two layers: by the formula as soon as it leaves gaps, before evenly."""
+    for kept in range(layers, 1, -1):
+        gaps = int(layers / (kept - 1)) >= 2
+        yield without(layers, kept_layers(layers, kept) if gaps else spread(layers, kept))
+
+
+def choose(evidence: Evidence, keep: float, seed: int) -> Path:
+    """Return the fewest layers that hold the budget."""
+    return first_that_holds(evidence, paths(evidence.layers), keep)
 
 
 METHOD = Method(
@@ -53,7 +53,7 @@ METHOD = Method(
     "arXiv 2404.06954",
     choose,
     groups=("all",),
-    ours="layers are spaced evenly at every budget, as its formula keeps a contiguous block above a half; published "
-    "for generated tokens alone, with a backbone that is fine-tuned at that depth; here the prompt skips too, and the "
-    "backbone is frozen",
+    ours="above a half, where its formula leaves no gaps, layers are spaced evenly; published for generated tokens "
+    "alone (`router.phase=decode`) with a backbone that is fine-tuned at that depth (`adaskip heal`), here by default "
+    "the prompt skips too, and the backbone is frozen",
 )

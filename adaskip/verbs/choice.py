@@ -56,7 +56,7 @@ def choose_and_finish(
     chosen_by = records[: recipe.choice.examples]
     inputs = NumberedBatches(chosen_by, collate, device, recipe.trainer.batch_size)
     batches = [batch.to(device) for batch in validation]
-    backbone, empty = model.detach(), method.empty(recipe.router.group)
+    backbone, empty = model.detach(), method.empty(recipe.router.group, recipe.router.phase)
     known, evidence = _make_folder(Path(recipe.output)) if method.looks in _DEAR else None, None
     goal, tries, least = keep, 0, ""
     while True:

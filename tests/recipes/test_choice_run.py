@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoProcessor
 
 import adaskip
 from adaskip.errors import ConfigError
@@ -16,6 +18,7 @@ from adaskip.methods.names import METHODS
 from adaskip.recipe import Recipe, load, recipes
 from adaskip.runfiles import EVIDENCE
 from adaskip.survey import ledger
+from adaskip.training.data import load_records
 from adaskip.verbs import choice
 from adaskip.verbs.check import check
 from adaskip.verbs.entries import Named, read_entries
@@ -61,6 +64,23 @@ def test_every_verb_takes_what_a_method_chose(name: str, kind: str, tmp_path: Pa
     assert answer(result.folder, example=0).to_dict()["layers"] == 12
     export(result.folder, tmp_path / "export")
     assert (tmp_path / "export").is_dir()
+
+
+def test_a_plan_for_generated_tokens_alone(tmp_path: Path) -> None:
+    """As Unified Layer Skipping was published; catches a phase that a recipe names and nothing reads."""
+    result = train(recipe("unified", tmp_path / "run", "router.phase=decode", "objective.keep=0.97"))
+    model = adaskip.RoutedModel.from_pretrained(result.folder / "router", adaskip.demo.backbone.load()[0])
+    assert model.target.phase == "decode"
+    assert result.ok
+    records = load_records("digits-vlm", "test", 6, 0)
+    batch = adaskip.Collator(AutoProcessor.from_pretrained(adaskip.demo.backbone.FOLDER))(records)
+    with torch.no_grad():
+        model(**batch.arguments())
+        assert float(model.routing.keep_rate.max()) < 1
+        model(**batch.inputs, use_cache=True)  # all of it a prompt
+        assert float(model.routing.keep_rate.min()) == 1
+    with pytest.raises(ConfigError, match="method fastv: expected phase both, got 'prefill'"):
+        train(recipe("fastv", tmp_path / "other", "router.phase=prefill"))
 
 
 def press_ctrl_c(*_: object) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 import adaskip
 from adaskip.errors import ConfigError
-from adaskip.methods import gm_skip, knapspec, skip_it, uniform
+from adaskip.methods import gm_skip, knapspec, skip_it, unified, uniform
 from adaskip.methods.budget import prefix
 from adaskip.methods.evidence import Evidence
 from adaskip.methods.method import find
 from adaskip.methods.names import METHODS
-from adaskip.methods.unified import kept_layers
 from adaskip.sites import Sites
 from adaskip.survey.plans import plan_costs
 from adaskip.theory.conditions import Finding, Findings
@@ -36,17 +35,23 @@ from tests import methods, toys, tuning
 )
 def test_unified_keeps_what_the_paper_keeps(speedup: float, kept: list[int]) -> None:
     """Of 30 layers; catches another interval, and one layer too many before the last."""
-    assert kept_layers(30, speedup) == kept
+    assert unified.kept_layers(30, int(30 / speedup)) == kept
 
 
 def test_unified_says_where_its_formula_breaks() -> None:
-    """It divides by zero at one layer, and keeps a contiguous block below a speed-up of two."""
-    with pytest.raises(ConfigError, match="expected a speed-up of 1 to 15 of 30 layers, which keeps 2 or more, got 30"):
-        kept_layers(30, 30)
-    with pytest.raises(ConfigError, match='first 23 and the last below a speed-up of 2; use mode="linspace"'):
-        kept_layers(30, 1.25)
-    assert kept_layers(30, 1.25, "linspace") == uniform.spread(30, 24)
-    assert kept_layers(12, 4, "linspace") == [0, 6, 11]
+    """It divides by zero at one layer, and keeps a contiguous block above a half."""
+    with pytest.raises(ConfigError, match="expected 2 to 30 layers to stay, the first and the last, got 1"):
+        unified.kept_layers(30, 1)
+    with pytest.raises(ConfigError, match="the formula keeps the first 23 of 30 layers and the last, no gaps"):
+        unified.kept_layers(30, 24)
+
+
+def test_unified_goes_by_its_formula_where_that_leaves_gaps() -> None:
+    """Catches even spacing under the published name at every budget."""
+    going = {12 - len(path): path for path in unified.paths(12)}
+    assert [*going] == [*range(12, 1, -1)]
+    assert going[8] == uniform.without(12, uniform.spread(12, 8))
+    assert going[6] == uniform.without(12, [0, 2, 4, 6, 8, 11]) != uniform.without(12, uniform.spread(12, 6))
 
 
 def test_uniform_keeps_the_ends_and_spreads_the_rest() -> None:
