@@ -15,7 +15,7 @@ from adaskip.survey.forecast import Forecast, find_forecast
 from adaskip.survey.greedy import Path
 from adaskip.survey.halves import last_strays, site_seconds, site_turns
 from adaskip.survey.ledger import Ledger
-from adaskip.survey.plans import plan_costs
+from adaskip.survey.plans import plan_costs, runs_of
 from adaskip.survey.price_file import PriceFile, find_origin
 from adaskip.survey.record import record
 from adaskip.survey.skips import measure_skips
@@ -161,10 +161,7 @@ class Evidence:
 
     def _measure(self, paths: Sequence[Path], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return what paths cost and score, float64 (n p) each; either ledger learns what the other had measured."""
-        keep = torch.ones(len(paths), self.layers, dtype=torch.bool)
-        for row, path in zip(keep, paths, strict=True):
-            row[list(path)] = False
-        found = plan_costs(self.model, self.batches(rows), [*keep])
+        found = plan_costs(self.model, self.batches(rows), [runs_of(path, self.layers) for path in paths])
         for ledger, values in ((self.costs, found.kl), (self.hits, found.hit)):
             for path, column in zip(paths, values.T, strict=True):
                 known = ledger.known.setdefault(path, torch.full((self.inputs,), torch.nan, dtype=torch.float64))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaskip.batch import Batch
 from adaskip.runtime.attach import RoutedModel
-from adaskip.survey.plans import plan_costs
+from adaskip.survey.plans import plan_costs, runs_of
 
 Path = tuple[int, ...]
 """The sites that a path leaves out, ascending: layers, or halves of them."""
@@ -75,9 +75,6 @@ def exact_prices(model: RoutedModel, batches: Callable[[Sequence[int]], Sequence
     sites = len(model.sites)
 
     def price(paths: Sequence[Path], rows: Sequence[int]) -> Tensor:
-        keep = torch.ones(len(paths), sites, dtype=torch.bool)
-        for row, path in zip(keep, paths, strict=True):
-            row[list(path)] = False
-        return plan_costs(model, batches(rows), [*keep]).kl
+        return plan_costs(model, batches(rows), [runs_of(path, sites) for path in paths]).kl
 
     return price

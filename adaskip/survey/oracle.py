@@ -18,7 +18,7 @@ from adaskip.errors import ConfigError, DataError
 from adaskip.runtime.attach import RoutedModel
 from adaskip.stages import SILENT, Stages
 from adaskip.survey.greedy import Path, Price, exact_prices, greedy_paths
-from adaskip.survey.plans import plan_costs, run_plan
+from adaskip.survey.plans import plan_costs, run_plan, runs_of
 from adaskip.survey.record import record
 from adaskip.survey.skips import measure_skips
 from adaskip.theory.intervals import Interval, paired_difference
@@ -82,7 +82,7 @@ def find_oracle(
         single = measure_skips(model, batches(everyone), progress=advance).kl.double()
     with stages(f"oracle: planning {skips} of {layers} layers for all inputs together"):
         static = greedy_paths(exact_prices(model, batches), everyone, single.mean(0), skips, width)[-1][0]
-        costs = plan_costs(model, batches(everyone), [_runs(static, layers)])
+        costs = plan_costs(model, batches(everyone), [runs_of(static, layers)])
     best, own = costs.kl[:, 0], []
     paths: list[Path] = []
     with stages(f"oracle: planning {skips} of {layers} layers for each of {inputs} inputs", inputs) as advance:
@@ -102,17 +102,10 @@ def _remembered(model: RoutedModel, batches: Callable[[Sequence[int]], Sequence[
     def price(paths: Sequence[Path], rows: Sequence[int]) -> Tensor:
         if not recorded:
             recorded.append(record(model, batches([row])[0]))
-        plans = (_runs(path, len(model.sites)) for path in paths)
+        plans = (runs_of(path, len(model.sites)) for path in paths)
         return torch.stack([run_plan(recorded[0], plan)["kl"] for plan in plans], 1)
 
     return price
-
-
-def _runs(path: Path, sites: int) -> Tensor:
-    """Return bool (s): what a path runs."""
-    runs = torch.ones(sites, dtype=torch.bool)
-    runs[list(path)] = False
-    return runs
 
 
 def _conclude(

@@ -27,6 +27,17 @@ class PlanCosts:
         return PlanCosts(**{f.name: getattr(self, f.name)[:, plans] for f in fields(self)})
 
 
+def runs_of(path: Iterable[int], sites: int) -> Tensor:
+    """Return bool (s): what runs where the sites of a path are left out.
+
+    >>> runs_of((1,), 3).tolist()
+    [True, False, True]
+    """
+    runs = torch.ones(sites, dtype=torch.bool)
+    runs[[*path]] = False
+    return runs
+
+
 @torch.no_grad()
 def plan_costs(
     model: RoutedModel,
