@@ -44,10 +44,11 @@ from adaskip.survey.token_plan import TokenPlans, find_token_plans
 from adaskip.theory.costs import per_input
 from adaskip.theory.intervals import paired_difference
 from adaskip.theory.measures import cosine_distance
-from adaskip.training.data import Collator, Record, load_records
+from adaskip.training.data import Collator, Record
 from adaskip.training.tracking import environment
 from adaskip.verbs.bank import by_length
 from adaskip.verbs.run import Run
+from adaskip.verbs.splits import fitting, read_split
 
 STATIC_PRICES = "static-prices.safetensors"
 WIDTH = 5
@@ -172,7 +173,7 @@ def compare(run: Run, keeps: Sequence[float], examples: int) -> list[dict[str, A
     section, size, collate = recipe.tokens, recipe.trainer.batch_size, Collator(run.processor)
 
     def load(split: str, count: int) -> Prompts:
-        return Prompts(load_records(recipe.data.source, split, count, recipe.seed), collate, size)
+        return Prompts(read_split(recipe.data, split, count, recipe.seed, lambda: fitting(recipe)), collate, size)
 
     test, train = load("test", examples), load("train", section.examples)
     plain = attach(run.model.detach(), SkipPlan())

@@ -26,11 +26,12 @@ from adaskip.survey.gauging import gauge_routing, observe
 from adaskip.theory.conditions import judge_joint
 from adaskip.theory.gauge import Reading, judge_gauge
 from adaskip.theory.measures import spearman
-from adaskip.training.data import Collator, load_records
+from adaskip.training.data import Collator
 from adaskip.training.looks import joint_cost
 from adaskip.verbs.bank import by_length
 from adaskip.verbs.prices import read_prices
 from adaskip.verbs.run import Run
+from adaskip.verbs.splits import fitting, read_split
 
 DRAWS_APART = 10_000
 """Between the seeds of two draws: a split's own draws start at most 3,000 above the seed."""
@@ -50,7 +51,8 @@ def main() -> None:
     model, collate, prices = run.model.eval(), Collator(run.processor), read_prices(options.run)
 
     def read(split: str, start: int, stop: int, draw: int = 0) -> list[Batch]:
-        records = by_length(load_records(run.recipe.data.source, split, stop, run.recipe.seed + draw)[start:])
+        found = read_split(run.recipe.data, split, stop, run.recipe.seed + draw, lambda: fitting(run.recipe))
+        records = by_length(found[start:])
         return [collate(records[at : at + options.rows]) for at in range(0, len(records), options.rows)]
 
     gauge = model.gauge = gauge_routing(model, read("calibration", 0, options.calibration), prices.alpha)

@@ -55,10 +55,9 @@ def questions(labels: np.ndarray, rng: np.random.Generator, kinds: tuple[str, ..
     for kind in kinds:
         question, answer = ask(kind, labels, rng)
         record: dict[str, Any] = {"prompt": f"<image> {question}", "answer": answer, "kind": kind}
-        if kind in ("digit", "max", *LONG):
-            record["present"] = sorted({*map(str, labels)})
-        elif kind == "repeat":
-            record["present"] = sorted({*answer.split()})
+        named = digits.present("digit" if kind in LONG else kind, answer, labels)
+        if named is not None:
+            record["present"] = named
         yield record
 
 

@@ -105,6 +105,17 @@ def ask(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[str, s
     raise DataError(f"kind {kind!r} is unknown; {did_you_mean(kind, KINDS)}")
 
 
+def present(kind: str, answer: str, labels: np.ndarray) -> list[str] | None:
+    """Return the digits that an answer may name, of the picture with these labels or of the question; None: none is.
+
+    >>> present("max", "8", np.array([3, 8, 0, 8])), present("sum", "11", np.array([3, 8, 0, 8]))
+    (['0', '3', '8'], None)
+    """
+    if kind in ("digit", "max"):
+        return sorted({*map(str, labels)})
+    return sorted({*answer.split()}) if kind == "repeat" else None
+
+
 def records(split: str, limit: int | None, seed: int) -> list[dict[str, Any]]:
     """Draw the examples of a split of a recipe's data: train, validation, calibration or test.
 
@@ -130,9 +141,7 @@ def examples(split: str, per_kind: int, seed: int) -> list[dict[str, Any]]:
         question, answer = ask(kind, labels[index], rng)
         image = Image.fromarray(picture).convert("RGB")
         record = {"image": image, "prompt": f"<image> {question}", "answer": answer, "kind": kind}
-        if kind in ("digit", "max"):
-            record["present"] = sorted({*map(str, labels[index])})
-        elif kind == "repeat":
-            record["present"] = sorted({*answer.split()})
+        if (named := present(kind, answer, labels[index])) is not None:
+            record["present"] = named
         records.append(record)
     return records

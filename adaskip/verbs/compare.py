@@ -101,7 +101,7 @@ def compare(
     if subject.recipe is not None:
         named = with_target(Path(target), named)
     test, fitted = subject.records(split, examples), subject.records("train", fit)
-    weights = subject.section.model_dump(include={"dtype", "quantise", "revision"})
+    weights = subject.backbone_section.model_dump(include={"dtype", "quantise", "revision"})
     setting = {
         "model": subject.model, "data": subject.source, "group": subject.group, "split": split, "examples": examples,
         "fit": fit, "batch_size": batch_size, "new_tokens": new_tokens, "generate": generate,

@@ -172,16 +172,18 @@ def check_same(where: str, what: str, recipe: Recipe, subject: Subject, same_dat
     Raises:
         ConfigError: names the key.
     """
-    own, here = recipe.backbone, subject.section
+    own, here = recipe.backbone, subject.backbone_section
     pairs: list[tuple[str, Any, Any]] = [("backbone.path", own.path, subject.model)]
     pairs.append(("router.group", recipe.router.group, subject.group))
     pairs += [(f"backbone.{name}", getattr(own, name), getattr(here, name)) for name in _WEIGHTS]
     if same_data:
         pairs.append(("data.source", recipe.data.source, subject.source))
     if same_place(recipe.data.source, subject.source) and not sources.is_shipped(subject.source):
-        pairs.append(("data.seed", recipe.data.seed, subject.data.seed))  # another one trains on what is judged here
+        pairs.append(
+            ("data.seed", recipe.data.seed, subject.data_section.seed)
+        )  # another one trains on what is judged here
     for name, its, wanted in pairs:
-        if not same_place(str(its), str(wanted)):
+        if its != wanted and not (isinstance(its, str) and same_place(its, str(wanted))):
             raise ConfigError(f"{where}: expected a {what} with {name}={wanted}, got {its}; compare it apart")
 
 

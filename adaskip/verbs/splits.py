@@ -32,12 +32,7 @@ def records(recipe: Recipe, split: str, bad: BadRecords | None = None) -> list[R
         DataError: there is no such split, or too much of it is bad; lists what.
     """
     limit = getattr(recipe.data.examples, split)
-    return read_split(recipe.data, split, limit, seed_of_splits(recipe), lambda: fitting(recipe), bad)
-
-
-def seed_of_splits(recipe: Recipe) -> int:
-    """Return what splits are drawn by: of data that ship with the package the run's own seed, of others the data's."""
-    return recipe.seed if sources.is_shipped(recipe.data.source) else recipe.data.seed
+    return read_split(recipe.data, split, limit, recipe.seed, lambda: fitting(recipe), bad)
 
 
 def read_split(
@@ -49,13 +44,14 @@ def read_split(
         section: names the data.
         split: its name.
         limit: at most this many records.
-        seed: of what is drawn.
+        seed: of data that ship with the package, which are drawn; others are divided with ``data.seed``.
         fit: returns the collator of a backbone and its positions; not asked for what ships with the package.
         bad: as for `records`.
     """
     own = BadRecords(section.bad_limit) if bad is None else bad
+    drawn_by = seed if sources.is_shipped(section.source) else section.seed
     found = load_records(
-        section.source, split, limit, seed, section.columns.model_dump(), bad=own, subset=section.subset,
+        section.source, split, limit, drawn_by, section.columns.model_dump(), bad=own, subset=section.subset,
         max_pixels=section.max_pixels,
     )  # fmt: skip
     if not sources.is_shipped(section.source):

@@ -32,12 +32,12 @@ class Subject:
     backbone: Any
 
     @property
-    def section(self) -> BackboneSection:
+    def backbone_section(self) -> BackboneSection:
         """Return how the backbone is loaded."""
         return BackboneSection(path=self.model) if self.recipe is None else self.recipe.backbone
 
     @property
-    def data(self) -> DataSection:
+    def data_section(self) -> DataSection:
         """Return how the records are read: as the run does, if they are its own."""
         if self.recipe is None:
             return DataSection(source=self.source)
@@ -46,10 +46,8 @@ class Subject:
 
     def records(self, split: str, count: int) -> list[Record]:
         """Read the first records of a split."""
-        section = self.data
         positions = count_positions(self.backbone.config)
-        seed = 0 if sources.is_shipped(self.source) else section.seed
-        return read_split(section, split, count, seed, lambda: (Collator(self.processor), positions))
+        return read_split(self.data_section, split, count, 0, lambda: (Collator(self.processor), positions))
 
 
 def open_subject(target: str | Path, data: str | None, group: str | None) -> Subject:
